@@ -1,0 +1,54 @@
+# `make help` lists the targets. Works with GNU Make 3.81 (macOS) and newer.
+#
+#   PYTHON       the Python to build .venv with, 3.11 or newer; found by itself if not given
+#   TORCH_INDEX  one more package index to look for PyTorch in, e.g. one with CPU or CUDA builds
+#   LAB_ARGS     options for JupyterLab, e.g. --no-browser
+#   PYTEST_ARGS  options for pytest, e.g. -x
+
+LAB_ARGS ?=
+PYTEST_ARGS ?=
+
+python := .venv/bin/python
+# Tests see no hub, and nothing of what a reader's shell may set.
+quietly := env -u VLMKIT_MODEL -u MPLBACKEND HF_HUB_OFFLINE=1
+pytest := $(quietly) $(python) -m pytest $(PYTEST_ARGS)
+# A notebook runs in this environment's own kernel, and must give the outputs stored in it.
+nbval := --nbval --nbval-current-env --nbval-cell-timeout=300 notebooks
+# Jupyter refuses to run as root, the usual user of a container, unless it is told to.
+as_root := $(if $(filter 0,$(shell id -u)),--allow-root)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lab test test-all lint format benchmark-pebble clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-18s %s\n", $$1, $$2}'
+
+setup: ## create .venv and install into it; every target below begins with this
+	@sh scripts/set_up.sh
+
+lab: setup ## show the first result in the terminal, then open the course in JupyterLab
+	$(python) -m vlmkit
+	$(python) -m jupyterlab notebooks/00_start_here.ipynb $(as_root) $(LAB_ARGS)
+
+test: lint ## check style, run the tests, run every notebook and compare its outputs
+	$(pytest) -m "not slow"
+	$(pytest) $(nbval)
+
+test-all: lint ## the same, with the slow tests
+	$(pytest)
+	$(pytest) $(nbval)
+
+lint: setup ## check the style of code and notebooks
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+
+format: setup ## put code and notebooks into that style
+	$(python) -m ruff check --fix .
+	$(python) -m ruff format .
+
+benchmark-pebble: setup ## measure the bundled model on questions that it has never seen
+	$(quietly) $(python) -m vlmkit.pebble.benchmark
+
+clean: ## remove .venv, caches and builds; the next call makes them again
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} + -o -name .ipynb_checkpoints -prune -exec rm -rf {} +

@@ -1,0 +1,65 @@
+#!/bin/sh
+# Makes .venv, with everything the course and its tests need, in the tested versions. `make` calls
+# this before every target; when nothing has changed it does nothing.
+#
+#   PYTHON       the Python to use, 3.11 or newer; found by itself if not given
+#   TORCH_INDEX  one more package index to look for PyTorch in, e.g. one with CPU or CUDA builds
+set -eu
+cd "$(dirname "$0")/.."
+
+venv=.venv
+begun=$venv/.begun # an installation began; still there afterwards, it was interrupted
+ready=$venv/.ready # the last one ended well; holds for which folder and which requirements
+folder=$(pwd -P)
+requirements=$(cat pyproject.toml constraints.txt | cksum)
+
+runs() { "$venv/bin/python" -c "" 2>/dev/null; }
+
+if [ -e "$ready" ] && [ "$(cat "$ready")" = "$folder
+$requirements" ] && runs; then
+    exit 0
+fi
+
+# pip takes a half unpacked package for an installed one, and an environment that was moved or
+# copied goes on importing from where it came: neither can be mended, only made again.
+if [ -e "$begun" ]; then
+    echo "The last set-up was interrupted: starting afresh."
+    rm -rf "$venv"
+elif [ -e "$ready" ] && { [ "$(head -n 1 "$ready")" != "$folder" ] || ! runs; }; then
+    echo "$venv was made for another folder, or its Python is gone: starting afresh."
+    rm -rf "$venv"
+fi
+
+found=""
+chosen=""
+for python in ${PYTHON:-python3.11 python3.12 python3.13 python3.14 python3 python}; do
+    version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        found="$found  $python is Python $version
+"
+    elif ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+        found="$found  $python ($version) lacks the venv module; Debian and Ubuntu: apt install python3-venv
+"
+    else
+        chosen=$python
+        break
+    fi
+done
+if [ -z "$chosen" ]; then
+    echo "vlmkit needs Python 3.11 or newer, with its venv module. Found:" >&2
+    printf '%s' "${found:-  no Python at all${PYTHON:+ under the name $PYTHON}
+}" >&2
+    echo "Install one, or say which: make lab PYTHON=/path/to/python3.11" >&2
+    exit 1
+fi
+
+echo "Setting up $venv with $chosen ($version). The first time takes minutes."
+mkdir -p "$venv"
+rm -f "$ready"
+touch "$begun"
+"$chosen" -m venv "$venv"
+# One call, so that pip sees torch's pin: without it the newest torch, and gigabytes, would come.
+"$venv/bin/python" -m pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
+    --constraint constraints.txt --editable '.[course,dev]'
+printf '%s\n%s\n' "$folder" "$requirements" >"$ready"
+rm -f "$begun"
