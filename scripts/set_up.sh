@@ -8,7 +8,7 @@ set -eu
 cd "$(dirname "$0")/.."
 
 venv=.venv
-begun=$venv/.begun # an installation began; still there afterwards, it was interrupted
+begun=$venv/.begun # a set-up began; still there afterwards, it failed or was interrupted
 ready=$venv/.ready # the last one ended well; holds for which folder and which requirements
 folder=$(pwd -P)
 requirements=$(cat pyproject.toml constraints.txt | cksum)
@@ -23,7 +23,7 @@ fi
 # pip takes a half unpacked package for an installed one, and an environment that was moved or
 # copied goes on importing from where it came: neither can be mended, only made again.
 if [ -e "$begun" ]; then
-    echo "The last set-up was interrupted: starting afresh."
+    echo "The last set-up did not finish: starting afresh."
     rm -rf "$venv"
 elif [ -e "$ready" ] && { [ "$(head -n 1 "$ready")" != "$folder" ] || ! runs; }; then
     echo "$venv was made for another folder, or its Python is gone: starting afresh."
