@@ -30,9 +30,14 @@ elif [ -e "$ready" ] && { [ "$(head -n 1 "$ready")" != "$folder" ] || ! runs; };
     rm -rf "$venv"
 fi
 
+if [ -n "${PYTHON:-}" ]; then
+    set -- "$PYTHON"
+else
+    set -- python3.11 python3.12 python3.13 python3.14 python3 python
+fi
 found=""
 chosen=""
-for python in ${PYTHON:-python3.11 python3.12 python3.13 python3.14 python3 python}; do
+for python in "$@"; do
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
         found="$found  $python is Python $version
