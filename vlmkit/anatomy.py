@@ -1,0 +1,225 @@
+"""Anatomy: every parameter of a vision-language model belongs to one component.
+
+    vk.anatomy("pebble")                  # also a folder, a hub id, a config, or a model
+    vk.anatomy("pebble")["projector"].parameters
+
+`transformers` has no accessor for a projector, and its accessors for encoder and decoder return
+something else on nearly half of the architectures. What does tell the components apart is the
+*path* of a parameter, `model.vision_tower.encoder.layers.0.….weight`, so that is what this module
+reads. The rules are the table `RULES`, and nothing but that table.
+"""
+
+import difflib
+import sys
+import types
+from dataclasses import dataclass, field
+
+from vlmkit import COMPONENTS
+from vlmkit.errors import AnatomyError
+
+VISION, PROJECTOR, CROSS, LANGUAGE, OTHER = COMPONENTS
+
+# A path is read from left to right, a whole segment at a time (never a substring: `vit_merger` is
+# not `merger`). The first segment that this table knows owns the path. "owner/segment" is a rule
+# for a segment anywhere inside that owner, for what sits inside a module of another component.
+RULES = {
+    # the pixels' side
+    "vision_tower": VISION,  # LLaVA and its kin, PaliGemma, Gemma 3
+    "vision_model": VISION,  # Idefics3, SmolVLM, Llama 3.2 Vision
+    "visual": VISION,  # Qwen-VL
+    # between the two
+    "multi_modal_projector": PROJECTOR,  # LLaVA, PaliGemma, Llama 3.2 Vision
+    "connector": PROJECTOR,  # Idefics3, SmolVLM
+    "image_newline": PROJECTOR,  # LLaVA-NeXT: a learned separator between rows of tiles
+    "visual/merger": PROJECTOR,  # Qwen-VL: the connector sits inside the vision module
+    "visual/deepstack_merger_list": PROJECTOR,  # Qwen3-VL: one more for each deep feature
+    # the words' side
+    "language_model": LANGUAGE,
+    "text_model": LANGUAGE,  # Idefics3, SmolVLM
+    "lm_head": LANGUAGE,
+    # Llama 3.2 Vision: attention to the image inside the decoder's layers, with its two gates
+    "language_model/cross_attn": CROSS,
+    "language_model/cross_attn_attn_gate": CROSS,
+    "language_model/cross_attn_mlp_gate": CROSS,
+}
+
+
+def decide(path):
+    """Component that `path`, a full module or parameter name, belongs to, and the part of the path
+    that decided it: `("projector", "model.multi_modal_projector")`. `(None, None)` where no rule
+    knows the path: what is unknown is never guessed."""
+    segments = path.split(".")
+    owner = place = None
+    for i, segment in enumerate(segments, start=1):
+        if owner is None:
+            if segment in RULES:
+                owner, place = segment, ".".join(segments[:i])
+        elif f"{owner}/{segment}" in RULES:
+            return RULES[f"{owner}/{segment}"], ".".join(segments[:i])
+    return RULES.get(owner), place
+
+
+def parameter_count(parameter):
+    """Number of weights in `parameter`. A 4-bit weight packs two in a byte and says so in its
+    `numel()`; its quantisation state remembers the true shape."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state is not None else parameter.numel()
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component of one model: how many parameters, in how many tensors, below which paths."""
+
+    component: str
+    parameters: int = 0
+    tensors: int = 0
+    places: tuple = ()
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The components of one model. `a["projector"].parameters`, `a.total`, `a.component_of(path)`.
+
+    `unknown` holds the full names of the parameters that no rule knows; they count in `total`, and
+    in no component.
+    """
+
+    architecture: str
+    parts: dict = field(repr=False)
+    unknown: tuple = ()
+    unknown_parameters: int = 0
+
+    def __getitem__(self, component):
+        if component not in self.parts:
+            near = difflib.get_close_matches(str(component), COMPONENTS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise AnatomyError(
+                f"{component!r} is not a component: {hint}the components are {', '.join(COMPONENTS)}"
+            )
+        return self.parts[component]
+
+    @property
+    def total(self):
+        """Parameters of the whole model, tied weights counted once."""
+        return sum(part.parameters for part in self.parts.values()) + self.unknown_parameters
+
+    def component_of(self, path):
+        """Component of a full module or parameter name, or None where no rule knows it."""
+        return decide(path)[0]
+
+    def table(self):
+        """A pandas DataFrame with a row per component (and one for what is unknown, if any)."""
+        import pandas as pd
+
+        rows = [
+            (p.component, p.parameters, p.tensors, ", ".join(p.places)) for p in self.parts.values()
+        ]
+        if self.unknown:
+            rows.append(
+                ("unknown", self.unknown_parameters, len(self.unknown), ", ".join(self.unknown[:3]))
+            )
+        table = pd.DataFrame(rows, columns=["component", "parameters", "tensors", "where"])
+        share = table["parameters"] / max(self.total, 1)
+        table.insert(2, "share", [f"{s:.1%}" for s in share])
+        return table.set_index("component")
+
+    def __str__(self):
+        table = self.table().to_string(formatters={"parameters": "{:,}".format})
+        return f"{self.architecture}: {self.total:,} parameters\n{table}"
+
+    def _repr_html_(self):
+        head = f"<p><b>{self.architecture}</b>: {self.total:,} parameters</p>"
+        return head + self.table().to_html(formatters={"parameters": "{:,}".format})
+
+    def require_known(self):
+        """Raise AnatomyError if any parameter is unknown; otherwise return self."""
+        if self.unknown:
+            names = "\n  ".join(self.unknown[:5])
+            more = f"\n  and {len(self.unknown) - 5} more" if len(self.unknown) > 5 else ""
+            raise AnatomyError(
+                f"{self.architecture} has {len(self.unknown)} parameters that no rule of vlmkit "
+                f"assigns to a component:\n  {names}{more}\n"
+                "vlmkit does not guess: a plan cannot be applied to this architecture."
+            )
+        return self
+
+
+def anatomy_of(model):
+    """Anatomy of a `torch.nn.Module`: on the meta device or loaded, quantised, wrapped by PEFT
+    (whose adapters count in the component that they adapt)."""
+    counts, tensors, places = {}, {}, {}
+    unknown = []
+    for name, parameter in model.named_parameters():  # lists a tied weight once
+        component, place = decide(name)
+        if component is None:
+            unknown.append(name)
+        counts[component] = counts.get(component, 0) + parameter_count(parameter)
+        tensors[component] = tensors.get(component, 0) + 1
+        places.setdefault(component, {})[place] = True
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    parts = {
+        c: Part(c, counts.get(c, 0), tensors.get(c, 0), tuple(places.get(c, ())))
+        for c in COMPONENTS
+    }
+    found = Anatomy(type(base).__name__, parts, tuple(unknown), counts.get(None, 0))
+    if not (parts[VISION].parameters or parts[PROJECTOR].parameters or unknown):
+        raise AnatomyError(
+            f"{found.architecture} is not a vision-language model: none of its parameters is a "
+            "vision encoder or a projector."
+        )
+    return found
+
+
+def on_meta(config, dtype=None, trust_remote_code=False):
+    """The model that `config` describes, on the meta device: every module and shape, no weights.
+
+    dtype: torch dtype of the parameters; None leaves it to the config.
+    Raises AnatomyError if the config is not that of a vision-language model.
+    """
+    import copy
+
+    import torch
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
+
+    remote = trust_remote_code and "AutoModelForImageTextToText" in getattr(config, "auto_map", {})
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not remote:
+        raise AnatomyError(
+            f"{type(config).__name__} ({config.model_type}) is not a vision-language model: "
+            "transformers has no image-text-to-text model for it. vlmkit works with LLaVA, "
+            "PaliGemma, Idefics3, SmolVLM, Qwen-VL, Llama 3.2 Vision and their kin."
+        )
+    config = copy.deepcopy(config)  # from_config writes the dtype into the config it is given
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    kwargs = {} if dtype is None else {"dtype": dtype}
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(
+            config, trust_remote_code=trust_remote_code, **kwargs
+        )
+
+
+def anatomy(x, *, revision=None, trust_remote_code=False):
+    """Anatomy of `x`: "pebble", a folder, a hub id, a transformers config, or a model.
+
+    Names and configs are built on the meta device: no weights are read and little memory is used.
+
+    Raises CheckpointError if a name leads to no config, AnatomyError if it is not a VLM's.
+    """
+    if hasattr(x, "named_parameters"):
+        return anatomy_of(x)
+    if not hasattr(x, "model_type"):
+        from vlmkit import checkpoints
+
+        folder = checkpoints.find(x, revision=revision, weights=False)
+        x = checkpoints.read_config(folder, trust_remote_code=trust_remote_code)
+    return anatomy_of(on_meta(x, trust_remote_code=trust_remote_code))
+
+
+class _CallableModule(types.ModuleType):
+    def __call__(self, x, **kwargs):
+        return anatomy(x, **kwargs)
+
+
+# `vlmkit.anatomy` is this module as soon as anything has imported it, and the public face is
+# `vk.anatomy("pebble")`. A module whose class has `__call__` serves as both, in any import order.
+sys.modules[__name__].__class__ = _CallableModule

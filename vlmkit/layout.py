@@ -1,0 +1,259 @@
+"""Layouts: a plan resolved against one model, with a row for each of its parameters.
+
+Loading, auditing and the memory ledger all read the same Layout, so they cannot disagree.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+from vlmkit.anatomy import anatomy_of, decide
+from vlmkit.errors import PlanError
+from vlmkit.formats import FORMATS, torch_dtype
+
+LINEAR, HEAD, EMBEDDING, NORM = "linear", "head", "embedding", "norm"
+CONVOLUTION, BIAS, BARE = "convolution", "bias", "bare parameter"
+KINDS = (LINEAR, HEAD, EMBEDDING, NORM, CONVOLUTION, BIAS, BARE)
+"""What a parameter is, as tables show it. Only `linear` can be quantised without being named."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter: the format that the plan asks of it, and the one that it gets.
+
+    They differ where bitsandbytes and transformers leave a parameter alone; `kind` says why.
+    """
+
+    name: str
+    module: str
+    component: str
+    kind: str
+    shape: tuple
+    asked: str
+    format: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A plan on a model. `rows`, `quantized` (module name to format), `quantization_config()`."""
+
+    plan: object
+    rows: tuple
+    linears: tuple  # full names of all modules that transformers would convert if it were let
+    always_skipped: tuple = ()  # names that transformers adds to any skip list by itself
+
+    @cached_property
+    def quantized(self):
+        return {row.module: row.format for row in self.rows if FORMATS[row.format].quantized}
+
+    @property
+    def load_dtype(self):
+        """Name of the float format to read the checkpoint in: the plan's own if it has only one.
+        Otherwise fp32, from which each parameter is rounded once, to the format that it gets."""
+        floats = {FORMATS[row.format].companion for row in self.rows}
+        return floats.pop() if len(floats) == 1 else "fp32"
+
+    @property
+    def skipped(self):
+        """Full names of the modules to leave out of quantisation: the outermost modules in which
+        nothing is quantised."""
+        busy = set()
+        for name in self.quantized:
+            parts = name.split(".")
+            busy.update(".".join(parts[:i]) for i in range(1, len(parts) + 1))
+        names = {}
+        for name in self.linears:
+            parts = name.split(".")
+            prefixes = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
+            idle = next((prefix for prefix in prefixes if prefix not in busy), None)
+            if idle is not None:
+                names[idle] = True
+        return list(names)
+
+    def quantization_config(self):
+        """transformers' own BitsAndBytesConfig for this layout, or None where nothing is quantised.
+
+        Raises PlanError for what one such config cannot express.
+        """
+        formats = sorted(set(self.quantized.values()))
+        if not formats:
+            return None
+        if len(formats) > 1:
+            raise PlanError(
+                f"the plan asks for {' and '.join(formats)} in one model, and transformers' "
+                "BitsAndBytesConfig holds one quantised format. Use one of them, with float formats "
+                f"({', '.join(f for f in FORMATS if not FORMATS[f].quantized)}) for the rest."
+            )
+        from transformers import BitsAndBytesConfig
+
+        # A list always, even an empty one: None would bring transformers' automatic exceptions
+        # back, and any list replaces them. That is why the head is named here like the rest.
+        skip = self.skipped
+        self._check(skip)
+        if formats == ["int8"]:
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=formats[0].removesuffix("-dq"),
+            bnb_4bit_use_double_quant=formats[0].endswith("-dq"),
+            bnb_4bit_compute_dtype=torch_dtype(formats[0]),
+            llm_int8_skip_modules=skip,
+        )
+
+    def _check(self, skip):
+        # transformers reads an entry as a regular expression from the start of a name, and also
+        # as a suffix of it. Ask its own function what it will make of this list.
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        wrong = [
+            name
+            for name in self.linears
+            if should_convert_module(name, [*skip, *self.always_skipped])
+            != (name in self.quantized)
+        ]
+        if wrong:
+            raise PlanError(
+                f"transformers' skip list cannot express this plan: it would treat {wrong[0]} "
+                f"(and {len(wrong) - 1} more modules) differently. Plan them like their neighbours."
+            )
+
+
+def resolve(plan, model):
+    """The Layout of `plan` on `model`, which is on the meta device. See `Plan.resolve`."""
+    found = anatomy_of(model).require_known()
+    kept = _never_converted(model)
+    linears = tuple(name for name, module in model.named_modules() if _is_linear(module))
+    overrides = _Overrides(plan)
+    rows = []
+    for name, parameter in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        component = decide(name)[0]
+        kind = kind_of(model, model.get_submodule(module), leaf)
+        asked, named = overrides.format_for(module), True
+        if asked is None:
+            asked, named = plan[component], False
+        wanted = FORMATS[asked]
+        can = module in linears and module not in kept and kind != BIAS
+        can = can and (kind == LINEAR or named)
+        given = asked if can or not wanted.quantized else wanted.companion
+        rows.append(Row(name, module, component, kind, tuple(parameter.shape), asked, given))
+    layout = Layout(plan, tuple(_keep_fp32(model, rows)), linears, tuple(_fp32_names(model)))
+    overrides.require_used(layout)
+    _require_effect(plan, found, layout)
+    return layout
+
+
+def _is_linear(module):
+    # Exactly what transformers' replace_with_bnb_linear converts: subclasses stay as they are.
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
+
+
+def kind_of(model, module, leaf):
+    """Which of KINDS the parameter `leaf` of `module` is, a module of `model`."""
+    from torch import nn
+
+    if leaf == "bias" and isinstance(module, nn.Linear):
+        return BIAS
+    if module is model.get_output_embeddings():
+        return HEAD
+    if isinstance(module, nn.Embedding):
+        return EMBEDDING
+    if isinstance(module, nn.Linear) or _is_linear(module):
+        return LINEAR
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return CONVOLUTION
+    return NORM if type(module).__name__.endswith("Norm") else BARE
+
+
+def _never_converted(model):
+    """Modules that must not be quantised even by name: a tied weight is shared with an embedding,
+    which cannot read packed bytes; and what the model's own class keeps in fp32."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    tied = {**model.all_tied_weights_keys}
+    names = {key.removesuffix(".weight") for key in (*tied, *tied.values())}
+    fp32 = _fp32_names(model)
+    return names | {n for n, _ in model.named_modules() if not should_convert_module(n, fp32)}
+
+
+def _fp32_names(model):
+    return list(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+
+def _keep_fp32(model, rows):
+    """Some classes keep a few modules in fp32 whatever dtype is asked (their forward counts on it)."""
+    import torch
+    from transformers.core_model_loading import build_glob_alternation
+
+    for row in rows:
+        # transformers' own rule for the dtype that this parameter would have been given
+        names = {}
+        if FORMATS[row.format].companion != "fp32" and not FORMATS[row.format].quantized:
+            names = model._get_dtype_plan(torch_dtype(row.format))
+        if names and build_glob_alternation(list(names))[0].search(row.name):
+            assert set(names.values()) == {torch.float32}
+            row = Row(*(getattr(row, f) for f in row.__dataclass_fields__ if f != "format"), "fp32")
+        yield row
+
+
+class _Overrides:
+    """The plan's overrides, and which modules each of them has found."""
+
+    def __init__(self, plan):
+        self.patterns = [(pattern, re.compile(pattern), name) for pattern, name in plan.overrides]
+        self.found = {(pattern, name): set() for pattern, name in plan.overrides}
+
+    def format_for(self, module):
+        hits = [
+            (pattern, name)
+            for pattern, compiled, name in self.patterns
+            if compiled.search(module) or compiled.search(module + ".")
+        ]
+        for hit in hits:
+            self.found[hit].add(module)
+        if len({name for _, name in hits}) > 1:
+            claims = " and ".join(f"{pattern!r} asks for {name}" for pattern, name in hits)
+            raise PlanError(
+                f"the plan contradicts itself about {module}: {claims}. Make the patterns narrower."
+            )
+        return hits[0][1] if hits else None
+
+    def require_used(self, layout):
+        for (pattern, name), modules in self.found.items():
+            if not modules:
+                examples = "\n  ".join(
+                    dict.fromkeys(row.module for row in layout.rows[:: 1 + len(layout.rows) // 5])
+                )
+                raise PlanError(
+                    f"the plan's override {pattern!r} matches no module of this model. Its modules have "
+                    f"full names such as\n  {examples}"
+                )
+            if FORMATS[name].quantized and not modules & set(layout.quantized):
+                kinds = sorted({row.kind for row in layout.rows if row.module in modules})
+                raise PlanError(
+                    f"the plan's override {pattern!r} asks for {name}, and none of the {len(modules)} "
+                    f"modules that it matches can be quantised (they are: {', '.join(kinds)}). Only "
+                    "Linear layers whose weight is not tied to an embedding can."
+                )
+
+
+def _require_effect(plan, anatomy, layout):
+    """A component that the plan names, for quantisation, must have something to quantise."""
+    for component, name in plan.named.items():
+        if not FORMATS[name].quantized or any(
+            row.component == component and row.asked == row.format for row in layout.rows
+        ):
+            continue
+        if not anatomy[component].parameters:
+            has = ", ".join(c for c, part in anatomy.parts.items() if part.parameters)
+            raise PlanError(
+                f"the plan asks for {component} in {name}, but {anatomy.architecture} has no "
+                f"{component}: the plan matches no module. It has {has}."
+            )
+        raise PlanError(
+            f"the plan asks for {component} in {name}, but no module of it can be quantised: it has "
+            f"{', '.join(sorted({r.kind for r in layout.rows if r.component == component}))}."
+        )

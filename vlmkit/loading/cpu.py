@@ -1,0 +1,50 @@
+"""Guards against what bitsandbytes 0.50 does to 4-bit layers on a CPU.
+
+Two traps, both measured, both pinned by tests:
+
+1. On a CPU with AVX512-BF16, a forward pass in eval mode repacks the weights in place: their bytes
+   change, double quantisation is undone, and a later training step gets no gradient.
+   `Linear4bit.support_avx512bf16_for_cpu = False` keeps a layer out of it.
+2. With AVX512, dequantising is wrong (12 dB instead of 20.6) where a row is not a whole number of
+   blocks: blocks run over the flattened weight, and the kernel starts a new one at every row. The
+   same kernel is right when it is handed the weight as one block a row, and that is how
+   `dequantize_in_whole_blocks` hands it over.
+"""
+
+from functools import cache
+from math import ceil, prod
+
+
+def guard_against_cpu_traps(model):
+    """Make the 4-bit layers of `model` safe to run on a CPU, wherever the model is now."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+            if module.in_features % module.weight.blocksize:
+                dequantize_in_whole_blocks()
+
+
+@cache  # registered once a process, and only when a layer needs it
+def dequantize_in_whole_blocks():
+    """Register a CPU kernel for bitsandbytes' dequantize_4bit that is right for every shape."""
+    import torch
+
+    name = "bitsandbytes::dequantize_4bit"
+    original = torch.library.get_kernel(name, "CPU")
+
+    def kernel(keys, packed, absmax, blocksize, quant_type, shape, dtype):
+        if shape[-1] % blocksize == 0:
+            return original.call_boxed(keys, packed, absmax, blocksize, quant_type, shape, dtype)
+        n = prod(shape)
+        blocks = ceil(n / blocksize)
+        packed = packed.reshape(-1).view(torch.uint8)
+        packed = torch.nn.functional.pad(packed, (0, blocks * blocksize // 2 - packed.numel()))
+        rows = (blocks, blocksize)
+        flat = original.call_boxed(keys, packed, absmax, blocksize, quant_type, rows, dtype)
+        return flat.reshape(-1)[:n].reshape(*shape)
+
+    library = torch.library.Library("bitsandbytes", "IMPL")
+    library.impl("dequantize_4bit", kernel, "CPU", with_keyset=True)
+    return library  # the registration lives as long as this object, which the cache keeps

@@ -1,0 +1,155 @@
+"""Plans: a number format for each component of a vision-language model.
+
+    plan = vk.Plan(vision_encoder="bf16", projector="bf16", language_model="nf4")
+    plan = plan.override(r"language_model\\.layers\\.0\\.", "bf16")
+    layout = plan.resolve(model_on_meta)      # every parameter, what was asked and what it gets
+    layout.quantization_config()              # transformers' own BitsAndBytesConfig
+
+A plan knows no model. Resolved against one it becomes a `vlmkit.layout.Layout`.
+"""
+
+import difflib
+import re
+from types import MappingProxyType
+
+from vlmkit import COMPONENTS
+from vlmkit.errors import PlanError
+from vlmkit.formats import FORMATS, format_named
+
+DEFAULT = "bf16"
+
+
+class Plan:
+    """A format for each component; those that are not named get bf16. Immutable.
+
+    The formats are the names in `vlmkit.formats.FORMATS`. A quantised format is for the Linear
+    layers of a component. The output head, tied weights, embeddings, norms, biases and convolutions
+    stay in the format's companion (bf16), as transformers and bitsandbytes keep them.
+
+    Raises PlanError, with the nearest right name, for an unknown component or format.
+    """
+
+    __slots__ = ("_default", "named", "overrides")
+
+    def __init__(self, **formats):
+        self._set(formats)
+
+    def _set(self, formats, overrides=(), default=DEFAULT):
+        for component, name in formats.items():
+            if component not in COMPONENTS:
+                near = difflib.get_close_matches(component, COMPONENTS, n=1, cutoff=0.4)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise PlanError(
+                    f"{component!r} is not a component: {hint}the components are {', '.join(COMPONENTS)}"
+                )
+            format_named(name)
+        named = {c: formats[c] for c in COMPONENTS if c in formats}
+        object.__setattr__(self, "named", MappingProxyType(named))
+        object.__setattr__(self, "_default", default)
+        object.__setattr__(self, "overrides", tuple(overrides))
+
+    @classmethod
+    def _make(cls, formats, overrides=(), default=DEFAULT):
+        plan = cls.__new__(cls)
+        plan._set(formats, overrides, default)
+        return plan
+
+    @classmethod
+    def recommended(cls):
+        """Vision encoder and projector in bf16, language model in nf4: nearly all of the saving,
+        since most of the bytes are the language model's."""
+        return cls(vision_encoder="bf16", projector="bf16", language_model="nf4")
+
+    @classmethod
+    def uniform(cls, name):
+        """Every component in the format `name`."""
+        format_named(name)
+        return cls._make({}, default=name)
+
+    @classmethod
+    def parse(cls, x):
+        """A plan from a Plan, from None or "recommended", from a format's name, or from text such
+        as "vision_encoder=bf16,language_model=nf4"."""
+        if isinstance(x, Plan):
+            return x
+        if x is None or x == "recommended":
+            return cls.recommended()
+        if not isinstance(x, str):
+            raise PlanError(f"{x!r} is not a plan: give a vk.Plan, a format's name, or text")
+        if "=" not in x:
+            return cls.uniform(x.strip())
+        formats = {}
+        for item in filter(None, (item.strip() for item in x.split(","))):
+            component, equals, name = (part.strip() for part in item.partition("="))
+            if not equals:
+                raise PlanError(f"{item!r} in the plan {x!r} is not of the form component=format")
+            if component in formats:
+                raise PlanError(f"the plan {x!r} names {component} twice")
+            formats[component] = name
+        return cls(**formats)
+
+    def override(self, pattern, name):
+        """A new plan in which the modules that `pattern` finds get the format `name`.
+
+        pattern: a regular expression, searched in the full module name with a dot at its end, so
+            that r"layers\\.1\\." is layer 1 and not layer 11.
+        """
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise PlanError(f"{pattern!r} is not a regular expression: {error}") from error
+        format_named(name)
+        return self._make(self.named, (*self.overrides, (pattern, name)), self._default)
+
+    def __getitem__(self, component):
+        if component not in COMPONENTS:
+            raise PlanError(f"{component!r} is not a component: they are {', '.join(COMPONENTS)}")
+        return self.named.get(component, self._default)
+
+    def __setattr__(self, name, value):
+        raise AttributeError("a Plan does not change: make a new one, or use plan.override(…)")
+
+    def _key(self):
+        return (*(self[c] for c in COMPONENTS), self.overrides)
+
+    def __eq__(self, other):
+        return isinstance(other, Plan) and self._key() == other._key()
+
+    def __hash__(self):
+        return hash(self._key())
+
+    def __reduce__(self):  # pickled and copied through _make, since nothing can be set later
+        return Plan._make, (dict(self.named), self.overrides, self._default)
+
+    def __repr__(self):
+        if self._default != DEFAULT:
+            text = f"Plan.uniform({self._default!r})"
+        else:
+            text = f"Plan({', '.join(f'{c}={f!r}' for c, f in self.named.items())})"
+        return text + "".join(f".override({p!r}, {f!r})" for p, f in self.overrides)
+
+    def table(self):
+        """A pandas DataFrame: what is planned, its format, and what the format is."""
+        import pandas as pd
+
+        rows = [(c, self[c], FORMATS[self[c]].about) for c in COMPONENTS]
+        rows += [(f"modules matching {p}", f, FORMATS[f].about) for p, f in self.overrides]
+        return pd.DataFrame(rows, columns=["component", "format", "which is"]).set_index(
+            "component"
+        )
+
+    def __str__(self):
+        return self.table().to_string()
+
+    def _repr_html_(self):
+        return self.table().to_html()
+
+    def resolve(self, model):
+        """The plan applied to `model`, a model on the meta device (`vlmkit.anatomy.on_meta`).
+
+        Returns a Layout. Raises AnatomyError if the model has parameters of unknown component, and
+        PlanError if a part of the plan matches nothing, changes nothing, or contradicts another.
+        """
+        from vlmkit.layout import resolve
+
+        return resolve(self, model)
