@@ -28,7 +28,8 @@ setup: ## create .venv and install into it; every target below begins with this
 
 lab: setup ## show the first result in the terminal, then open the course in JupyterLab
 	$(python) -m vlmkit
-	$(python) -m jupyterlab notebooks/00_start_here.ipynb $(as_root) $(LAB_ARGS)
+	$(python) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
+	  $(as_root) $(LAB_ARGS)
 
 test: lint ## check style, run the tests, run every notebook and compare its outputs
 	$(pytest) -m "not slow"
