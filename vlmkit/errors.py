@@ -1,0 +1,38 @@
+"""The errors vlmkit raises.
+
+Each message says what was asked, what was found and what to do next. All derive from
+`VlmkitError`, so that a program (or the command line) can tell a mistake of the user's, which has
+a remedy, from a defect of ours, which needs a traceback.
+"""
+
+
+class VlmkitError(Exception):
+    """Base of every error that vlmkit raises on purpose."""
+
+
+class PlanError(VlmkitError, ValueError):
+    """A plan names something that does not exist, or asks for what cannot be done."""
+
+
+class AnatomyError(VlmkitError, ValueError):
+    """A model or config is not a vision-language model, or has parts that no rule knows."""
+
+
+class CheckpointError(VlmkitError, OSError):
+    """A checkpoint is missing, incomplete, damaged, or in a format that is not safe to read."""
+
+
+class AuditError(VlmkitError, RuntimeError):
+    """What was loaded is not what the plan asked for."""
+
+
+class ImageError(VlmkitError, ValueError):
+    """An image cannot be read or used."""
+
+
+class QuestionError(VlmkitError, ValueError):
+    """A question is empty, or does not fit the model's context together with its images."""
+
+
+class TaskError(VlmkitError, ValueError):
+    """A task, a split or a size that no dataset can be made from."""

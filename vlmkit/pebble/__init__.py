@@ -1,0 +1,15 @@
+"""The bundled VLM: a real LlavaForConditionalGeneration, small enough to live in the package.
+
+recipe.py      its architecture, tokenizer and processor, and the stages of its training
+batches.py     pictures, text and questions made into tensors
+train.py       `python -m vlmkit.pebble.train`: the stages, run, logged and resumable
+checkpoint/    what `vk.load("pebble")` reads
+MODEL_CARD.md  what it can and cannot do, measured
+"""
+
+from pathlib import Path
+
+
+def path():
+    """The folder of pebble's checkpoint, as `from_pretrained` takes it."""
+    return Path(__file__).parent / "checkpoint"

@@ -1,0 +1,158 @@
+"""Pictures, text and questions made into tensors, for each stage of pebble's training.
+
+A picture costs 49 tokens and a question about 15, so one picture is asked several questions at
+once. Each question attends to the picture and to itself, not to the other questions, and its
+positions count on from the picture: the loss is exactly that of separate samples, at a fraction of
+the cost.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+import torch
+
+from vlmkit import tasks
+from vlmkit.pebble.recipe import ASSISTANT, END, IMAGE, PATCH, PATCHES, USER
+from vlmkit.tasks.drawing import COLORS, SHAPES
+from vlmkit.tasks.ocr import DIGITS, LETTERS
+
+WHATS = ("nothing", *SHAPES, *LETTERS, *DIGITS, "bar")
+HUES = (tasks.NONE, *COLORS)
+VALUES = 10
+"""Classes of the vision encoder's three targets: what is centred in a patch, its colour, and the
+value of a bar (0 where there is none)."""
+
+IGNORED = -100
+
+
+def pixel_values(frames):
+    """List of (SIZE, SIZE, 3) uint8 → (frames, 3, SIZE, SIZE) float32, as the processor does."""
+    stacked = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+    return stacked.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def dense_targets(marks):
+    """Marks of one frame → three rows of PATCHES class numbers: what, colour, value."""
+    side = tasks.SIZE // PATCH
+    targets = np.zeros((3, PATCHES), dtype=np.int64)
+    for mark in marks:
+        patch = mark.y // PATCH * side + mark.x // PATCH
+        targets[:, patch] = WHATS.index(mark.what), HUES.index(mark.color), mark.value
+    return targets
+
+
+def vision_batch(size, *key):
+    """`size` frames of all tasks with their dense targets, (size, 3, PATCHES)."""
+    frames, targets = [], []
+    for index in range(size):
+        rng = tasks.generator("train", "vision", *key, index)
+        picture = tasks.RECIPES[rng.choice(tasks.TASKS)].draw(rng)
+        chosen = rng.randrange(len(picture.frames))
+        frames.append(picture.frames[chosen])
+        targets.append(dense_targets(picture.marks[chosen]))
+    return pixel_values(frames), torch.from_numpy(np.stack(targets))
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Pictures that are batched together: their tasks, how many a batch, questions for each."""
+
+    name: str
+    tasks: tuple
+    pictures: int
+    questions: int
+
+
+@functools.cache
+def _encode(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _questions(recipes, picture, how_many, rng, weights):
+    """Questions of different kinds in turn, each asked again only when all kinds have been."""
+    asked = []
+    kinds = [(recipe, kind) for recipe in recipes for kind in recipe.kinds]
+    while len(asked) < how_many:
+        before = len(asked)
+        order = sorted(kinds, key=lambda rk: rng.random() ** (1 / weights.get(rk[1], 1.0)))
+        for recipe, kind in reversed(order):
+            pair = recipe.ask(kind, picture, rng)
+            if pair is not None and (kind, *pair) not in asked and len(asked) < how_many:
+                asked.append((kind, *pair))
+        if len(asked) == before:
+            break
+    return asked
+
+
+def question_batch(group, tokenizer, *key, images=True, weights=None):
+    """One batch of a group: a dict of tensors for `answer_loss`.
+
+    With `images`, the prompt holds the pictures; without, their description in words (the language
+    model's own stage). `weights` ask some kinds of question more often than others.
+    """
+    prefixes, conversations, frames, kinds = [], [], [], []
+    for index in range(group.pictures):
+        rng = tasks.generator("train", group.name, *key, index)
+        recipes = [tasks.RECIPES[name] for name in group.tasks]
+        picture = rng.choice(recipes).draw(rng)
+        if images:
+            frames += picture.frames
+            prompt = USER + (IMAGE * PATCHES + "\n") * len(picture.frames)
+            prefixes.append(_encode(tokenizer, prompt))
+        else:
+            text = recipes[0].describe(picture.facts)
+            prefixes.append(tokenizer.encode(f"{USER}{text}\n", add_special_tokens=False))
+        asked = _questions(recipes, picture, group.questions, rng, weights or {})
+        conversations.append(
+            [
+                (
+                    _encode(tokenizer, question + ASSISTANT),
+                    tokenizer.encode(f" {answer}{END}", add_special_tokens=False),
+                )
+                for _, question, answer in asked
+            ]
+        )
+        kinds += [kind for kind, _, _ in asked]
+    batch = packed(prefixes, conversations, tokenizer.pad_token_id)
+    batch["kinds"] = kinds
+    batch["pixel_values"] = pixel_values(frames) if images else None
+    return batch
+
+
+def packed(prefixes, conversations, pad):
+    """Token lists → input_ids, position_ids, labels and question numbers, each (rows, length), and
+    a (rows, 1, length, length) boolean mask, True where a token may look."""
+    lengths = [
+        len(prefix) + sum(len(q) + len(a) for q, a in turns)
+        for prefix, turns in zip(prefixes, conversations, strict=True)
+    ]
+    rows, length = len(prefixes), max(lengths)
+    input_ids = np.full((rows, length), pad, dtype=np.int64)
+    positions = np.zeros((rows, length), dtype=np.int64)
+    labels = np.full((rows, length), IGNORED, dtype=np.int64)
+    branch = np.full((rows, length), -1, dtype=np.int64)
+    numbers, asked = np.full((rows, length), -1, dtype=np.int64), 0
+    for row, (prefix, turns) in enumerate(zip(prefixes, conversations, strict=True)):
+        end = len(prefix)
+        input_ids[row, :end], positions[row, :end], branch[row, :end] = prefix, range(end), 0
+        for number, (question, answer) in enumerate(turns, start=1):
+            start, end = end, end + len(question) + len(answer)
+            input_ids[row, start:end] = question + answer
+            positions[row, start:end] = range(len(prefix), len(prefix) + end - start)
+            branch[row, start:end] = number
+            # Position t predicts token t + 1.
+            labels[row, start + len(question) - 1 : end - 1] = answer
+            numbers[row, start + len(question) - 1 : end - 1] = asked
+            asked += 1
+    branch = torch.from_numpy(branch)
+    same = branch[:, :, None] == branch[:, None, :]
+    shared = (branch[:, None, :] == 0) & (branch[:, :, None] >= 0)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "position_ids": torch.from_numpy(positions),
+        "labels": torch.from_numpy(labels),
+        "questions": torch.from_numpy(numbers),
+        "mask": ((same | shared) & causal)[:, None],
+    }
