@@ -1,0 +1,355 @@
+"""Asking and scoring, on small random models of several families: no test depends on weights."""
+
+import logging
+import warnings
+
+import datasets
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+import vlmkit as vk
+from vlmkit.errors import ImageError, QuestionError, TaskError, VlmkitError
+from vlmkit.evaluation import Scores, asking, normalise, wilson
+
+PATCHES, CONTEXT = 4, 512  # of the tiny model: visual tokens an image, and tokens in all
+TASKS = ["vqa", "multi_image", "video"]  # one, two and four pictures a question
+
+
+@pytest.fixture(scope="module")
+def processor(llava):
+    return AutoProcessor.from_pretrained(llava)
+
+
+@pytest.fixture(scope="module")
+def model(llava):
+    """Large weights, so that answers differ from question to question; float32, so that they do
+    not hang on rounding."""
+    model = LlavaForConditionalGeneration.from_pretrained(llava, dtype=torch.float32)
+    return scramble(model)
+
+
+def scramble(model):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.eval().parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return vk.tasks.dataset(TASKS, 18, seed=5)
+
+
+def red(size=(84, 84)):
+    return Image.new("RGB", size, "red")
+
+
+def test_ask_is_generate_on_the_chat_template(model, processor):
+    """The same, written out with transformers alone."""
+    content = [{"type": "image", "image": red()}, {"type": "text", "text": "What color is it?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    tokens = model.generate(**inputs, max_new_tokens=9, do_sample=False)
+    answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert vk.ask(model, processor, red(), "What color is it?", max_new_tokens=9) == answer.strip()
+
+
+def test_every_form_of_image_gives_the_same_answer(model, processor, tmp_path):
+    path = tmp_path / "red.png"
+    red().save(path)
+    array = np.asarray(red())
+    forms = [red(), path, str(path), array, array / 255.0, torch.tensor(array).permute(2, 0, 1)]
+    forms += [[form] for form in forms]
+    answers = {vk.ask(model, processor, form, "What?", max_new_tokens=4) for form in forms}
+    assert len(answers) == 1 and answers != {""}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 3), (20_000, 100)])
+def test_images_of_odd_sizes_are_answered(model, processor, size):
+    assert isinstance(vk.ask(model, processor, red(size), "What?", max_new_tokens=2), str)
+
+
+def test_several_images_keep_their_order(model, processor):
+    blue = Image.new("RGB", (84, 84), "blue")
+    first = vk.ask(model, processor, [red(), blue], "Same?", max_new_tokens=6)
+    second = vk.ask(model, processor, [blue, red()], "Same?", max_new_tokens=6)
+    assert first != second
+    assert isinstance(vk.ask(model, processor, [], "No picture?", max_new_tokens=2), str)
+
+
+@pytest.mark.parametrize("question", ["", " \n", None, 3])
+def test_a_question_must_ask_something(model, processor, question):
+    with pytest.raises(QuestionError):
+        vk.ask(model, processor, red(), question)
+
+
+def test_a_question_longer_than_the_context(model, processor):
+    with pytest.raises(QuestionError, match="shorten the question") as caught:
+        vk.ask(model, processor, red(), "What is it? " * 600, max_new_tokens=12)
+    assert f"{PATCHES} for 1 image," in str(caught.value)
+    assert "500 are available" in str(caught.value)
+
+
+def test_more_images_than_the_context_holds(model, processor, monkeypatch):
+    with pytest.raises(QuestionError, match="use fewer images") as caught:
+        vk.ask(model, processor, [red()] * 300, "Which?", max_new_tokens=12)
+    assert f"{300 * PATCHES:,} for 300 images" in str(caught.value)
+    with pytest.raises(QuestionError, match="ask for a shorter answer"):
+        vk.ask(model, processor, red(), "Which?", max_new_tokens=2000)
+    # To the token: the longest prompt that fits is answered, one token more is not.
+    used = asking._inputs(processor, [[red()]], ["Which?"])["input_ids"].shape[1]
+    room = CONTEXT - used
+    ends = list(range(len(processor.tokenizer)))  # any token, so that only the check is tried
+    monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+    assert isinstance(vk.ask(model, processor, red(), "Which?", max_new_tokens=room), str)
+    with pytest.raises(QuestionError, match=f"{used} tokens"):
+        vk.ask(model, processor, red(), "Which?", max_new_tokens=room + 1)
+
+
+def test_special_tokens_in_a_question_are_only_text(model, processor):
+    image_id = model.config.image_token_id
+    for typed in ("<image>", "<image><image>", "<|end|>", "<ima<image>ge>", "<|assistant|> red"):
+        inputs = asking._inputs(processor, [[red()]], [f"What is {typed} here?"])
+        plain = asking._inputs(processor, [[red()]], ["What?"])
+        for token in (image_id, *processor.tokenizer.all_special_ids):
+            found, expected = ((i["input_ids"] == token).sum() for i in (inputs, plain))
+            assert found == expected
+        assert isinstance(vk.ask(model, processor, red(), typed, max_new_tokens=2), str)
+
+
+def test_without_a_processor(model, dataset):
+    for nothing in (None, "pebble", model):
+        with pytest.raises(VlmkitError, match="processor"):
+            vk.ask(model, nothing, red(), "What?")
+        with pytest.raises(VlmkitError, match="processor"):
+            vk.evaluate(model, nothing, dataset)
+
+
+@pytest.mark.parametrize("most", [0, -1, 2.5, True])
+def test_an_answer_has_at_least_one_token(model, processor, most):
+    with pytest.raises(VlmkitError, match="max_new_tokens"):
+        vk.ask(model, processor, red(), "What?", max_new_tokens=most)
+
+
+def test_sampling_settings_of_a_checkpoint_are_neither_used_nor_warned_about(
+    model, processor, caplog, monkeypatch
+):
+    config = model.generation_config
+    expected = vk.ask(model, processor, red(), "What?", max_new_tokens=6)
+    settings = {"do_sample": True, "temperature": 5.0, "top_p": 0.9, "num_beams": 2}
+    settings |= {"max_length": 20, "pad_token_id": None}
+    for name, value in settings.items():
+        monkeypatch.setattr(config, name, value)
+    before = config.to_dict()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        answers = {vk.ask(model, processor, red(), "What?", max_new_tokens=6) for _ in range(3)}
+    assert answers == {expected}
+    assert not caplog.records
+    assert config.to_dict() == before
+
+
+def test_modes_are_left_as_they_were(model, processor):
+    model.train()
+    frozen = model.model.vision_tower.eval()
+    try:
+        vk.ask(model, processor, red(), "What?", max_new_tokens=2)
+        assert model.training and model.model.language_model.layers[0].mlp.training
+        assert not frozen.training
+    finally:
+        model.eval()
+
+
+@pytest.mark.parametrize("vision", [torch.float32, torch.bfloat16])
+def test_pixels_come_in_the_vision_encoders_own_type(model, vision):
+    parts = {"language_model": torch.bfloat16, "vision_tower": vision}
+    mixed = LlavaForConditionalGeneration._from_config(model.config, dtype=torch.float16)
+    for name, dtype in parts.items():
+        getattr(mixed.model, name).to(dtype)
+    assert asking._vision_dtype(mixed) == vision
+
+
+def test_a_batch_answers_as_one_by_one(model, processor, dataset):
+    one_by_one = [
+        vk.ask(model, processor, row["images"], row["question"], max_new_tokens=8)
+        for row in dataset
+    ]
+    assert len(set(one_by_one)) > 9  # or the comparison would show nothing
+    for batch_size in (1, 4, 64):
+        scores = vk.evaluate(model, processor, dataset, batch_size=batch_size, max_new_tokens=8)
+        assert list(scores.answers["predicted"]) == one_by_one
+
+
+def test_an_answer_that_ends_early_is_not_disturbed_by_its_batch(
+    model, processor, dataset, monkeypatch
+):
+    """With every fifth token an end, some answers end sooner than others."""
+    free = vk.evaluate(model, processor, dataset, max_new_tokens=8).answers["predicted"]
+    ends = list(range(0, len(processor.tokenizer), 5))
+    monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+    batched = vk.evaluate(model, processor, dataset, max_new_tokens=8).answers["predicted"]
+    alone = vk.evaluate(model, processor, dataset, batch_size=1, max_new_tokens=8).answers
+    assert list(batched) == list(alone["predicted"])
+    assert 0 < (batched == free).sum() < len(free)
+
+
+def paligemma():
+    pictures = SiglipImageProcessorPil(size={"height": 24, "width": 24})
+    pictures.image_seq_length = PATCHES
+    words = tiny.tokenizer()
+    words.bos_token = "<end>"
+    processor = transformers.PaliGemmaProcessor(pictures, words)
+    config = transformers.PaliGemmaConfig(
+        vision_config={**tiny.VISION, "model_type": "siglip_vision_model"},
+        text_config={**tiny.TEXT, "vocab_size": len(words), "model_type": "gemma"},
+        projection_dim=tiny.TEXT["hidden_size"],
+        image_token_index=processor.image_token_id,
+    )
+    return transformers.PaliGemmaForConditionalGeneration(config), processor
+
+
+def blip2():
+    pictures = BlipImageProcessorPil(size={"height": 24, "width": 24})
+    words = tiny.tokenizer()
+    processor = transformers.Blip2Processor(pictures, words, num_query_tokens=PATCHES)
+    width = tiny.TEXT["hidden_size"]
+    text = {**tiny.TEXT, "word_embed_proj_dim": width, "ffn_dim": width, "model_type": "opt"}
+    querying = {**tiny.VISION, "encoder_hidden_size": tiny.VISION["hidden_size"]}
+    config = transformers.Blip2Config(
+        vision_config=tiny.VISION,
+        qformer_config=querying,
+        text_config={**text, "bos_token_id": 1},
+        num_query_tokens=PATCHES,
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+    )
+    return transformers.Blip2ForConditionalGeneration(config), processor
+
+
+def idefics3(folder):
+    model = transformers.Idefics3ForConditionalGeneration.from_pretrained(folder)
+    return model.float(), AutoProcessor.from_pretrained(folder)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's
+@pytest.mark.parametrize(("family", "images"), [(paligemma, 2), (blip2, 1), (idefics3, 2)])
+def test_other_families_alone_and_in_batches(family, images, other_family):
+    model, processor = family(other_family) if family is idefics3 else family()
+    scramble(model)
+    rows = [
+        {"images": [red((40, 30))] * images, "question": "What?", "answer": ""},
+        {"images": [Image.new("L", (30, 30))] * images, "question": "A longer one?", "answer": ""},
+    ]
+    alone = [vk.ask(model, processor, r["images"], r["question"], max_new_tokens=5) for r in rows]
+    assert len(set(alone)) == 2
+    together = vk.evaluate(model, processor, rows, max_new_tokens=5)
+    assert list(together.answers["predicted"]) == alone
+    with pytest.raises(QuestionError, match="512, of which 5"):
+        vk.ask(model, processor, red(), "?" * 520, max_new_tokens=5)
+    if family is blip2:
+        with pytest.raises(ImageError, match="one image"):
+            vk.ask(model, processor, [red(), red()], "What?")
+
+
+def test_a_processor_whose_prompt_is_unknown(model, processor, monkeypatch):
+    monkeypatch.setattr(processor, "chat_template", None)
+    with pytest.raises(VlmkitError, match="LlavaProcessor has no chat template"):
+        vk.ask(model, processor, red(), "What?")
+
+
+def test_a_tokenizer_without_padding(model, llava, dataset):
+    processor = AutoProcessor.from_pretrained(llava)
+    processor.tokenizer.pad_token = None
+    assert isinstance(vk.ask(model, processor, red(), "What?", max_new_tokens=1), str)
+    with pytest.raises(VlmkitError, match="batch_size=1"):
+        vk.evaluate(model, processor, dataset)
+
+
+def test_scores_of_known_answers(model, processor, dataset, monkeypatch):
+    rows = dataset.to_list()
+    dataset = [{**row, "question": f"{i}"} for i, row in enumerate(dataset)]
+    wrong = {0, 4, 7, 8}
+
+    def known(model, processor, images, questions, *, max_new_tokens):
+        assert len({len(pictures) for pictures in images}) == 1  # what padding cannot even out
+        rows = [int(question) for question in questions]
+        return ["zebra" if i in wrong else f" {dataset[i]['answer'].upper()}. " for i in rows]
+
+    monkeypatch.setattr("vlmkit.evaluation.answers", known)
+    scores = vk.evaluate(model, processor, dataset, batch_size=5)
+    right = [i not in wrong for i in range(len(rows))]
+    assert list(scores.answers["correct"]) == right
+    assert list(scores.answers["question"]) == [str(i) for i in range(len(rows))]
+    assert scores.accuracy == sum(right) / len(rows)
+    assert scores.interval == wilson(sum(right), len(rows))
+    assert list(scores.by_task.index) == TASKS and list(scores.by_task["n"]) == [6, 6, 6]
+    for task, row in scores.by_task.iterrows():
+        of_task = [r for r, source in zip(right, rows, strict=True) if source["task"] == task]
+        assert row["accuracy"] == pytest.approx(np.mean(of_task))
+        assert row["low"] <= row["accuracy"] <= row["high"]
+    assert scores.by_kind.index.names == ["task", "kind"]
+    assert scores.by_kind["n"].sum() == len(rows)
+    for text in (str(scores), scores._repr_html_()):
+        assert f"{scores.accuracy:.1%}" in text and "multi_image" in text
+    assert isinstance(scores, Scores)
+
+
+def test_a_list_of_rows_without_task_and_kind(model, processor):
+    rows = [{"images": [red()], "question": f"Number {i}?", "answer": "one"} for i in range(3)]
+    rows[1]["images"] = red()
+    scores = vk.evaluate(model, processor, rows)
+    assert scores.n == 3 and list(scores.by_task.index) == ["all"]
+
+
+def test_datasets_that_cannot_be_evaluated(model, processor, dataset):
+    def check(data, error, says):
+        with pytest.raises(error, match=says):
+            vk.evaluate(model, processor, data)
+
+    check(dataset.remove_columns(["answer", "images"]), TaskError, "no column images.*answer")
+    check(dataset.select([]), TaskError, "no rows")
+    check([], TaskError, "no rows")
+    check(datasets.DatasetDict(test=dataset), TaskError, "'test'")
+    check(iter([]), TaskError, "no length")
+    row = {"images": [red()], "question": "What?", "answer": "red"}
+    check([row, {**row, "question": " "}], QuestionError, "Row 1: .*empty")
+    check([row, {**row, "images": ["nowhere.png"]}], ImageError, "Row 1: .*nowhere")
+    check([row, {**row, "answer": None}], TaskError, "Row 1: ")
+    check([row, {**row, "question": "Which? " * 900}], QuestionError, "Row 1: .*tokens")
+    for size in (0, 1.5):
+        with pytest.raises(TaskError, match="batch_size"):
+            vk.evaluate(model, processor, dataset, batch_size=size)
+
+
+def test_normalise():
+    assert normalise(" Red. ") == normalise("red") == "red"
+    assert normalise("A  red\ncircle!") == "a red circle"
+    assert normalise("1.5") == "1.5" != normalise("15")
+
+
+def test_wilson_against_published_values():
+    # Newcombe, 1998, Statistics in Medicine 17, table I, method 3.
+    for correct, n, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
+        assert wilson(correct, n) == pytest.approx((low, high), abs=5e-5)
+    assert wilson(20, 20)[1] == 1.0
+    with pytest.raises(ValueError):
+        wilson(3, 2)

@@ -1,0 +1,117 @@
+"""Asking a vision-language model, and scoring its answers.
+
+asking.py   one question or a batch of them, from pictures and text to the answer's text
+scores.py   exact match, its interval, and the tables by task and by kind of question
+"""
+
+from vlmkit.errors import QuestionError, TaskError, VlmkitError
+from vlmkit.evaluation.asking import TooLong, answers, ask, check_processor, check_question
+from vlmkit.evaluation.scores import Scores, normalise, wilson
+from vlmkit.images import read_all
+
+__all__ = ["COLUMNS", "Scores", "answers", "ask", "evaluate", "normalise", "wilson"]
+
+COLUMNS = ("images", "question", "answer")
+"""What a row of a dataset must have; `task` and `kind` are used where they are there."""
+
+
+def evaluate(model, processor, dataset, *, batch_size=64, max_new_tokens=None, progress=False):
+    """Ask every question of a dataset and compare the answers: `Scores`.
+
+    dataset: a `datasets.Dataset` (`vlmkit.tasks.dataset` makes one), or a list of rows, with the
+    columns images, question, answer, and where known task and kind. An answer counts if it is the
+    expected one after `normalise`. max_new_tokens: by default 8 more than the longest expected
+    answer takes; one that is longer is wrong, however it goes on. progress: show a progress bar.
+
+    Rows are batched with others of as many images and about as long a question, which only makes
+    it faster: padding is masked. Raises `TaskError` where a column is missing, and the errors of
+    `ask` with the number of the row.
+    """
+    import pandas as pd
+    from tqdm import tqdm
+
+    check_processor(processor)
+    _check_dataset(dataset)
+    if type(batch_size) is not int or batch_size < 1:
+        raise TaskError(f"batch_size is a whole number from 1; it is {batch_size!r}.")
+    if max_new_tokens is None:
+        expected = processor.tokenizer(_column(dataset, "answer"), add_special_tokens=False)
+        max_new_tokens = 8 + max(len(ids) for ids in expected["input_ids"])
+    predicted = [None] * len(dataset)
+    with tqdm(total=len(dataset), disable=not progress, unit="question") as bar:
+        # A window of rows is held at a time: a dataset of photographs need not fit in memory.
+        for start in range(0, len(dataset), 8 * batch_size):
+            rows = range(start, min(start + 8 * batch_size, len(dataset)))
+            read = {row: _read_row(dataset[row], row) for row in rows}
+            for batch in _batches(read, batch_size):
+                images, questions = zip(*(read[row] for row in batch), strict=True)
+                try:
+                    found = answers(
+                        model, processor, images, questions, max_new_tokens=max_new_tokens
+                    )
+                except TooLong as error:
+                    raise QuestionError(f"Row {batch[error.prompt]}: {error}") from error
+                for row, answer in zip(batch, found, strict=True):
+                    predicted[row] = answer
+                bar.update(len(batch))
+    table = pd.DataFrame({name: _column(dataset, name) for name in ("question", "answer")})
+    table["predicted"] = predicted
+    table["correct"] = table["answer"].map(normalise) == table["predicted"].map(normalise)
+    for name in ("task", "kind"):
+        table[name] = _column(dataset, name) if name in _columns(dataset) else "all"
+    return Scores(table)
+
+
+def _columns(dataset):
+    names = getattr(dataset, "column_names", None)
+    return list(dataset[0]) if names is None else names
+
+
+def _column(dataset, name):
+    if hasattr(dataset, "column_names"):
+        return list(dataset[name])
+    return [row[name] for row in dataset]
+
+
+def _check_dataset(dataset):
+    if isinstance(dataset, dict):
+        raise TaskError(
+            f"This holds several datasets: choose one of {', '.join(map(repr, dataset))}."
+        )
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TaskError(
+            f"A {type(dataset).__name__} has no length or no rows by number: take some of its rows "
+            "as a list."
+        )
+    if len(dataset) == 0:
+        raise TaskError("The dataset has no rows, so there is nothing to evaluate.")
+    missing = [name for name in COLUMNS if name not in _columns(dataset)]
+    if missing:
+        raise TaskError(
+            f"The dataset has no column {' and no column '.join(missing)}. It has "
+            f"{', '.join(_columns(dataset))}; needed are {', '.join(COLUMNS)}, and optionally task "
+            "and kind. dataset.rename_column gives a column its name."
+        )
+    for row, answer in enumerate(_column(dataset, "answer")):
+        if not isinstance(answer, str):
+            raise TaskError(f"Row {row}: an answer is text, and this is a {type(answer).__name__}.")
+
+
+def _read_row(row, number):
+    try:
+        check_question(row["question"])
+        return read_all(row["images"]), row["question"]
+    except VlmkitError as error:
+        raise type(error)(f"Row {number}: {error}") from error
+
+
+def _batches(read, size):
+    """Row numbers in batches of rows with as many images and questions of like length."""
+    rows = sorted(read, key=lambda row: (len(read[row][0]), len(read[row][1])))
+    batch = []
+    for row in rows:
+        if batch and (len(batch) == size or len(read[row][0]) != len(read[batch[0]][0])):
+            yield batch
+            batch = []
+        batch.append(row)
+    yield batch

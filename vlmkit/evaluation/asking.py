@@ -1,0 +1,227 @@
+"""A question and its pictures made into a model's inputs, and its answer made into text.
+
+Everything goes the way a user of transformers would take: the processor's chat template makes the
+prompt, the processor its tensors, `generate` the answer. Prompts are padded on the left, so that
+every answer starts right after its question.
+"""
+
+import contextlib
+import inspect
+import re
+
+from vlmkit import anatomy
+from vlmkit.errors import ImageError, QuestionError, VlmkitError
+from vlmkit.images import read_all
+
+# Processors without a chat template whose models were trained on one plain prompt. `{images}` is
+# where the image placeholders go; BLIP-2's processor puts its own in front.
+_PLAIN_PROMPTS = {
+    "PaliGemmaProcessor": "{images}{question}",  # arXiv 2407.07726, section 3.2.3
+    "Blip2Processor": "Question: {question} Answer:",  # arXiv 2301.12597, section 4.1
+}
+
+
+def ask(model, processor, images, question, *, max_new_tokens=64):
+    """The model's answer to a question about an image or several, as text.
+
+    images: a PIL image, a path or an array, or a list of them, in the order in which the model is
+    to see them (see `vlmkit.images.read`); an empty list asks without a picture. Greedy decoding:
+    the most probable token each time, at most `max_new_tokens` of them, until the model ends its
+    answer. The model's training mode and generation settings are left as they were.
+
+    Raises `ImageError` for an image that cannot be read, `QuestionError` for an empty question and
+    for one that does not fit the model's context together with its images, and `VlmkitError` where
+    there is no processor.
+    """
+    check_processor(processor)
+    check_question(question)
+    return answers(model, processor, [read_all(images)], [question], max_new_tokens=max_new_tokens)[
+        0
+    ]
+
+
+class TooLong(QuestionError):
+    """A prompt of a batch that does not fit; `prompt` is its number in the batch."""
+
+    def __init__(self, message, prompt):
+        super().__init__(message)
+        self.prompt = prompt
+
+
+def answers(model, processor, images, questions, *, max_new_tokens):
+    """The answers to a batch: images[i] is the list of RGB images of questions[i], all as long.
+
+    Raises as `ask` does, and `TooLong` with the number of the prompt that does not fit.
+    """
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise VlmkitError(f"max_new_tokens is a whole number from 1; it is {max_new_tokens!r}.")
+    inputs = _inputs(processor, images, questions)
+    _check_context(model, inputs, len(images[0]), max_new_tokens)
+    inputs = inputs.to(model.device, _vision_dtype(model))
+    if "token_type_ids" not in inspect.signature(model.forward).parameters:
+        # Some tokenizers give them whether or not the model has a use for them, and generate
+        # refuses what the model does not take.
+        inputs.pop("token_type_ids", None)
+    inputs.pop("labels", None)  # PaliGemma's processor prepares for training
+    pad = model.generation_config.pad_token_id
+    with _in_evaluation_mode(model):
+        tokens = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            max_length=None,  # a checkpoint's own would draw a warning
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=processor.tokenizer.pad_token_id if pad is None else pad,
+        )
+    # A decoder's output starts with its prompt, an encoder-decoder's does not.
+    prompt = inputs["input_ids"]
+    if tokens.shape[1] >= prompt.shape[1] and tokens[:, : prompt.shape[1]].equal(prompt):
+        tokens = tokens[:, prompt.shape[1] :]
+    texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def _inputs(processor, images, questions):
+    """The model's inputs for a batch: token ids, attention mask, pixel values and what else the
+    processor makes."""
+    questions = [_plain_text(processor, question) for question in questions]
+    if len(questions) > 1 and processor.tokenizer.pad_token is None:
+        raise VlmkitError(
+            "This tokenizer has no padding token, so several prompts cannot share a batch: set "
+            "processor.tokenizer.pad_token, commonly to its eos_token, or use batch_size=1."
+        )
+    text = {"padding": len(questions) > 1, "padding_side": "left"}
+    if getattr(processor, "chat_template", None):
+        conversations = [
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image", "image": image} for image in pictures]
+                    + [{"type": "text", "text": question}],
+                }
+            ]
+            for pictures, question in zip(images, questions, strict=True)
+        ]
+        return processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"text_kwargs": text},
+        )
+    name = type(processor).__name__
+    if name not in _PLAIN_PROMPTS:
+        raise VlmkitError(
+            f"This {name} has no chat template, so there is no telling how its model wants to be "
+            f"asked. Give it one (processor.chat_template = ...); only {', '.join(_PLAIN_PROMPTS)} "
+            "are known to vlmkit without."
+        )
+    if name == "Blip2Processor" and len(images[0]) != 1:
+        raise ImageError(f"BLIP-2 takes one image a question, and there are {len(images[0])}.")
+    prompts = [
+        _PLAIN_PROMPTS[name].format(images=str(processor.image_token) * len(images[0]), question=q)
+        for q in questions
+    ]
+    flat = [image for pictures in images for image in pictures]
+    return processor(images=flat or None, text=prompts, return_tensors="pt", **text)
+
+
+def _plain_text(processor, question):
+    """The question with a space inside whatever would become a special token.
+
+    A question is data: "<image>" typed in it is not another image, and an end-of-turn mark does
+    not end the user's turn.
+    """
+    special = {
+        token.content
+        for token in processor.tokenizer.added_tokens_decoder.values()
+        if token.special
+    }
+    special |= {
+        str(getattr(processor, f"{kind}_token", None) or "") for kind in ("image", "video", "audio")
+    }
+    tokens = sorted((token for token in special if len(token.strip()) > 1), key=len, reverse=True)
+    if not tokens:
+        return question
+    pattern = "|".join(map(re.escape, tokens))
+    return re.sub(pattern, lambda found: f"{found[0][0]} {found[0][1:]}", question)
+
+
+def _check_context(model, inputs, images, max_new_tokens):
+    config = model.config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None)
+    if context is None:
+        return
+    needed = inputs["attention_mask"].sum(dim=1)
+    prompt = int(needed.argmax())
+    needed = int(needed[prompt])
+    available = context - max_new_tokens
+    if needed <= available:
+        return
+    token = getattr(
+        model.config, "image_token_id", getattr(model.config, "image_token_index", None)
+    )
+    for_images = int((inputs["input_ids"][prompt] == token).sum()) if token is not None else 0
+    for_text = needed - for_images
+    if available < 1:
+        remedy = "ask for a shorter answer"
+    elif for_images <= for_text:
+        remedy = "shorten the question"
+    else:
+        remedy = "use fewer images" if images > 1 else "use a smaller image"
+    raise TooLong(
+        f"The prompt needs {needed:,} tokens ({for_images:,} for {images} "
+        f"image{'s' * (images != 1)}, {for_text:,} for the question and its template) and "
+        f"{max(available, 0):,} are available: the model's context is {context:,}, of which "
+        f"{max_new_tokens:,} are kept for the answer. To make it fit, {remedy}.",
+        prompt,
+    )
+
+
+def _vision_dtype(model):
+    """The floating-point type in which the vision encoder wants its pixels.
+
+    Under a plan the components' types differ, and `model.dtype` is whichever comes first. Of a
+    quantised encoder it is the type of what stayed unquantised, its patch embedding for one.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and anatomy.decide(name)[0] == "vision_encoder":
+            return parameter.dtype
+    return model.dtype
+
+
+@contextlib.contextmanager
+def _in_evaluation_mode(model):
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:  # and not model.train(), which would wake what was frozen in eval
+            module.training = True
+
+
+def check_processor(processor):
+    if processor is None:
+        raise VlmkitError(
+            "There is no processor, which turns pictures and questions into the model's inputs: "
+            "load with processor=True, or pass transformers' AutoProcessor of the same model."
+        )
+    if not (
+        hasattr(processor, "tokenizer")
+        and callable(getattr(processor, "apply_chat_template", None))
+    ):
+        raise VlmkitError(
+            f"A {type(processor).__name__} is not a processor of images and text; "
+            "transformers' AutoProcessor of the same model is."
+        )
+
+
+def check_question(question):
+    if not isinstance(question, str):
+        raise QuestionError(f"A question is text, and this is a {type(question).__name__}.")
+    if not question.strip():
+        raise QuestionError(
+            'The question is empty: ask something, such as "What is in the picture?"'
+        )
