@@ -1,5 +1,6 @@
 """The files around the package agree with one another, the README and what is installed."""
 
+import functools
 import importlib.metadata
 import re
 import shutil
@@ -38,6 +39,7 @@ def pins():
     return {canonicalize_name(name): Version(version) for name, version in pairs}
 
 
+@functools.cache
 def pulled_in(*extras):
     """{name: version} of all that is installed because of the package or its `extras`."""
     versions, queue = {}, [(r, ()) for r in requirements(*extras)]
