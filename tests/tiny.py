@@ -3,7 +3,7 @@
     tiny.llava(folder)             # SigLIP tower, like pebble
     tiny.llava(folder, tower="clip", tie=True)
     tiny.other_family(folder)      # Idefics3: another tower, another connector, another processor
-    tiny.qwen2_vl(folder)          # connector inside the vision module; its processor needs torchvision
+    tiny.qwen2_vl(folder)          # connector inside the vision module; no processor
 
 Each returns the folder, as a pathlib.Path. The weights are random: the answers mean nothing.
 """
@@ -37,22 +37,26 @@ TEMPLATE = (
 )
 SPECIALS = ["<pad>", "<end>", "<image>"]
 VOCABULARY = 384
-TEXT = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=128,
-    intermediate_size=192,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    max_position_embeddings=512,
-    pad_token_id=0,
-    bos_token_id=None,
-    eos_token_id=1,
-)
-VISION = dict(
-    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=24,
-    patch_size=12,
-)  # fmt: skip
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 24,
+    "patch_size": 12,
+}
 
 
 def tokenizer(extra=()):
@@ -146,21 +150,22 @@ def other_family(folder):
 def qwen2_vl(folder, dtype=torch.bfloat16):
     """A Qwen2-VL: the projector inside the vision module, tied embeddings, no processor."""
     config = Qwen2VLConfig(
-        vision_config=dict(
-            depth=2,
-            embed_dim=64,
-            hidden_size=128,
-            num_heads=2,
-            mlp_ratio=2,
-            patch_size=4,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-        ),  # fmt: skip
-        text_config=dict(
-            **{k: v for k, v in TEXT.items() if k != "bos_token_id"},
-            rope_parameters={"rope_type": "default", "mrope_section": [8, 12, 12]},
-            tie_word_embeddings=True,
-        ),
+        vision_config={
+            "depth": 2,
+            "embed_dim": 64,
+            "hidden_size": 128,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        text_config={
+            **TEXT,
+            "bos_token_id": 2,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12]},
+            "tie_word_embeddings": True,
+        },
         image_token_id=5,
         video_token_id=6,
         vision_start_token_id=7,

@@ -94,7 +94,8 @@ class Anatomy:
             near = difflib.get_close_matches(str(component), COMPONENTS, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise AnatomyError(
-                f"{component!r} is not a component: {hint}the components are {', '.join(COMPONENTS)}"
+                f"{component!r} is not a component: {hint}"
+                    f"the components are {', '.join(COMPONENTS)}"
             )
         return self.parts[component]
 

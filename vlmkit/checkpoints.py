@@ -37,8 +37,8 @@ def find(name, *, revision=None, weights=True, trust_remote_code=False):
         return folder
     if folder.is_file():
         raise CheckpointError(
-            f"{text} is a file, and a checkpoint is a folder: give the folder that holds config.json, "
-            "the weights and the processor's files."
+            f"{text} is a file, and a checkpoint is a folder: give the folder that holds "
+            "config.json, the weights and the processor's files."
         )
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
         near = difflib.get_close_matches(text.lower(), [PEBBLE], cutoff=0.6)
@@ -79,13 +79,13 @@ def _from_hub(name, revision, weights, trust_remote_code):
         raise CheckpointError(f"{name} has no revision {revision!r} on the hub.") from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"There is no checkpoint {name!r}: not a folder here, and the hub has no public model of "
-            f"that id. {OFFLINE}"
+            f"There is no checkpoint {name!r}: it is not a folder here, and the hub has no public "
+            f"model of that id. {OFFLINE}"
         ) from error
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"{name} is not a folder here and not in the hub's cache, and the hub cannot be reached. "
-            f"Check the network (or HF_HUB_OFFLINE), or use the bundled model: {OFFLINE}"
+            f"{name} is not a folder here and not in the hub's cache, and the hub cannot be "
+            f"reached. Check the network (or HF_HUB_OFFLINE), or use the bundled model: {OFFLINE}"
         ) from error
     except Exception as error:  # httpx, disk and proxy errors of many kinds
         raise CheckpointError(
@@ -106,12 +106,13 @@ def read_config(folder, *, trust_remote_code=False):
     if kind not in CONFIG_MAPPING:
         if "auto_map" not in raw:
             raise CheckpointError(
-                f"{folder}: config.json says model_type {kind!r}, which this transformers does not know."
+                f"{folder}: config.json says model_type {kind!r}, which this release of "
+                "transformers does not know."
             )
         if not trust_remote_code:
             raise CheckpointError(
-                f"{folder}: this model ({kind!r}) runs Python code that comes with the checkpoint. Read "
-                "that code first, then allow it by name: trust_remote_code=True."
+                f"{folder}: this model ({kind!r}) runs Python code that comes with the checkpoint. "
+                "Read that code first, then allow it by name: trust_remote_code=True."
             )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -125,8 +126,8 @@ def _read_json(folder, file):
     except FileNotFoundError as error:
         if (folder / "adapter_config.json").exists():
             raise CheckpointError(
-                f"{folder} holds a PEFT adapter, not a checkpoint: load the model that the adapter was "
-                "trained on, then the adapter with peft.PeftModel.from_pretrained(model, folder)."
+                f"{folder} holds a PEFT adapter, not a checkpoint: load the model that the adapter "
+                "was trained on, then the adapter: peft.PeftModel.from_pretrained(model, folder)."
             ) from error
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
         raise CheckpointError(
@@ -167,15 +168,15 @@ def _weight_files(folder):
         lost = [file.name for file in files if not file.exists()]
         if lost or not files:
             raise CheckpointError(
-                f"{folder}: {INDEX} names {len(files)} weight files, of which {len(lost)} are missing"
-                f"{': ' + ', '.join(lost[:3]) if lost else ''}. Copy or download them again."
+                f"{folder}: {INDEX} names {len(files)} weight files, of which {len(lost)} are "
+                f"missing ({', '.join(lost[:3])}). Copy or download them again."
             )
         return files
     pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
     if pickles:
         raise CheckpointError(
-            f"{folder} has its weights only as pickle ({', '.join(pickles[:3])}). A pickle can run any "
-            "code when it is opened, so vlmkit reads safetensors only: convert it where you trust it, "
-            "with model.save_pretrained(folder)."
+            f"{folder} has its weights only as pickle ({', '.join(pickles[:3])}). A pickle can run "
+            "any code when it is opened, so vlmkit reads safetensors only: convert it where you trust "
+            "it, with model.save_pretrained(folder)."
         )
     raise CheckpointError(f"{folder} has a config but no weights: there is no {SAFETENSORS}.")

@@ -183,7 +183,7 @@ def _quantize_rows(weight):
 
 
 def _quantize_blocks(values, code, block):
-    """Index into `code` of each value divided by its block's largest magnitude, and those maxima."""
+    """Index into `code` of each value over its block's largest magnitude, and those magnitudes."""
     import torch
 
     n = values.numel()

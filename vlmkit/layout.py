@@ -81,7 +81,7 @@ class Layout:
         if len(formats) > 1:
             raise PlanError(
                 f"the plan asks for {' and '.join(formats)} in one model, and transformers' "
-                "BitsAndBytesConfig holds one quantised format. Use one of them, with float formats "
+                "BitsAndBytesConfig holds one quantised format. Use one of them, and float formats "
                 f"({', '.join(f for f in FORMATS if not FORMATS[f].quantized)}) for the rest."
             )
         from transformers import BitsAndBytesConfig
@@ -184,7 +184,7 @@ def _fp32_names(model):
 
 
 def _keep_fp32(model, rows):
-    """Some classes keep a few modules in fp32 whatever dtype is asked (their forward counts on it)."""
+    """Some classes keep a few modules in fp32 whatever is asked: their forward counts on it."""
     import torch
     from transformers.core_model_loading import build_glob_alternation
 
@@ -228,20 +228,21 @@ class _Overrides:
                     dict.fromkeys(row.module for row in layout.rows[:: 1 + len(layout.rows) // 5])
                 )
                 raise PlanError(
-                    f"the plan's override {pattern!r} matches no module of this model. Its modules have "
-                    f"full names such as\n  {examples}"
+                    f"the plan's override {pattern!r} matches no module of this model. Its modules "
+                    f"have full names such as\n  {examples}"
                 )
             if FORMATS[name].quantized and not modules & set(layout.quantized):
                 kinds = sorted({row.kind for row in layout.rows if row.module in modules})
                 raise PlanError(
-                    f"the plan's override {pattern!r} asks for {name}, and none of the {len(modules)} "
-                    f"modules that it matches can be quantised (they are: {', '.join(kinds)}). Only "
-                    "Linear layers whose weight is not tied to an embedding can."
+                    f"the plan's override {pattern!r} asks for {name}, and none of the "
+                    f"{len(modules)} modules that it matches can be quantised (they are: "
+                    f"{', '.join(kinds)}). Only Linear layers whose weight is not tied to an "
+                    "embedding can."
                 )
 
 
 def _require_effect(plan, anatomy, layout):
-    """A component that the plan names, for quantisation, must have something to quantise."""
+    """A component that the plan names for quantisation must have something to quantise."""
     for component, name in plan.named.items():
         if not FORMATS[name].quantized or any(
             row.component == component and row.asked == row.format for row in layout.rows

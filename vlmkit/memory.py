@@ -74,8 +74,8 @@ class Ledger:
         return f"{head}\n{_in_megabytes(self.table()).to_string()}"
 
     def _repr_html_(self):
-        head = f"<p><b>{self.title}</b>: {self.total / MEGABYTE:.2f} MB (1 MB = 10<sup>6</sup> bytes)</p>"
-        return head + _in_megabytes(self.table()).to_html()
+        size = f"{self.total / MEGABYTE:.2f} MB (1 MB = 10<sup>6</sup> bytes)"
+        return f"<p><b>{self.title}</b>: {size}</p>{_in_megabytes(self.table()).to_html()}"
 
 
 def _sums(entries, what, order):

@@ -40,7 +40,8 @@ class Plan:
                 near = difflib.get_close_matches(component, COMPONENTS, n=1, cutoff=0.4)
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise PlanError(
-                    f"{component!r} is not a component: {hint}the components are {', '.join(COMPONENTS)}"
+                    f"{component!r} is not a component: {hint}"
+                    f"the components are {', '.join(COMPONENTS)}"
                 )
             format_named(name)
         named = {c: formats[c] for c in COMPONENTS if c in formats}

@@ -42,9 +42,9 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
     The plan is resolved to full module names on the meta device before any weight is read. All or
     nothing: if anything is wrong, nothing is returned.
 
-    Raises PlanError (the plan does not fit the model or the device), CheckpointError (files missing,
-    damaged or refused), AnatomyError (not a VLM, or parts of it unknown), AuditError (what was
-    loaded is not what the plan asked for).
+    Raises PlanError (the plan does not fit the model or the device), CheckpointError (files
+    missing, damaged or refused), AnatomyError (not a VLM, or parts of it unknown), AuditError
+    (what was loaded is not what the plan asked for).
     """
     plan = Plan.parse(plan)
     device = resolve_device(device)
@@ -69,8 +69,8 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
 def _refuse_quantized(folder, config):
     if getattr(config, "quantization_config", None):
         raise CheckpointError(
-            f"{folder} holds weights that are quantised already, and a plan cannot give them back the "
-            "bits that they lost. Load the checkpoint that they were made from, under a plan."
+            f"{folder} holds weights that are quantised already, and a plan cannot give them back "
+            "the bits that they lost. Load the checkpoint that they were made from, under a plan."
         )
 
 
@@ -112,8 +112,8 @@ def _require_complete(folder, info):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise CheckpointError(
-                f"{folder} {problem}: {', '.join(keys[:3])}{more}. Its config.json and its weights do "
-                "not belong together, or a file is incomplete."
+                f"{folder} {problem}: {', '.join(keys[:3])}{more}. Its config.json and its weights "
+                "do not belong together, or a file is incomplete."
             )
 
 

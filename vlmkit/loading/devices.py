@@ -37,12 +37,13 @@ def check_formats(layout, device):
         import bitsandbytes
     except ImportError as error:
         raise PlanError(
-            f"{', '.join(quantized)} needs the package bitsandbytes, which cannot be imported: {error}"
+            f"{', '.join(quantized)} needs the package bitsandbytes, which cannot be imported: "
+            f"{error}"
         ) from error
-    # Its Metal backend is experimental: it covers a part of the formats, and nothing here tests it.
+    # Its Metal backend covers a part of the formats, and nothing here tests it.
     supported = bitsandbytes.supported_torch_devices - {"mps"}
     if device.type not in supported:
         raise PlanError(
-            f"{', '.join(quantized)} does not run on the device {device.type!r}: bitsandbytes runs on "
-            f"{', '.join(sorted(supported))}. Use bf16, fp16 or fp32 there, or device='cpu'."
+            f"{', '.join(quantized)} does not run on the device {device.type!r}: bitsandbytes runs "
+            f"on {', '.join(sorted(supported))}. Use bf16, fp16 or fp32 there, or device='cpu'."
         )

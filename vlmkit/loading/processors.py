@@ -18,8 +18,8 @@ def load_processor(folder, trust_remote_code=False):
     for what, files in (("a processor config", ANY_OF), ("a tokenizer", TOKENIZERS)):
         if not any((folder / file).exists() for file in files):
             raise CheckpointError(
-                f"{folder} lacks {what}: none of {', '.join(files)} is there. Without it no picture "
-                "and question can be given to the model. With processor=False the model alone loads."
+                f"{folder} lacks {what}: none of {', '.join(files)} is there. Without it the model "
+                "can be shown no picture and no question. With processor=False it loads alone."
             )
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -27,8 +27,8 @@ def load_processor(folder, trust_remote_code=False):
         if "torchvision" not in str(error).lower():
             raise CheckpointError(f"{folder}: the processor needs a package: {error}") from error
         raise CheckpointError(
-            f"{folder}: this model's processor needs torchvision, which is not installed (or does not "
-            'fit this torch). Install it with: pip install "vlmkit[hub]"'
+            f"{folder}: this model's processor needs torchvision, which is not installed or does "
+            'not fit this torch. Install it with: pip install "vlmkit[hub]"'
         ) from error
     except Exception as error:  # a missing file ends in a TypeError as often as in an OSError
         raise CheckpointError(
@@ -39,7 +39,8 @@ def load_processor(folder, trust_remote_code=False):
         processor, ProcessorMixin
     ):  # without a processor class it is a mere tokenizer
         raise CheckpointError(
-            f"{folder}: transformers finds only a {type(processor).__name__} there, and a model that "
-            "sees needs a processor with an image part: processor_config.json is missing or incomplete."
+            f"{folder}: transformers finds only a {type(processor).__name__} there. A model that "
+            "sees needs a processor with an image part: processor_config.json is missing or not "
+            "complete. With processor=False the model alone loads."
         )
     return processor

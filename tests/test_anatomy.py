@@ -1,0 +1,122 @@
+"""Every parameter belongs to one component, whatever the architecture, the load or the wrapper."""
+
+import subprocess
+import sys
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+import vlmkit as vk
+from vlmkit.anatomy import RULES, anatomy_of, decide
+from vlmkit.errors import AnatomyError, CheckpointError
+
+# model_type -> parameters of (vision encoder, projector, cross-attention, language model) that
+# transformers' default config for it has. Among them: a connector inside the vision module
+# (Qwen), attention to the image inside the language model (Llama 3.2 Vision), tied embeddings.
+FAMILIES = {
+    "llava": (303_507_456, 20_979_712, 0, 6_738_415_616),
+    "llava_next": (303_507_456, 20_983_808, 0, 6_738_415_616),
+    "mllama": (836_288_019, 31_461_376, 335_546_384, 9_439_645_696),
+    "paligemma": (399_497_472, 2_361_344, 0, 2_508_531_712),
+    "idefics3": (152_395_776, 18_874_368, 0, 6_738_415_616),
+    "smolvlm": (152_395_776, 18_874_368, 0, 6_738_415_616),
+    "qwen2_vl": (631_183_360, 44_575_744, 0, 72_706_203_648),
+    "qwen3_vl": (415_891_440, 151_057_664, 0, 12_049_461_248),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family):
+    a = vk.anatomy(CONFIG_MAPPING[family]())
+    sizes = tuple(a[c].parameters for c in vk.COMPONENTS[:4])
+    assert sizes == FAMILIES[family]
+    assert not a.unknown
+    assert a.total == sum(sizes)
+
+
+def test_the_same_for_a_path_a_config_and_a_model(llava):
+    model, _ = vk.load(llava, "bf16", processor=False)
+    by_path = vk.anatomy(str(llava))
+    assert by_path.total == sum(p.numel() for p in model.parameters())
+    assert by_path == vk.anatomy(model) == vk.anatomy(model.config)
+
+
+@pytest.mark.parametrize("plan", ["nf4", "nf4-dq", "fp4", "int8"])
+def test_packed_weights_count_in_full(llava, plan):
+    model, _ = vk.load(llava, plan, processor=False)
+    assert vk.anatomy(model) == vk.anatomy(llava)
+    assert vk.anatomy(model).total == model.num_parameters()
+
+
+def test_tied_weights_count_once(llava, llava_clip):
+    assert vk.anatomy(llava)["language_model"].places == ("model.language_model", "lm_head")
+    assert vk.anatomy(llava_clip)["language_model"].places == ("model.language_model",)
+
+
+def test_adapters_count_in_the_component_that_they_adapt(llava):
+    from peft import LoraConfig, get_peft_model
+
+    model, _ = vk.load(llava, processor=False)
+    before = anatomy_of(model)
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=r".*language_model.*q_proj"))
+    after = vk.anatomy(wrapped)
+    assert after.architecture == before.architecture
+    assert after["vision_encoder"].parameters == before["vision_encoder"].parameters
+    assert after["language_model"].parameters - before["language_model"].parameters == 2 * 4 * 256
+
+
+def test_the_outermost_known_name_decides_and_only_whole_segments_count():
+    assert decide("model.vision_tower.encoder.layers.0.connector.weight")[0] == "vision_encoder"
+    assert decide("model.visual.merger.mlp.0.weight")[0] == "projector"
+    assert decide("model.visual.blocks.0.merger_norm.weight")[0] == "vision_encoder"
+    assert decide("model.vision_tower_2.weight") == (None, None)
+    assert decide("base_model.model.model.language_model.layers.0.cross_attn.q_proj.weight") == (
+        "cross_attention",
+        "base_model.model.model.language_model.layers.0.cross_attn",
+    )
+    assert set(RULES.values()) <= set(vk.COMPONENTS)
+
+
+def test_unknown_paths_are_shown_and_never_guessed(llava):
+    import torch
+
+    from vlmkit.anatomy import on_meta
+    from vlmkit.checkpoints import read_config
+
+    model = on_meta(read_config(llava))
+    model.model.novelty = torch.nn.Linear(2, 3, device="meta")
+    a = vk.anatomy(model)
+    assert a.unknown == ("model.novelty.weight", "model.novelty.bias")
+    assert a.component_of("model.novelty.weight") is None
+    assert a.total == vk.anatomy(llava).total + 9
+    assert "unknown" in str(a) and "model.novelty" in str(a)
+    with pytest.raises(AnatomyError, match="model.novelty.weight"):
+        vk.Plan.recommended().resolve(model)
+
+
+def test_shown_as_text_and_html(llava):
+    a = vk.anatomy(llava)
+    assert list(a.table().index) == list(vk.COMPONENTS)
+    assert "model.multi_modal_projector" in str(a)
+    assert f"{a.total:,} parameters" in a._repr_html_() and "<table" in a._repr_html_()
+
+
+def test_not_a_vlm():
+    with pytest.raises(AnatomyError, match="LlamaConfig .* is not a vision-language model"):
+        vk.anatomy(CONFIG_MAPPING["llama"]())
+    with pytest.raises(AnatomyError, match="did you mean 'projector'"):
+        vk.anatomy(CONFIG_MAPPING["llava"]())["projecter"]
+    with pytest.raises(CheckpointError, match="no checkpoint 'pebbel'.*Did you mean 'pebble'"):
+        vk.anatomy("pebbel")
+
+
+@pytest.mark.parametrize("first", ["vlmkit.anatomy", "vlmkit.plan", "vlmkit.layout", "vlmkit"])
+def test_callable_whatever_was_imported_first(first):
+    code = (
+        f"import {first}, vlmkit, sys\n"
+        "assert callable(vlmkit.anatomy) and vlmkit.anatomy is sys.modules['vlmkit.anatomy']\n"
+        "from vlmkit import anatomy\n"
+        "assert callable(anatomy) and anatomy.decide('lm_head')[0] == 'language_model'\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,77 @@
+"""Ledgers: predicted from a config and measured on the loaded model, to the byte."""
+
+import pytest
+import torch
+
+import vlmkit as vk
+from vlmkit.memory import compare, measure, predict
+
+PLANS = [
+    "recommended",
+    "bf16",
+    "nf4",
+    "nf4-dq",
+    "fp4",
+    "int8",
+    "vision_encoder=fp32,language_model=nf4",
+    "vision_encoder=fp32,projector=fp16",
+    vk.Plan.recommended().override("lm_head", "nf4"),
+    vk.Plan.uniform("nf4-dq").override(r"layers\.1\.", "fp32"),
+]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_predicted_is_measured(llava, plan):
+    predicted = predict(llava, plan)
+    model, _ = vk.load(llava, plan, processor=False)
+    found = compare(predicted, measure(model))
+    assert not found["difference"].any(), found
+    assert predict(model, plan).total == predicted.total
+
+
+@pytest.mark.parametrize("plan", ["recommended", "int8", "vision_encoder=fp32,projector=nf4-dq"])
+@pytest.mark.parametrize("family", ["llava_clip", "other_family", "qwen2_vl"])
+def test_other_families(family, plan, request):
+    folder = request.getfixturevalue(family)
+    model, _ = vk.load(folder, plan, processor=False)
+    found = compare(predict(folder, plan), measure(model))
+    assert not found["difference"].any(), found
+
+
+def test_measured_after_forward_passes_too(llava):
+    for plan in ("nf4-dq", "int8"):
+        model, _ = vk.load(llava, plan, processor=False)
+        before = measure(model)
+        for _ in range(2):
+            model.model.language_model(inputs_embeds=torch.randn(1, 5, 128, dtype=torch.bfloat16))
+        assert measure(model).by_kind == before.by_kind
+
+
+def test_an_odd_shape_is_counted_exactly(tmp_path):
+    import tiny
+
+    text = {"intermediate_size": 101, "hidden_size": 96, "head_dim": 48}
+    folder = tiny.llava(tmp_path, text=text)
+    for plan in ("nf4", "nf4-dq", "int8"):
+        model, _ = vk.load(folder, plan, processor=False)
+        assert measure(model).by_kind == predict(folder, plan).by_kind
+
+
+def test_sums_and_tables(llava):
+    ledger = predict(llava)
+    assert ledger.total == sum(ledger.by_component.values()) == sum(ledger.by_kind.values())
+    assert list(ledger.by_component) == ["vision_encoder", "projector", "language_model"]
+    assert ledger.table().loc["total", "total"] == ledger.total
+    assert "MB = 10^6 bytes" in str(ledger) and "<table" in ledger._repr_html_()
+
+
+def test_published_sizes():
+    """Llama-2-7B's Linear layers at 4.5 bits a weight, and everything else at 16."""
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING["llava"]()
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert predict(config).by_kind["linear"] - predict(config, "bf16").by_kind["linear"] == (
+        weights // 2 - 2 * weights
+    )
+    assert predict(config).by_kind["quantisation state"] == weights * 4 // 64 + 64 * 32 * 7

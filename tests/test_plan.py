@@ -1,0 +1,167 @@
+"""Plans, and what becomes of them on a model."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+import vlmkit as vk
+from vlmkit.anatomy import on_meta
+from vlmkit.checkpoints import read_config
+from vlmkit.errors import PlanError
+from vlmkit.layout import EMBEDDING, HEAD, LINEAR
+
+Plan = vk.Plan
+
+
+@pytest.fixture(scope="module")
+def model(llava):
+    return on_meta(read_config(llava))
+
+
+@pytest.fixture(scope="module")
+def tied(llava_clip):
+    return on_meta(read_config(llava_clip))
+
+
+def test_unnamed_components_get_bf16():
+    plan = Plan(language_model="nf4")
+    assert [plan[c] for c in vk.COMPONENTS] == ["bf16", "bf16", "bf16", "nf4", "bf16"]
+
+
+@pytest.mark.parametrize(
+    "text, plan",
+    [
+        (None, Plan.recommended()),
+        ("recommended", Plan(language_model="nf4")),
+        ("int8", Plan.uniform("int8")),
+        ("bf16", Plan()),
+        ("vision_encoder=fp32, language_model=nf4-dq", Plan(vision_encoder="fp32", language_model="nf4-dq")),
+        (Plan(projector="fp16"), Plan(projector="fp16")),
+    ],
+)  # fmt: skip
+def test_parse(text, plan):
+    assert Plan.parse(text) == plan
+
+
+def test_compares_prints_copies_and_does_not_change():
+    plan = Plan(language_model="nf4").override(r"layers\.0\.", "bf16")
+    assert repr(plan) == "Plan(language_model='nf4').override('layers\\\\.0\\\\.', 'bf16')"
+    assert eval(repr(plan), {"Plan": Plan}) == plan
+    assert eval(repr(Plan.uniform("nf4")), {"Plan": Plan}) == Plan.uniform("nf4") != plan
+    assert pickle.loads(pickle.dumps(plan)) == copy.deepcopy(plan) == plan
+    assert len({plan, copy.copy(plan), Plan()}) == 2
+    assert plan != Plan(language_model="nf4")
+    with pytest.raises(AttributeError):
+        plan.overrides = ()
+    with pytest.raises(TypeError):
+        plan.named["projector"] = "nf4"
+    assert "nf4" in str(plan) and "<table" in plan._repr_html_()
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Plan(vision="bf16"), "'vision' is not a component: did you mean 'vision_encoder'"),
+        (lambda: Plan(projector="bf61"), "'bf61' is not a number format: did you mean 'bf16'"),
+        (lambda: Plan.parse("nf5"), "did you mean 'nf4'"),
+        (lambda: Plan.parse("projector=nf4,vision_encoder"), "'vision_encoder' .* component=format"),
+        (lambda: Plan.parse("projector=nf4,projector=bf16"), "names projector twice"),
+        (lambda: Plan.parse(4), "4 is not a plan"),
+        (lambda: Plan.uniform("16"), "not a number format"),
+        (lambda: Plan().override("(", "nf4"), "not a regular expression"),
+        (lambda: Plan().override("x", "nf"), "not a number format"),
+        (lambda: Plan()["vision"], "not a component"),
+    ],
+)
+def test_mistakes(make, message):
+    with pytest.raises(PlanError, match=message):
+        make()
+
+
+def test_resolved_to_full_module_names(model):
+    layout = Plan.recommended().resolve(model)
+    inside = [n for n in layout.linears if n.startswith("model.language_model.layers.")]
+    assert layout.quantized == dict.fromkeys(inside, "nf4") and len(inside) == 14
+    assert layout.skipped == ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    config = layout.quantization_config()
+    assert config.llm_int8_skip_modules == layout.skipped
+    assert config.quantization_method() == "nf4" and str(config.bnb_4bit_compute_dtype) == "torch.bfloat16"
+
+
+def test_what_is_no_linear_layer_stays_in_16_bits(model):
+    for row in Plan.uniform("nf4").resolve(model).rows:
+        assert row.asked == "nf4"
+        assert row.format == ("nf4" if row.kind == LINEAR else "bf16"), row
+
+
+def test_the_skip_list_replaces_the_automatic_one_even_when_it_is_empty(model):
+    layout = Plan.uniform("nf4").override("lm_head", "nf4").resolve(model)
+    assert layout.quantized["lm_head"] == "nf4"
+    assert layout.quantization_config().llm_int8_skip_modules == []
+
+
+def test_a_tied_head_is_never_quantised(tied):
+    layout = Plan.uniform("nf4").resolve(tied)
+    assert "lm_head" in layout.skipped and "lm_head" not in layout.quantized
+    assert HEAD not in {row.kind for row in layout.rows} and EMBEDDING in {r.kind for r in layout.rows}
+    with pytest.raises(PlanError, match="'lm_head'.* matches no module|none of the .* quantised"):
+        Plan().override("lm_head", "nf4").resolve(tied)
+
+
+def test_overrides(model):
+    plan = Plan.recommended().override(r"language_model\.layers\.1\.", "bf16")
+    plan = plan.override(r"vision_tower.*fc1$", "nf4")
+    quantized = plan.resolve(model).quantized
+    assert not any(".layers.1." in name for name in quantized if "language_model" in name)
+    assert sum("fc1" in name for name in quantized) == 2 and len(quantized) == 7 + 2
+    skipped = plan.resolve(model).skipped
+    assert "model.vision_tower" not in skipped and "model.language_model.layers.1" in skipped
+
+
+def test_layer_1_is_not_layer_11():
+    from transformers import CONFIG_MAPPING
+
+    big = on_meta(CONFIG_MAPPING["llava"]())
+    layout = Plan.recommended().override(r"language_model\.layers\.1\.", "bf16").resolve(big)
+    assert len(layout.quantized) == 31 * 7
+    layout.quantization_config()  # which asks transformers what it will make of the list
+
+
+@pytest.mark.parametrize(
+    "plan, message",
+    [
+        (Plan(cross_attention="nf4"), "no cross_attention: the plan matches no module"),
+        (Plan().override("nothing", "nf4"), "'nothing' matches no module"),
+        (Plan().override(r"embed_tokens", "nf4"), "none of the 1 modules .* embedding"),
+        (
+            Plan().override("layers", "nf4").override("fc1", "bf16"),
+            "contradicts itself about model.vision_tower.*fc1: 'layers' asks for nf4 and 'fc1'",
+        ),
+    ],
+)
+def test_a_plan_that_does_nothing_or_contradicts_itself(model, plan, message):
+    with pytest.raises(PlanError, match=message):
+        plan.resolve(model)
+
+
+def test_uniform_says_nothing_about_components_that_are_not_there(model):
+    assert Plan.uniform("nf4").resolve(model).quantized
+
+
+def test_two_quantised_formats_are_one_too_many_for_transformers(model):
+    layout = Plan(vision_encoder="int8", language_model="nf4").resolve(model)
+    with pytest.raises(PlanError, match="int8 and nf4 in one model"):
+        layout.quantization_config()
+
+
+def test_no_torch_for_making_a_plan():
+    code = (
+        "import sys, vlmkit as vk\n"
+        "vk.Plan.parse('language_model=nf4').override('a', 'bf16')\n"
+        "assert vk.formats.FORMATS['nf4'].nbytes((64, 64))\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
