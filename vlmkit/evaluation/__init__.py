@@ -9,7 +9,16 @@ from vlmkit.evaluation.asking import TooLong, answers, ask, check_processor, che
 from vlmkit.evaluation.scores import Scores, normalise, wilson
 from vlmkit.images import read_all
 
-__all__ = ["COLUMNS", "Scores", "answers", "ask", "evaluate", "normalise", "wilson"]
+__all__ = [
+    "COLUMNS",
+    "Scores",
+    "answers",
+    "ask",
+    "check_question",
+    "evaluate",
+    "normalise",
+    "wilson",
+]
 
 COLUMNS = ("images", "question", "answer")
 """What a row of a dataset must have; `task` and `kind` are used where they are there."""

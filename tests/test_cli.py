@@ -1,0 +1,146 @@
+"""The command line: what it prints, what it returns, and how it says what is wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlmkit import cli, pictures
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture
+def red(tmp_path):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
+    return str(tmp_path / "red.png")
+
+
+def run(*words):
+    """The exit status, where argparse exits by itself too."""
+    try:
+        return cli.main([str(word) for word in words])
+    except SystemExit as stop:
+        return stop.code
+
+
+def process(*words, **kwargs):
+    command = [sys.executable, "-m", "vlmkit", *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=HERE, text=True, **pipes, **kwargs)
+
+
+def test_the_first_answer(monkeypatch, llava, capsys):
+    """Everything that the first run is to show, from the model that VLMKIT_MODEL names."""
+    monkeypatch.setenv("VLMKIT_MODEL", str(llava))
+    monkeypatch.chdir(HERE)
+    assert run() == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert err == ""
+    assert lines[0] == "picture    vlmkit/pictures/shapes.png (84 x 84 pixels)".replace("/", os.sep)
+    assert lines[1] == "question   What color is the circle?"
+    assert lines[2] == f"model      {llava}"
+    assert lines[3].startswith("answer     ")
+    assert "nf4 + bf16" in out and "measured on the loaded model: the same" in out
+    for part in ("vision_encoder", "projector", "language_model", "total"):
+        assert sum(line.startswith(part) for line in lines) == 2  # audited, and predicted
+    named = (str(llava), "answer")
+    assert max(len(line) for line in lines if not any(name in line for name in named)) <= 100
+
+
+def test_asking_about_pictures_of_ones_own(llava, red, capsys):
+    chart = str(pictures.SAMPLES[2].path)
+    assert run("ask", red, chart, "--model", llava, "--plan", "bf16", "Which is red?") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(
+        f"picture    {red} (30 x 20 pixels)\npicture    {chart} (84 x 84 pixels)\n"
+    )
+    assert "question   Which is red?\n" in out
+    assert "bf16" in out and "nf4" not in out
+
+
+def test_the_answer_alone(llava, red, capsys):
+    import vlmkit as vk
+
+    assert run("ask", "--answer-only", "--model", llava, "--max-new-tokens", 5, red, "What?") == 0
+    model, processor = vk.load(llava)
+    answer = vk.ask(model, processor, red, "What?", max_new_tokens=5)
+    assert capsys.readouterr().out == answer + "\n"
+
+
+def test_anatomy(llava, capsys):
+    assert run("anatomy", llava) == 0
+    assert "LlavaForConditionalGeneration" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["ask"], "required"),
+        (["ask", "RED"], "at least one picture"),
+        (["ask", "nowhere.png", "What?"], "no file nowhere.png"),
+        (["ask", "RED", "What", "color?"], "in quotes"),
+        (["ask", "RED", "RED"], "after the pictures comes a question"),
+        (["ask", "RED", " "], "empty"),
+        (["ask", "RED", "What?", "--plan", "nf5"], "'nf4'"),
+        (["ask", "RED", "What?", "--plan", "visionencoder=nf4"], "'vision_encoder'"),
+        (["ask", "RED", "What?", "--model", "nowhere"], "'nowhere'"),
+        (["ask", "RED", "What?", "--model", "LLAVA", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["ask", "RED", "What? " * 99, "--model", "LLAVA"], "tokens"),
+        (["ask", "RED", "What?", "--bogus"], "--bogus"),
+        (["anatomy", "nowhere"], "'nowhere'"),
+        (["anatomy", "pebble", "too"], "too"),
+        (["frobnicate"], "frobnicate"),
+    ],
+)
+def test_a_mistake_is_told_in_a_sentence(words, says, red, llava, capsys):
+    stand_for = {"RED": red, "LLAVA": str(llava)}
+    assert run(*(stand_for.get(word, word) for word in words)) == 2
+    out, err = capsys.readouterr()
+    assert says in err and "Traceback" not in out + err
+    assert err.count("\n") <= 3
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = "import sys\ntry: import runpy; runpy.run_module('vlmkit', run_name='__main__')\n"
+    code += "finally: print(*sys.modules, sep='\\n')"
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"], cwd=HERE, capture_output=True, text=True
+    )
+    assert time.perf_counter() - start < 5
+    assert "usage: python -m vlmkit" in done.stdout
+    heavy = {"torch", "transformers", "numpy", "PIL", "pandas", "matplotlib", "datasets"}
+    assert not heavy & set(done.stdout.splitlines())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals work differently there")
+def test_ctrl_c_is_quiet(red):
+    running = process("ask", red, "What?")
+    assert running.stdout.readline().startswith("picture")  # buffered until the model is named
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert err == ""
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    running = process("anatomy")
+    running.stdout.close()
+    assert running.wait(timeout=60) == 0
+    assert running.stderr.read() == ""
+    running.stderr.close()
+
+
+@pytest.mark.parametrize("sample", pictures.SAMPLES, ids=lambda sample: sample.name)
+def test_bundled_pictures_are_the_draws_they_say(sample):
+    """After a change of recipe: `python -m vlmkit.pictures`, and its questions into the table."""
+    row = sample.draw()
+    assert (row["question"], row["answer"]) == (sample.question, sample.answer)
+    assert np.array_equal(np.asarray(Image.open(sample.path)), np.asarray(row["images"][0]))
