@@ -1,0 +1,116 @@
+"""What is drawn is what was given."""
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import numpy as np
+import pytest
+from matplotlib import colors
+from matplotlib import pyplot as plt
+from PIL import Image
+
+import vlmkit
+from vlmkit import figures
+from vlmkit.evaluation import wilson
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    before = dict(matplotlib.rcParams)
+    yield
+    plt.close("all")
+    assert dict(matplotlib.rcParams) == before
+
+
+class Has:
+    def __init__(self, **attributes):
+        self.__dict__.update(attributes)
+
+
+def rows():
+    one, two = (Image.new("RGB", (4, 4), color) for color in ("red", "blue"))
+    return [
+        {"images": [one], "question": "What color is it?", "answer": "red"},
+        {"images": [one, two], "question": "Same color?", "answer": "no"},
+    ]
+
+
+def test_questions_show_each_picture_with_its_caption():
+    ax = figures.questions(rows())
+    drawn = [np.asarray(image.get_array())[0, 0, :3].tolist() for image in ax.images]
+    assert drawn == [[255, 0, 0], [255, 0, 0], [0, 0, 255]]
+    assert [text.get_text() for text in ax.texts] == [
+        "What color is it?\n→ red",
+        "Same color?\n→ no",
+    ]
+    first, second, third = (image.get_extent()[:2] for image in ax.images)
+    assert first[1] < second[0] < second[1] <= third[0]
+    assert first[0] < ax.texts[0].get_position()[0] < first[1]
+    assert second[0] < ax.texts[1].get_position()[0] < third[1]
+
+
+def test_questions_with_a_models_answers():
+    ax = figures.questions(rows(), answers=["green", "yes"])
+    assert [text.get_text().rpartition(" ")[2] for text in ax.texts] == ["green", "yes"]
+    with pytest.raises(ValueError):
+        figures.questions(rows(), answers=["green"])
+
+
+def test_bytes_are_stacked_by_component_in_megabytes():
+    bf16 = {"vision_encoder": 2_000_000, "projector": 100_000, "language_model": 6_000_000}
+    nf4 = {"vision_encoder": 2_000_000, "projector": 100_000, "language_model": 1_500_000}
+    ax = figures.bytes_by_component({"bf16": Has(by_component=bf16), "nf4": nf4})
+    drawn = {}
+    for bars in ax.containers:
+        color = figures.COMPONENT_COLORS[bars.get_label()]
+        for y, bar in enumerate(bars):
+            assert colors.to_hex(bar.get_facecolor()) == color.lower()
+            drawn[y, bars.get_label()] = (bar.get_x(), bar.get_width())
+    assert drawn == {
+        (0, "vision_encoder"): (0, 2.0),
+        (0, "projector"): (2.0, pytest.approx(0.1)),
+        (0, "language_model"): (pytest.approx(2.1), 6.0),
+        (1, "vision_encoder"): (0, 2.0),
+        (1, "projector"): (2.0, pytest.approx(0.1)),
+        (1, "language_model"): (pytest.approx(2.1), 1.5),
+    }
+    assert [text.get_text() for text in ax.texts] == ["8.10 MB", "3.60 MB"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["bf16", "nf4"]
+    assert ax.yaxis_inverted()  # the first ledger on top
+    assert "10^6 bytes" in ax.get_xlabel()
+
+
+def test_unknown_bytes_are_shown():
+    ax = figures.bytes_by_component({"odd": {"projector": 1_000_000, None: 500_000}})
+    assert [bars.get_label() for bars in ax.containers] == ["projector", "unknown"]
+
+
+def test_accuracy_with_its_interval():
+    given = {"bf16": Has(accuracy=0.9, interval=wilson(90, 100)), "nf4": (0.88, 0.8, 0.93)}
+    ax = figures.accuracy(given)
+    lines, dots = ax.lines[::2], ax.lines[1::2]
+    assert [dot.get_xydata().tolist() for dot in dots] == [[[90, 0]], [[88, 1]]]
+    assert list(lines[0].get_xdata()) == pytest.approx([100 * end for end in wilson(90, 100)])
+    assert list(lines[1].get_xdata()) == pytest.approx([80, 93])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["bf16", "nf4"]
+    assert ax.yaxis_inverted()
+
+
+@pytest.mark.parametrize(
+    ("draw", "data"),
+    [
+        (figures.questions, rows()),
+        (figures.bytes_by_component, {"a": {"projector": 1}}),
+        (figures.accuracy, {"a": (0.5, 0.4, 0.6)}),
+    ],
+)
+def test_an_axes_given_is_the_axes_drawn_into(draw, data):
+    figure, ax = plt.subplots()
+    assert draw(data, ax=ax) is ax
+    assert plt.get_fignums() == [figure.number]
+
+
+def test_each_component_has_a_colour_of_its_own():
+    assert tuple(figures.COMPONENT_COLORS) == vlmkit.COMPONENTS
+    assert len(set(figures.COMPONENT_COLORS.values())) == len(vlmkit.COMPONENTS)

@@ -1,0 +1,101 @@
+"""Figures: data in, Axes out.
+
+Each function draws into the Axes it is given, or into a new figure, and returns the Axes. Nothing
+global is changed, and the data can be read back from what was drawn.
+"""
+
+import textwrap
+
+from vlmkit import COMPONENTS
+
+# Okabe and Ito's palette (Color Universal Design, 2008): told apart with any colour vision, and
+# different enough in lightness for print in grey.
+BLUE, ORANGE, PURPLE, GREEN, BLACK = "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#000000"
+GREY = "#999999"
+
+COMPONENT_COLORS = dict(zip(COMPONENTS, (BLUE, ORANGE, PURPLE, GREEN, GREY), strict=True))
+"""The colour of each component, the same in every figure."""
+
+MEGABYTE = 10**6
+
+
+def questions(rows, answers=None, ax=None):
+    """Pictures in a row, each with its question and answer below.
+
+    rows: of a dataset of `vlmkit.tasks`, dicts with images (a list of PIL images), question and
+    answer. answers: texts to show instead of the rows' own, a model's for example.
+    """
+    from matplotlib import pyplot as plt
+
+    rows = list(rows)
+    answers = [row["answer"] for row in rows] if answers is None else list(answers)
+    widths = [len(row["images"]) for row in rows]
+    gap = 0.25
+    across = sum(widths) + gap * (len(rows) - 1)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(1.7 * across, 2.6))
+    left = 0
+    for row, answer, width in zip(rows, answers, widths, strict=True):
+        for place, image in enumerate(row["images"]):
+            start = left + place
+            ax.imshow(image, extent=(start, start + 0.97, 0, 1), interpolation="nearest")
+        caption = textwrap.fill(row["question"], 22 * width) + f"\n→ {answer}"
+        ax.text(left + width / 2, -0.06, caption, ha="center", va="top", fontsize=9)
+        left += width + gap
+    ax.set(xlim=(0, across), ylim=(0, 1), aspect="equal")
+    ax.set_axis_off()
+    return ax
+
+
+def bytes_by_component(ledgers, ax=None):
+    """A horizontal bar for each ledger, stacked by component, in MB = 10^6 bytes, with its total.
+
+    ledgers: {label: Ledger of `vlmkit.memory`, or a dict of bytes by component}. From top to
+    bottom in that order.
+    """
+    from matplotlib import pyplot as plt
+
+    bytes_of = {label: getattr(ledger, "by_component", ledger) for label, ledger in ledgers.items()}
+    known = [c for c in COMPONENTS if any(parts.get(c) for parts in bytes_of.values())]
+    rest = {c for parts in bytes_of.values() for c in parts if c not in COMPONENTS}
+    if ax is None:
+        _, ax = plt.subplots(figsize=(7, 1.1 + 0.45 * len(bytes_of)), layout="constrained")
+    labels = list(bytes_of)
+    ends = [0.0] * len(labels)
+    for component in (*known, *rest):
+        sizes = [parts.get(component, 0) / MEGABYTE for parts in bytes_of.values()]
+        color = COMPONENT_COLORS.get(component, BLACK)
+        ax.barh(labels, sizes, left=ends, color=color, label=component or "unknown")
+        ends = [end + size for end, size in zip(ends, sizes, strict=True)]
+    for y, end in enumerate(ends):
+        ax.annotate(f"{end:.2f} MB", (end, y), (4, 0), textcoords="offset points", va="center")
+    ax.set(xlabel="MB (1 MB = 10^6 bytes)", xlim=(0, 1.18 * max(ends, default=1) or 1))
+    ax.invert_yaxis()
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5, frameon=False, fontsize=9)
+    return ax
+
+
+def accuracy(scores, ax=None):
+    """A dot for each accuracy in percent, with its 95% interval as a line through it.
+
+    scores: {label: Scores of `vlmkit.evaluation`, or (accuracy, low, high) from 0 to 1}. From top
+    to bottom in that order. Two whose intervals overlap widely may differ by chance.
+    """
+    from matplotlib import pyplot as plt
+
+    points = {
+        label: (score.accuracy, *score.interval) if hasattr(score, "interval") else tuple(score)
+        for label, score in scores.items()
+    }
+    if ax is None:
+        _, ax = plt.subplots(figsize=(7, 0.9 + 0.35 * len(points)), layout="constrained")
+    for y, (share, low, high) in enumerate(points.values()):
+        ax.plot([100 * low, 100 * high], [y, y], color=BLUE, linewidth=2, solid_capstyle="butt")
+        ax.plot([100 * share], [y], "o", color=BLUE, markersize=7)
+    ax.set_yticks(range(len(points)), list(points))
+    ax.set(xlabel="right answers, % (line: 95% interval)", ylim=(len(points) - 0.5, -0.5))
+    ax.grid(axis="x", color="#dddddd")
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    return ax
