@@ -65,9 +65,7 @@ def test_int8_is_bitsandbytes():
     torch.testing.assert_close(dequantize(ours), theirs, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(
-    "name, low, high", [("nf4", 20, 22), ("fp4", 17, 19), ("int8", 38, 48)]
-)
+@pytest.mark.parametrize("name, low, high", [("nf4", 20, 22), ("fp4", 17, 19), ("int8", 38, 48)])
 def test_signal_to_noise_of_gaussian_weights(name, low, high):
     weight = torch.randn(256, 256)
     noise = dequantize(quantize(weight, name)) - weight

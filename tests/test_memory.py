@@ -20,7 +20,7 @@ PLANS = [
 ]
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("plan", PLANS, ids=repr)
 def test_predicted_is_measured(llava, plan):
     predicted = predict(llava, plan)
     model, _ = vk.load(llava, plan, processor=False)

@@ -38,7 +38,7 @@ def test_unnamed_components_get_bf16():
         ("recommended", Plan(language_model="nf4")),
         ("int8", Plan.uniform("int8")),
         ("bf16", Plan()),
-        ("vision_encoder=fp32, language_model=nf4-dq", Plan(vision_encoder="fp32", language_model="nf4-dq")),
+        ("projector=fp32, language_model=nf4", Plan(projector="fp32", language_model="nf4")),
         (Plan(projector="fp16"), Plan(projector="fp16")),
     ],
 )  # fmt: skip
@@ -67,7 +67,10 @@ def test_compares_prints_copies_and_does_not_change():
         (lambda: Plan(vision="bf16"), "'vision' is not a component: did you mean 'vision_encoder'"),
         (lambda: Plan(projector="bf61"), "'bf61' is not a number format: did you mean 'bf16'"),
         (lambda: Plan.parse("nf5"), "did you mean 'nf4'"),
-        (lambda: Plan.parse("projector=nf4,vision_encoder"), "'vision_encoder' .* component=format"),
+        (
+            lambda: Plan.parse("projector=nf4,vision_encoder"),
+            "'vision_encoder' .* component=format",
+        ),
         (lambda: Plan.parse("projector=nf4,projector=bf16"), "names projector twice"),
         (lambda: Plan.parse(4), "4 is not a plan"),
         (lambda: Plan.uniform("16"), "not a number format"),
@@ -88,7 +91,10 @@ def test_resolved_to_full_module_names(model):
     assert layout.skipped == ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
     config = layout.quantization_config()
     assert config.llm_int8_skip_modules == layout.skipped
-    assert config.quantization_method() == "nf4" and str(config.bnb_4bit_compute_dtype) == "torch.bfloat16"
+    assert (
+        config.quantization_method() == "nf4"
+        and str(config.bnb_4bit_compute_dtype) == "torch.bfloat16"
+    )
 
 
 def test_what_is_no_linear_layer_stays_in_16_bits(model):
@@ -106,7 +112,9 @@ def test_the_skip_list_replaces_the_automatic_one_even_when_it_is_empty(model):
 def test_a_tied_head_is_never_quantised(tied):
     layout = Plan.uniform("nf4").resolve(tied)
     assert "lm_head" in layout.skipped and "lm_head" not in layout.quantized
-    assert HEAD not in {row.kind for row in layout.rows} and EMBEDDING in {r.kind for r in layout.rows}
+    assert HEAD not in {row.kind for row in layout.rows} and EMBEDDING in {
+        r.kind for r in layout.rows
+    }
     with pytest.raises(PlanError, match="'lm_head'.* matches no module|none of the .* quantised"):
         Plan().override("lm_head", "nf4").resolve(tied)
 

@@ -13,6 +13,7 @@ import difflib
 import sys
 import types
 from dataclasses import dataclass, field
+from math import prod
 
 from vlmkit import COMPONENTS
 from vlmkit.errors import AnatomyError
@@ -59,11 +60,11 @@ def decide(path):
     return RULES.get(owner), place
 
 
-def parameter_count(parameter):
-    """Number of weights in `parameter`. A 4-bit weight packs two in a byte and says so in its
-    `numel()`; its quantisation state remembers the true shape."""
+def shape_of(parameter):
+    """Shape of the weight that `parameter` stands for, as a tuple. A 4-bit weight packs two in a
+    byte, which is what its own `shape` and `numel()` tell; its quantisation state knows better."""
     state = getattr(parameter, "quant_state", None)
-    return state.shape.numel() if state is not None else parameter.numel()
+    return tuple(parameter.shape if state is None else state.shape)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Anatomy:
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise AnatomyError(
                 f"{component!r} is not a component: {hint}"
-                    f"the components are {', '.join(COMPONENTS)}"
+                f"the components are {', '.join(COMPONENTS)}"
             )
         return self.parts[component]
 
@@ -154,7 +155,7 @@ def anatomy_of(model):
         component, place = decide(name)
         if component is None:
             unknown.append(name)
-        counts[component] = counts.get(component, 0) + parameter_count(parameter)
+        counts[component] = counts.get(component, 0) + prod(shape_of(parameter))
         tensors[component] = tensors.get(component, 0) + 1
         places.setdefault(component, {})[place] = True
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

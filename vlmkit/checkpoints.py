@@ -176,7 +176,7 @@ def _weight_files(folder):
     if pickles:
         raise CheckpointError(
             f"{folder} has its weights only as pickle ({', '.join(pickles[:3])}). A pickle can run "
-            "any code when it is opened, so vlmkit reads safetensors only: convert it where you trust "
-            "it, with model.save_pretrained(folder)."
+            "any code when it is opened, so vlmkit reads safetensors only. If you trust it, "
+            "convert it with model.save_pretrained(folder)."
         )
     raise CheckpointError(f"{folder} has a config but no weights: there is no {SAFETENSORS}.")

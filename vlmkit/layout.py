@@ -255,6 +255,6 @@ def _require_effect(plan, anatomy, layout):
                 f"{component}: the plan matches no module. It has {has}."
             )
         raise PlanError(
-            f"the plan asks for {component} in {name}, but no module of it can be quantised: it has "
+            f"the plan asks for {component} in {name}, but nothing in it can be quantised: it has "
             f"{', '.join(sorted({r.kind for r in layout.rows if r.component == component}))}."
         )

@@ -171,13 +171,13 @@ def _entries(model):
         dot = path + "." if path else ""
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             yield entry(dot + leaf, kind_of(base, module, leaf), parameter)
-            for tensor in _state_tensors(module, parameter):
+            for tensor in state_tensors(module, parameter):
                 yield entry(dot + leaf, STATE, tensor)
         for leaf, buffer in module.named_buffers(recurse=False):
             yield entry(dot + leaf, BUFFER, buffer)
 
 
-def _state_tensors(module, parameter):
+def state_tensors(module, parameter):
     """The tensors that a quantised parameter needs beside its own data."""
     state = getattr(parameter, "quant_state", None)
     if state is not None:

@@ -8,7 +8,7 @@ transformers' own BitsAndBytesConfig, and the checkpoint's AutoProcessor.
 
 import os
 
-from vlmkit.anatomy import on_meta
+from vlmkit.anatomy import on_meta, shape_of
 from vlmkit.checkpoints import PEBBLE, check_weights, find, read_config
 from vlmkit.errors import CheckpointError
 from vlmkit.formats import torch_dtype
@@ -85,6 +85,7 @@ def _load_weights(folder, layout, quantization_config, device, trust_remote_code
             dtype=torch_dtype(layout.load_dtype),
             device_map={"": device},
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that they are listed, for _require_complete
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **kwargs,
@@ -93,21 +94,25 @@ def _load_weights(folder, layout, quantization_config, device, trust_remote_code
         raise CheckpointError(
             f"{folder}: transformers could not load the weights: {error}"
         ) from error
-    _require_complete(folder, info)
+    _require_complete(folder, model, info, layout)
     return model
 
 
-def _require_complete(folder, info):
+def _require_complete(folder, model, info, layout):
     from vlmkit.checkpoints import NO_LONGER_SAVED
 
+    # transformers does not compare the shapes of weights that it quantises.
+    wrong = {str(key[0]) for key in info["mismatched_keys"]}
+    wrong |= {
+        row.name for row in layout.rows if shape_of(model.get_parameter(row.name)) != row.shape
+    }
     # What is missing would have been filled with random numbers, which is worse than an error.
     missing = sorted(info["missing_keys"])
     unexpected = sorted(k for k in info["unexpected_keys"] if not NO_LONGER_SAVED.search(k))
-    wrong = sorted(str(key) for key in info["mismatched_keys"])
     for problem, keys in (
         ("lacks weights that the model has", missing),
         ("holds weights that the model has no place for", unexpected),
-        ("holds weights of another shape than the model's", wrong),
+        ("holds weights of another shape than the model's", sorted(wrong)),
     ):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""

@@ -1,9 +1,10 @@
 """The audit: what every module of a loaded model really holds, against what the plan asked for."""
 
 from dataclasses import dataclass, field
+from math import prod
 
 from vlmkit import COMPONENTS
-from vlmkit.anatomy import on_meta, parameter_count
+from vlmkit.anatomy import on_meta, shape_of
 from vlmkit.errors import AuditError
 from vlmkit.formats import BLOCK, FORMATS, format_of_dtype, torch_dtype
 from vlmkit.memory import storages_of
@@ -92,7 +93,7 @@ def audit_layout(model, layout):
     for name in rows.keys() & parameters.keys():
         full, parameter = parameters[name]
         module = model.get_submodule(full.rpartition(".")[0])
-        found[name] = (format_of(module, full.rpartition(".")[2]), parameter_count(parameter), full)
+        found[name] = (format_of(module, full.rpartition(".")[2]), prod(shape_of(parameter)), full)
         wrong = _difference(rows[name], found[name][0], module)
         if wrong:
             problems.append(f"{name}: {wrong}")
@@ -121,9 +122,8 @@ def _difference(row, found, module):
             return f"{found} in blocks of {state.blocksize}, not {BLOCK}"
         if module.compute_dtype != torch_dtype(row.format):
             return f"computes in {module.compute_dtype}, not {torch_dtype(row.format)}"
-        if tuple(state.shape) != row.shape:
-            return f"has shape {tuple(state.shape)}, not {row.shape}"
-    return None
+    shape = shape_of(module.get_parameter(row.name.rpartition(".")[2]))
+    return None if shape == row.shape else f"has shape {shape}, not {row.shape}"
 
 
 def format_of(module, leaf):

@@ -9,37 +9,37 @@ no such place, and its model has no hooks.
 
 from functools import partial
 
+from vlmkit.anatomy import decide
 from vlmkit.formats import FORMATS, torch_dtype
 
 
 def join_dtypes(model, layout):
     """Register the casting hooks on `model`, loaded under `layout`. Returns the names of the
     modules that got them."""
-    weight_of = {}  # module name -> {float format: parameters below it}
+    below = {}  # module name -> the float formats of the parameters in and below it
     for row in layout.rows:
         # What counts is the arithmetic's format, hence `asked`: what a model's own class keeps in
         # fp32 it also casts for by itself.
-        name = FORMATS[row.asked].companion
-        for module in _above(row.module):
-            below = weight_of.setdefault(module, {})
-            below[name] = below.get(name, 0) + _size(row.shape)
-    words = _name_of(model, model.get_input_embeddings())
-    outer = FORMATS[layout.plan["language_model"]].companion
+        for name in _above(row.module):
+            below.setdefault(name, set()).add(FORMATS[row.asked].companion)
     joined = []
 
     def visit(name, module, around):
-        # The stream of hidden states is the language model's; any other module that holds several
-        # formats (Qwen's vision module, its merger inside) works in the one most of it has.
-        below = weight_of.get(name, {})
-        inside = around if name in _above(words) or not below else max(below, key=below.get)
+        formats = below.get(name, set())
+        if len(formats) == 1:
+            (inside,) = formats
+        else:  # several formats, or none: the stream through it is in its component's
+            component = decide(name)[0]
+            inside = FORMATS[layout.plan[component]].companion if component else around
         if inside != around:
             _cast_at(module, torch_dtype(inside), torch_dtype(around))
             joined.append(name)
-        if len(below) > 1:
-            for child_name, child in module.named_children():
-                visit(f"{name}.{child_name}".lstrip("."), child, inside)
+        if len(formats) > 1:
+            for child, submodule in module.named_children():
+                visit(f"{name}.{child}".lstrip("."), submodule, inside)
 
-    visit("", model, outer)
+    # Whatever contains several components works in the language model's format.
+    visit("", model, FORMATS[layout.plan["language_model"]].companion)
     return joined
 
 
@@ -47,16 +47,6 @@ def _above(name):
     """`name` and the names of all modules around it, the model itself ("") among them."""
     parts = name.split(".") if name else []
     return [".".join(parts[:i]) for i in range(len(parts) + 1)]
-
-
-def _size(shape):
-    from math import prod
-
-    return prod(shape)
-
-
-def _name_of(model, wanted):
-    return next(name for name, module in model.named_modules() if module is wanted)
 
 
 def _cast_at(module, inside, around):

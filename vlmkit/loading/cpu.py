@@ -11,6 +11,7 @@ Two traps, both measured, both pinned by tests:
    `dequantize_in_whole_blocks` hands it over.
 """
 
+import warnings
 from functools import cache
 from math import ceil, prod
 
@@ -46,5 +47,7 @@ def dequantize_in_whole_blocks():
         return flat.reshape(-1)[:n].reshape(*shape)
 
     library = torch.library.Library("bitsandbytes", "IMPL")
-    library.impl("dequantize_4bit", kernel, "CPU", with_keyset=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a kernel is replaced, which is what is meant
+        library.impl("dequantize_4bit", kernel, "CPU", with_keyset=True)
     return library  # the registration lives as long as this object, which the cache keeps

@@ -1,0 +1,503 @@
+"""Loading under a plan: what is asked is what is there, and bad input says what is wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import vlmkit as vk
+from vlmkit.errors import AnatomyError, AuditError, CheckpointError, PlanError
+from vlmkit.loading import cpu, join_dtypes
+
+MIXED = [
+    "vision_encoder=fp32,language_model=nf4",
+    "vision_encoder=fp32,projector=fp16",
+    "projector=fp32",
+    "language_model=fp32,vision_encoder=nf4",
+    vk.Plan.recommended().override(r"(language|text)_model\.layers\.1\.", "fp32"),
+    vk.Plan().override(r"norm", "fp32"),
+]
+
+
+def inputs(processor, text="What is it?", images=1):
+    from PIL import Image
+
+    parts = [{"type": "image"}] * images + [{"type": "text", "text": text}]
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], add_generation_prompt=True
+    )
+    pictures = [Image.new("RGB", (30, 20), (200, 40 * i, 90)) for i in range(images)]
+    return processor(text=prompt, images=pictures, return_tensors="pt")
+
+
+def linear4bit(inside=128, outside=96, quant_type="nf4", nested=False, bias=False):
+    """A quantised layer as load leaves it, and the weight that it was made from."""
+    import bitsandbytes as bnb
+
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear4bit(
+        inside, outside, bias=bias, compute_dtype=torch.bfloat16, quant_type=quant_type,
+        compress_statistics=nested,
+    )  # fmt: skip
+    weight = torch.randn(outside, inside, dtype=torch.bfloat16)
+    layer.weight = bnb.nn.Params4bit(
+        weight, requires_grad=False, quant_type=quant_type, compress_statistics=nested, module=layer
+    )
+    layer = layer.to("cpu")
+    if bias:
+        layer.bias = torch.nn.Parameter(torch.randn(outside, dtype=torch.bfloat16))
+    cpu.guard_against_cpu_traps(layer)
+    return layer.eval(), weight
+
+
+def bytes_of(model):
+    """A copy of every distinct storage of a parameter or quantisation state, by its address."""
+    from vlmkit.memory import state_tensors
+
+    tensors = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            for tensor in (parameter, *state_tensors(module, parameter)):
+                tensors[tensor.data_ptr()] = tensor.detach().clone()
+    return list(tensors.values())
+
+
+# --- what load returns --------------------------------------------------------------------------
+
+
+def test_returns_a_plain_model_and_processor(llava):
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+    model, processor = vk.load(llava)
+    assert type(model) is LlavaForConditionalGeneration and type(processor) is LlavaProcessor
+    assert not model.training
+    assert model.is_loaded_in_4bit and model.config.quantization_config.llm_int8_skip_modules == [
+        "model.vision_tower",
+        "model.multi_modal_projector",
+        "lm_head",
+    ]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    out = model.generate(**inputs(processor, images=2), max_new_tokens=3, do_sample=False)
+    assert out.shape[1] > 3
+
+
+def test_without_a_processor(llava, copy):
+    folder = copy(llava)
+    for file in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    model, processor = vk.load(folder, "bf16", processor=False)
+    assert processor is None and model.dtype == torch.bfloat16
+
+
+def test_weights_are_the_checkpoints(llava):
+    from safetensors.torch import load_file
+
+    saved = load_file(llava / "model.safetensors")
+    model, _ = vk.load(llava, "vision_encoder=fp32,projector=fp16,language_model=bf16")
+    ours = dict(model.named_parameters())
+    assert len(ours) == len(saved)
+    key = "vision_tower.encoder.layers.0.mlp.fc1.weight"
+    name = next(n for n in ours if n.endswith(key))
+    theirs = next(t for n, t in saved.items() if n.endswith(key))
+    assert ours[name].dtype == torch.float32 and torch.equal(ours[name], theirs.float())
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4-dq", "fp4", "int8"])
+def test_quantised_weights_are_the_references(llava, name):
+    from vlmkit.formats import quantize
+
+    plain, _ = vk.load(llava, "bf16", processor=False)
+    model, _ = vk.load(llava, name, processor=False)
+    path = "model.language_model.layers.1.mlp.down_proj"
+    packed = quantize(plain.get_submodule(path).weight.data, name)
+    assert torch.equal(model.get_submodule(path).weight.data.flatten(), packed.data.flatten())
+
+
+@pytest.mark.parametrize("plan", MIXED, ids=repr)
+@pytest.mark.parametrize("family", ["llava", "other_family"])
+def test_components_in_different_dtypes_work_together(family, plan, request):
+    folder = request.getfixturevalue(family)
+    model, processor = vk.load(folder, plan)
+    batch = inputs(processor)
+    out = model.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert out.shape[1] > batch["input_ids"].shape[1]
+    with torch.no_grad():
+        logits = model(**batch).logits
+    same = vk.load(folder, "fp32")[0]
+    with torch.no_grad():
+        wanted = same(**batch).logits
+    if "nf4" not in repr(plan):  # the same function, but for rounding
+        assert torch.nn.functional.cosine_similarity(logits.float(), wanted, -1).min() > 0.99
+
+
+def test_fp32_everywhere_but_one_place_is_joined_there(qwen2_vl):
+    """Qwen's projector sits inside its vision module: joined on both sides, and nowhere else."""
+    from vlmkit.anatomy import on_meta
+    from vlmkit.checkpoints import read_config
+
+    model = on_meta(read_config(qwen2_vl))
+    assert join_dtypes(model, vk.Plan(projector="fp32").resolve(model)) == ["model.visual.merger"]
+    model = on_meta(read_config(qwen2_vl))
+    assert join_dtypes(model, vk.Plan(vision_encoder="fp32").resolve(model)) == [
+        "model.visual",
+        "model.visual.merger",
+    ]
+
+
+def test_default_model(monkeypatch):
+    monkeypatch.delenv("VLMKIT_MODEL", raising=False)
+    assert vk.default_model() == "pebble"
+    monkeypatch.setenv("VLMKIT_MODEL", "owner/name")
+    assert vk.default_model() == "owner/name"
+
+
+def test_pebble_loads():
+    model, processor = vk.load("pebble")
+    assert list(vk.audit(model, "recommended").table().index) == [
+        "vision_encoder",
+        "projector",
+        "language_model",
+    ]
+    assert vk.memory.predict("pebble").total == vk.memory.measure(model).total
+
+
+def test_quiet(llava):
+    code = (
+        "import vlmkit as vk, torch\n"
+        f"for plan in ('recommended', 'int8'):\n"
+        f"    model, processor = vk.load({str(llava)!r}, plan)\n"
+        "    model.model.language_model(inputs_embeds=torch.randn(1, 5, 128).bfloat16())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and done.stderr == ""
+
+
+# --- the audit ----------------------------------------------------------------------------------
+
+
+def test_audit_table(llava):
+    model, _ = vk.load(llava, processor=False)
+    found = vk.audit(model, "recommended")
+    table = found.table()
+    assert list(table["asked"]) == ["bf16", "bf16", "nf4"]
+    assert list(table["found"]) == ["bf16", "bf16", "nf4 + bf16"]
+    assert table["parameters"].sum() == vk.anatomy(llava).total
+    ledger = vk.memory.measure(model)
+    assert table["bytes"].sum() == ledger.total - ledger.by_kind["buffer"]
+    assert "head" in table.loc["language_model", "kept"]
+    assert "10^6" in str(found) and "<table" in found._repr_html_()
+
+
+def test_audit_refuses_what_the_plan_did_not_ask_for(llava):
+    model, _ = vk.load(llava, processor=False)
+    with pytest.raises(AuditError, match="o_proj.weight: asked for bf16.* found nf4"):
+        vk.audit(model, "bf16")
+    with pytest.raises(AuditError, match="asked for nf4-dq.* found nf4"):
+        vk.audit(model, "language_model=nf4-dq")
+    model.model.multi_modal_projector.linear_2.float()
+    with pytest.raises(
+        AuditError, match="in 2 of 62 .*\n.*linear_2.bias: asked for bf16.*found fp32"
+    ):
+        vk.audit(model, "recommended")
+
+
+def test_audit_finds_the_skip_list_trap(llava):
+    """A bare name in transformers' skip list protects nothing, and nothing else says so."""
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    trap = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"],
+    )
+    model = AutoModelForImageTextToText.from_pretrained(llava, quantization_config=trap)
+    with pytest.raises(AuditError, match="model.vision_tower.*asked for bf16.*found nf4"):
+        vk.audit(model, "recommended")
+
+
+def test_audit_looks_through_peft(llava):
+    from peft import LoraConfig, get_peft_model
+
+    model, _ = vk.load(llava, processor=False)
+    before = vk.audit(model, "recommended")
+    adapted = get_peft_model(
+        model,
+        LoraConfig(target_modules=r".*language_model.*q_proj", modules_to_save=["linear_1"]),
+    )
+    assert vk.audit(adapted, "recommended") == before
+
+
+def test_load_audits(llava, monkeypatch):
+    monkeypatch.setattr(
+        "vlmkit.layout.Layout.skipped", property(lambda self: ["vision_tower", "lm_head"])
+    )
+    monkeypatch.setattr("vlmkit.layout.Layout._check", lambda self, skip: None)
+    with pytest.raises(AuditError, match="model.multi_modal_projector"):
+        vk.load(llava, processor=False)
+
+
+# --- bitsandbytes on a CPU ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", ["nf4", "nf4-dq", "fp4", "int8"])
+def test_bytes_are_unchanged_after_any_number_of_forward_passes(llava, plan):
+    model, processor = vk.load(llava, plan)
+    before = bytes_of(model)
+    for images in (1, 2):
+        model.generate(**inputs(processor, images=images), max_new_tokens=3)
+    after = bytes_of(model)
+    assert len(after) == len(before)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    vk.audit(model, plan)
+
+
+SHAPES = [(128, 96), (192, 64), (96, 64), (4304, 8), (3420, 8), (100, 30), (33, 7)]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("inside, outside", SHAPES)
+def test_any_shape_multiplies_by_the_reference_weight(inside, outside, nested):
+    """In eval mode, in train mode, for one row and for several: one kernel is wrong where rows are
+    no whole number of blocks, another crashes."""
+    from vlmkit.formats import dequantize, quantize
+
+    layer, weight = linear4bit(inside, outside, nested=nested, bias=True)
+    reference = dequantize(quantize(weight, "nf4-dq" if nested else "nf4")).bfloat16()
+    before = layer.weight.data.clone()
+    for mode in (False, True, False):
+        layer.train(mode)
+        for rows in (1, 5):
+            x = torch.randn(rows, inside, dtype=torch.bfloat16)
+            wanted = torch.nn.functional.linear(x, reference, layer.bias)
+            torch.testing.assert_close(layer(x), wanted, rtol=0.02, atol=0.05 * inside**0.5)
+    assert torch.equal(layer.weight.data, before)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("inside", [128, 96, 33])
+def test_training_after_evaluation_still_gets_gradients(inside, bias):
+    layer, _ = linear4bit(inside, 64, bias=bias)
+    with torch.no_grad():
+        layer(torch.randn(3, inside, dtype=torch.bfloat16))
+    layer.train()
+    x = torch.randn(3, inside, dtype=torch.bfloat16, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+def test_a_loaded_model_trains_after_it_was_evaluated(llava):
+    from peft import LoraConfig, get_peft_model
+
+    model, processor = vk.load(llava)
+    batch = inputs(processor)
+    model.generate(**batch, max_new_tokens=2)
+    adapted = get_peft_model(model, LoraConfig(target_modules=r".*language_model.*(q|down)_proj"))
+    adapted.train()
+    adapted(**batch, labels=batch["input_ids"]).loss.backward()
+    gradients = [p.grad for n, p in adapted.named_parameters() if "lora_B" in n]
+    assert len(gradients) == 4 and all(g is not None and g.abs().sum() > 0 for g in gradients)
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+def test_not_a_checkpoint(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(
+        CheckpointError, match="is not a checkpoint: it has no config.json.*notes.txt"
+    ):
+        vk.load(tmp_path)
+    with pytest.raises(CheckpointError, match="is a file, and a checkpoint is a folder"):
+        vk.load(tmp_path / "notes.txt")
+    with pytest.raises(CheckpointError, match="no checkpoint '/nowhere/at/all'"):
+        vk.load("/nowhere/at/all")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="a PEFT adapter, not a checkpoint"):
+        vk.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"model_type": "nonesuch"}', "{}"])
+def test_a_config_that_cannot_be_used(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="config.json"):
+        vk.load(tmp_path)
+
+
+def test_a_text_model(tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(AnatomyError, match="not a vision-language model"):
+        vk.load(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, 0.5, -1])
+def test_cut_short(llava, copy, keep):
+    file = copy(llava) / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(CheckpointError, match="damaged or was cut short"):
+        vk.load(file.parent)
+
+
+def rewrite(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("plan", ["recommended", "bf16"])
+@pytest.mark.parametrize("leaf", ["down_proj.weight", "layer_norm1.bias", "linear_1.weight"])
+def test_missing_weights(llava, copy, leaf, plan):
+    folder = copy(llava)
+    rewrite(folder, lambda w: w.pop(next(name for name in w if name.endswith(leaf))))
+    with pytest.raises(CheckpointError, match=f"lacks weights that the model has: .*{leaf}"):
+        vk.load(folder, plan)
+
+
+def test_unexpected_weights_and_shapes(llava, copy):
+    folder = copy(llava)
+    rewrite(folder, lambda w: w.update({"model.extra.weight": torch.ones(2)}))
+    with pytest.raises(CheckpointError, match="no place for: model.extra.weight"):
+        vk.load(folder)
+
+
+@pytest.mark.parametrize("leaf", ["lm_head.weight", "down_proj.weight"])
+def test_weights_of_another_shape(llava, copy, leaf):
+    folder = copy(llava)
+
+    def change(weights):
+        name = next(name for name in weights if name.endswith(leaf))
+        weights[name] = torch.ones(2, 2)
+
+    rewrite(folder, change)
+    for plan in ("recommended", "bf16"):
+        with pytest.raises(CheckpointError, match=leaf):
+            vk.load(folder, plan)
+
+
+def test_only_pickle(llava, copy):
+    folder = copy(llava)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no weights: there is no model.safetensors"):
+        vk.load(folder)
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="only as pickle .pytorch_model.bin"):
+        vk.load(folder)
+
+
+def test_a_missing_shard(llava, copy):
+    model, _ = vk.load(llava, "bf16", processor=False)
+    folder = copy(llava)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="400KB")
+    vk.load(folder)
+    next(folder.glob("model-00002*")).unlink()
+    with pytest.raises(CheckpointError, match="1 are missing .model-00002"):
+        vk.load(folder)
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (["processor_config.json"], "lacks a processor config"),
+        (["tokenizer.json", "tokenizer_config.json"], "lacks a tokenizer"),
+        (["tokenizer.json"], "processor cannot be loaded|lacks"),
+    ],
+)
+def test_a_missing_processor_file(llava, copy, files, message):
+    folder = copy(llava)
+    for file in files:
+        (folder / file).unlink()
+    with pytest.raises(CheckpointError, match=message):
+        vk.load(folder)
+
+
+@pytest.mark.parametrize("file", ["processor_config.json", "tokenizer.json"])
+def test_a_damaged_processor_file(llava, copy, file):
+    folder = copy(llava)
+    (folder / file).write_text("{")
+    with pytest.raises(CheckpointError, match="processor cannot be loaded"):
+        vk.load(folder)
+
+
+def test_a_processor_that_needs_torchvision(qwen2_vl, copy):
+    from transformers.utils import is_torchvision_available
+
+    if is_torchvision_available():
+        pytest.skip("torchvision is installed here")
+    import tiny
+
+    folder = copy(qwen2_vl)
+    tiny.tokenizer().save_pretrained(folder)
+    for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        kind = "Video" if "video" in file else "Image"
+        entry = {f"{kind.lower()}_processor_type": f"Qwen2VL{kind}Processor"}
+        entry["processor_class"] = "Qwen2VLProcessor"
+        (folder / file).write_text(json.dumps(entry))
+    with pytest.raises(CheckpointError, match=r'needs torchvision.*pip install "vlmkit\[hub\]"'):
+        vk.load(folder)
+
+
+def test_a_hub_id_without_a_network(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        CheckpointError, match=r'owner/name-7b .*cannot be reached.*vk.load\("pebble"\)'
+    ):
+        vk.load("owner/name-7b")
+
+
+def test_remote_code_only_by_name(llava, copy):
+    folder = copy(llava)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "their_own"
+    config["auto_map"] = {
+        "AutoConfig": "theirs.Config",
+        "AutoModelForImageTextToText": "theirs.Model",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "theirs.py").write_text("raise SystemExit('their code ran')")
+    with pytest.raises(CheckpointError, match="trust_remote_code=True"):
+        vk.load(folder)
+    with pytest.raises(SystemExit, match="their code ran"):
+        vk.load(folder, trust_remote_code=True)
+
+
+def test_already_quantised(llava, tmp_path):
+    model, processor = vk.load(llava)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="quantised already"):
+        vk.load(tmp_path, processor=False)
+
+
+def test_devices(llava, monkeypatch):
+    from vlmkit.loading import devices
+
+    with pytest.raises(PlanError, match="device 'tpu9' cannot be used here"):
+        vk.load(llava, device="tpu9")
+    with pytest.raises(PlanError, match="meta"):
+        vk.load(llava, device="meta")
+    if not torch.cuda.is_available():
+        with pytest.raises(PlanError, match="device 'cuda' cannot be used here.*'cpu'"):
+            vk.load(llava, device="cuda")
+    monkeypatch.setattr("vlmkit.loading.resolve_device", lambda device: torch.device("mps"))
+    with pytest.raises(PlanError, match="nf4 does not run on the device 'mps'.*Use bf16"):
+        vk.load(llava, device="mps")
+    assert devices.resolve_device("cpu") == torch.device("cpu")
+
+
+def test_mistaken_plans_stop_before_anything_is_read(llava):
+    with pytest.raises(PlanError, match="did you mean 'nf4'"):
+        vk.load("owner/no-such-model", "nf44")
+    with pytest.raises(PlanError, match="matches no module"):
+        vk.load(llava, vk.Plan().override("vision_towr", "nf4"))
+    with pytest.raises(PlanError, match="in one model"):
+        vk.load(llava, "vision_encoder=int8,language_model=nf4")
