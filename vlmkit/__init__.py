@@ -28,6 +28,7 @@ _HOME_OF = {
 # `anatomy` is both a module and a question to ask: the module is callable (see its last lines).
 _MODULES = (
     "anatomy",
+    "environment",
     "errors",
     "evaluation",
     "figures",
