@@ -1,7 +1,9 @@
 """Asking and scoring, on small random models of several families: no test depends on weights."""
 
 import logging
+import runpy
 import warnings
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -353,3 +355,21 @@ def test_wilson_against_published_values():
     assert wilson(20, 20)[1] == 1.0
     with pytest.raises(ValueError):
         wilson(3, 2)
+
+
+def test_the_benchmark_prints_and_writes_its_tables(llava, tmp_path, capsys, monkeypatch):
+    benchmark = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "pebble.py"))["main"]
+    monkeypatch.chdir(tmp_path)
+    assert benchmark(["--model", str(llava), "--n", "6", "--plan", "bf16"]) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert benchmark(["--model", str(llava), "--n", "6", "--markdown", "card.md"]) == 0
+    printed = capsys.readouterr().out
+    text = (tmp_path / "card.md").read_text()
+    assert text in printed
+    assert "| family | n | bf16 | recommended |" in text
+    kinds = [(task, kind) for task in vk.tasks.TASKS for kind in vk.tasks.KINDS[task]]
+    for row in (*vk.tasks.TASKS, *(f"{task} | {kind}" for task, kind in kinds)):
+        assert text.count(f"\n| {row} | ") >= 1
+    assert "| all | 36 | " in text
+    assert benchmark(["--model", str(llava), "--plan", "nf5"]) == 2
+    assert "nf5" in capsys.readouterr().err
