@@ -1,12 +1,14 @@
 # `make help` lists the targets. Works with GNU Make 3.81 (macOS) and newer.
 #
-#   PYTHON       the Python to build .venv with, 3.11 or newer; found by itself if not given
-#   TORCH_INDEX  one more package index to look for PyTorch in, e.g. one with CPU or CUDA builds
-#   LAB_ARGS     options for JupyterLab, e.g. --no-browser
-#   PYTEST_ARGS  options for pytest, e.g. -x
+#   PYTHON          the Python to build .venv with, 3.11 or newer; found by itself if not given
+#   TORCH_INDEX     one more package index to look for PyTorch in, e.g. one with CPU or CUDA builds
+#   LAB_ARGS        options for JupyterLab, e.g. --no-browser
+#   PYTEST_ARGS     options for pytest, e.g. -x
+#   BENCHMARK_ARGS  options for the benchmark, e.g. --n=100
 
 LAB_ARGS ?=
 PYTEST_ARGS ?=
+BENCHMARK_ARGS ?=
 
 python := .venv/bin/python
 # Tests see no hub, and nothing of what a reader's shell may set.
@@ -48,7 +50,7 @@ format: setup ## put code and notebooks into that style
 	$(python) -m ruff format .
 
 benchmark-pebble: setup ## measure the bundled model on questions that it has never seen
-	$(quietly) $(python) -m vlmkit.pebble.benchmark
+	$(quietly) $(python) benchmarks/pebble.py $(BENCHMARK_ARGS)
 
 clean: ## remove .venv, caches and builds; the next call makes them again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -185,6 +185,12 @@ def test_licences():
     assert CITATION["license"] == ["Apache-2.0", "CC-BY-4.0"]
 
 
+def test_makefile_runs_files_that_exist():
+    files = re.findall(r"(?:\bsh|\$\(python\)) (\S+\.(?:sh|py))", MAKEFILE)
+    assert set(files) >= {"scripts/set_up.sh", "benchmarks/pebble.py"}
+    assert [name for name in files if not (ROOT / name).is_file()] == []
+
+
 # --- the README ----------------------------------------------------------------------------------
 
 
