@@ -15,7 +15,7 @@ import torch
 from vlmkit import tasks
 from vlmkit.pebble.recipe import ASSISTANT, END, IMAGE, PATCH, PATCHES, USER
 from vlmkit.tasks.drawing import COLORS, SHAPES
-from vlmkit.tasks.ocr import DIGITS, LETTERS
+from vlmkit.tasks.ocr import DIGITS, LETTERS, SPELLING
 
 WHATS = ("nothing", *SHAPES, *LETTERS, *DIGITS, "bar")
 HUES = (tasks.NONE, *COLORS)
@@ -24,6 +24,8 @@ VALUES = 10
 value of a bar (0 where there is none)."""
 
 IGNORED = -100
+
+RECIPES = {**tasks.RECIPES, SPELLING.name: SPELLING}
 
 
 def pixel_values(frames):
@@ -78,7 +80,10 @@ def _questions(recipes, picture, how_many, rng, weights):
         order = sorted(kinds, key=lambda rk: rng.random() ** (1 / weights.get(rk[1], 1.0)))
         for recipe, kind in reversed(order):
             pair = recipe.ask(kind, picture, rng)
-            if pair is not None and (kind, *pair) not in asked and len(asked) < how_many:
+            if pair is None or len(asked) == how_many:
+                continue
+            # Another phrasing of what was asked and answered already would teach little.
+            if not any(kind == other and pair[1] == answer for other, _, answer in asked):
                 asked.append((kind, *pair))
         if len(asked) == before:
             break
@@ -94,7 +99,7 @@ def question_batch(group, tokenizer, *key, images=True, weights=None):
     prefixes, conversations, frames, kinds = [], [], [], []
     for index in range(group.pictures):
         rng = tasks.generator("train", group.name, *key, index)
-        recipes = [tasks.RECIPES[name] for name in group.tasks]
+        recipes = [RECIPES[name] for name in group.tasks]
         picture = rng.choice(recipes).draw(rng)
         if images:
             frames += picture.frames

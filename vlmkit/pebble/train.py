@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import os
+import statistics
 import time
 from pathlib import Path
 
@@ -32,12 +33,15 @@ CHARTS = Group("charts", ("chart",), 32, 5)
 PAIRS = Group("pairs", ("multi_image",), 20, 4)
 VIDEOS = Group("videos", ("video",), 12, 4)
 GROUPS = (SCENES, SIGNS, CHARTS, PAIRS, VIDEOS)
-ALL_KINDS = tuple(kind for kinds in tasks.KINDS.values() for kind in kinds)
+SPELLED_SIGNS = Group("spelled signs", ("ocr", "spelling"), 40, 4)
+GROUPS_WITH_SPELLING = (SCENES, SPELLED_SIGNS, CHARTS, PAIRS, VIDEOS)
+ALL_KINDS = tuple(kind for recipe in batches.RECIPES.values() for kind in recipe.kinds)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage: what learns, on which batches, for how many steps, at which highest rate."""
+    """One stage: what learns, on which batches, for how many steps, at which highest rate and to
+    which share of it the rate falls."""
 
     name: str
     steps: int
@@ -45,13 +49,15 @@ class Stage:
     trains: tuple
     groups: tuple = GROUPS
     images: bool = True
+    final: float = 0.02
 
 
 STAGES = (
     Stage("vision", 2500, 1.5e-3, ("vision_tower",)),
     Stage("language", 2500, 1.5e-3, ("language_model", "lm_head"), images=False),
     Stage("projector", 400, 2e-3, ("multi_modal_projector",)),
-    Stage("instruct", 12000, 1e-3, ("",)),
+    Stage("instruct", 2200, 1e-3, ("",), final=0.85),
+    Stage("refine", 6500, 9e-4, ("",), GROUPS_WITH_SPELLING),
 )
 CHUNK = 100
 """Steps between two checkpoints, two lines of the log, and two looks at what goes wrong."""
@@ -89,9 +95,10 @@ class Steps(torch.utils.data.Dataset):
         rng = tasks.generator("train", "group", self.stage.name, step)
         groups = self.stage.groups
         needs = [
-            sum(self.weights[kind] for name in group.tasks for kind in tasks.KINDS[name])
-            / sum(len(tasks.KINDS[name]) for name in group.tasks)
-            * (2 if group is SCENES else 1)
+            statistics.mean(
+                self.weights[kind] for name in group.tasks for kind in batches.RECIPES[name].kinds
+            )
+            * (2 if group.name == SCENES.name else 1)
             for group in groups
         ]
         group = rng.choices(groups, needs)[0]
@@ -156,11 +163,11 @@ def answer_loss(model, batch, device):
 
 
 def rate_at(step, stage):
-    """Linear warm-up, then a cosine down to a fiftieth."""
+    """Linear warm-up, then a cosine down to the stage's final share of its rate."""
     if step < WARMUP:
         return stage.rate * (step + 1) / WARMUP
     progress = (step - WARMUP) / max(1, stage.steps - WARMUP)
-    return stage.rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    return stage.rate * (stage.final + (1 - stage.final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def trainable(model, stage):

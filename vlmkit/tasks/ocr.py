@@ -100,4 +100,29 @@ def describe(facts):
     return f"a sign that says {facts[1]}." if facts[1] else "a sign without text."
 
 
+ORDINALS = ("first", "second", "third", "fourth", "fifth")
+
+
+def ask_character(facts, rng):
+    """One character of the text by its place; none where the text is shorter."""
+    text = facts[1]
+    places = dict(zip(ORDINALS, text.ljust(len(ORDINALS)), strict=True))
+    if text:
+        places["last"] = text[-1]
+    beyond = rng.random() < 0.1
+    possible = [place for place, character in places.items() if (character == " ") == beyond]
+    place = rng.choice(possible or list(places))
+    question = rng.choice(
+        (
+            f"What is the {place} character?",
+            f"Which character comes {place}?",
+            f"Read the {place} character.",
+            f"Name the {place} character of the text.",
+        )
+    )
+    return question, places[place].strip() or NONE
+
+
 OCR = Recipe("ocr", draw, {kind: _ask(kind) for kind in ("word", "number", "code")}, describe)
+SPELLING = Recipe("spelling", draw, {"character": ask_character}, describe)
+"""A lesson for training, not a task: reading is learnt faster when single characters are asked."""
