@@ -193,13 +193,13 @@ def test_audit_table(llava):
 
 def test_audit_refuses_what_the_plan_did_not_ask_for(llava):
     model, _ = vk.load(llava, processor=False)
-    with pytest.raises(AuditError, match="o_proj.weight: asked for bf16.* found nf4"):
+    with pytest.raises(AuditError, match="down_proj.weight: asked for bf16; found nf4"):
         vk.audit(model, "bf16")
-    with pytest.raises(AuditError, match="asked for nf4-dq.* found nf4"):
+    with pytest.raises(AuditError, match="asked for nf4-dq; found nf4"):
         vk.audit(model, "language_model=nf4-dq")
     model.model.multi_modal_projector.linear_2.float()
     with pytest.raises(
-        AuditError, match="in 2 of 62 .*\n.*linear_2.bias: asked for bf16.*found fp32"
+        AuditError, match="in 2 of 62 .*\n.*linear_2.bias: asked for bf16; found fp32"
     ):
         vk.audit(model, "recommended")
 
@@ -325,6 +325,24 @@ def test_a_config_that_cannot_be_used(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match="config.json"):
         vk.load(tmp_path)
+
+
+def test_long_messages_of_libraries_are_cut(llava, copy):
+    folder = copy(llava)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["model_type"] = "nonesuch"  # transformers lists all that it knows
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="nonesuch.* …") as caught:
+        vk.load(folder)
+    assert len(str(caught.value)) < 500
+
+
+def test_weights_that_cannot_be_read(llava, copy):
+    folder = copy(llava)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match="model.safetensors cannot be read"):
+        vk.load(folder)
 
 
 def test_a_text_model(tmp_path):

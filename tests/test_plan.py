@@ -142,7 +142,8 @@ def test_layer_1_is_not_layer_11():
     "plan, message",
     [
         (Plan(cross_attention="nf4"), "no cross_attention: the plan matches no module"),
-        (Plan().override("nothing", "nf4"), "'nothing' matches no module"),
+        (Plan().override("nothing", "nf4"), "'nothing' matches no module of this model. Its"),
+        (Plan().override("vision_towr", "nf4"), "no module .* Did you mean 'vision_tower'"),
         (Plan().override(r"embed_tokens", "nf4"), "none of the 1 modules .* embedding"),
         (
             Plan().override("layers", "nf4").override("fc1", "bf16"),

@@ -19,6 +19,12 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 NO_LONGER_SAVED = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
 
 
+def brief(error, length=200):
+    """The message of a library's error on one line, cut to a readable length."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return text if len(text) <= length else text[:length] + " …"
+
+
 def find(name, *, revision=None, weights=True, trust_remote_code=False):
     """The folder of the checkpoint that `name` means, as a pathlib.Path.
 
@@ -33,7 +39,7 @@ def find(name, *, revision=None, weights=True, trust_remote_code=False):
 
         return Path(pebble.path())
     folder = Path(text).expanduser()
-    if folder.is_dir():
+    if text and folder.is_dir():
         return folder
     if folder.is_file():
         raise CheckpointError(
@@ -89,7 +95,7 @@ def _from_hub(name, revision, weights, trust_remote_code):
         ) from error
     except Exception as error:  # httpx, disk and proxy errors of many kinds
         raise CheckpointError(
-            f"{name} could not be fetched from the hub: {type(error).__name__}: {error}. {OFFLINE}"
+            f"{name} could not be fetched from the hub: {brief(error)}. {OFFLINE}"
         ) from error
 
 
@@ -117,7 +123,7 @@ def read_config(folder, *, trust_remote_code=False):
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config with wrong fields fails in the config class's own ways
-        raise CheckpointError(f"{folder}: config.json cannot be used: {error}") from error
+        raise CheckpointError(f"{folder}: config.json cannot be used: {brief(error)}") from error
 
 
 def _read_json(folder, file):
@@ -154,9 +160,11 @@ def check_weights(folder):
                 pass
         except SafetensorError as error:
             raise CheckpointError(
-                f"{file} is damaged or was cut short ({file.stat().st_size:,} bytes): {error}. "
-                "Copy or download it again."
+                f"{file} is damaged or was cut short ({file.stat().st_size:,} bytes): "
+                f"{brief(error)}. Copy or download it again."
             ) from error
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {brief(error)}") from error
 
 
 def _weight_files(folder):

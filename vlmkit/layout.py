@@ -3,6 +3,7 @@
 Loading, auditing and the memory ledger all read the same Layout, so they cannot disagree.
 """
 
+import difflib
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -224,12 +225,13 @@ class _Overrides:
     def require_used(self, layout):
         for (pattern, name), modules in self.found.items():
             if not modules:
-                examples = "\n  ".join(
-                    dict.fromkeys(row.module for row in layout.rows[:: 1 + len(layout.rows) // 5])
-                )
+                modules = list(dict.fromkeys(row.module for row in layout.rows))
+                segments = {segment for module in modules for segment in module.split(".")}
+                near = difflib.get_close_matches(pattern, segments, n=1)
                 raise PlanError(
-                    f"the plan's override {pattern!r} matches no module of this model. Its modules "
-                    f"have full names such as\n  {examples}"
+                    f"the plan's override {pattern!r} matches no module of this model. "
+                    f"{f'Did you mean {near[0]!r}? ' if near else ''}Its modules have full names "
+                    "such as\n  " + "\n  ".join(modules[:: 1 + len(modules) // 5])
                 )
             if FORMATS[name].quantized and not modules & set(layout.quantized):
                 kinds = sorted({row.kind for row in layout.rows if row.module in modules})

@@ -9,7 +9,14 @@ transformers' own BitsAndBytesConfig, and the checkpoint's AutoProcessor.
 import os
 
 from vlmkit.anatomy import on_meta, shape_of
-from vlmkit.checkpoints import PEBBLE, check_weights, find, read_config
+from vlmkit.checkpoints import (
+    NO_LONGER_SAVED,
+    PEBBLE,
+    brief,
+    check_weights,
+    find,
+    read_config,
+)
 from vlmkit.errors import CheckpointError
 from vlmkit.formats import torch_dtype
 from vlmkit.loading.audit import Audit, audit, audit_layout
@@ -92,15 +99,13 @@ def _load_weights(folder, layout, quantization_config, device, trust_remote_code
         )
     except (RuntimeError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{folder}: transformers could not load the weights: {error}"
+            f"{folder}: transformers could not load the weights: {brief(error)}"
         ) from error
     _require_complete(folder, model, info, layout)
     return model
 
 
 def _require_complete(folder, model, info, layout):
-    from vlmkit.checkpoints import NO_LONGER_SAVED
-
     # transformers does not compare the shapes of weights that it quantises.
     wrong = {str(key[0]) for key in info["mismatched_keys"]}
     wrong |= {
@@ -134,3 +139,5 @@ def _round_to_layout(model, layout):
         elif parameter.is_floating_point() and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = text.dtype = torch_dtype(layout.plan["language_model"])
+    if hasattr(model.config, "vision_config"):
+        model.config.vision_config.dtype = torch_dtype(layout.plan["vision_encoder"])

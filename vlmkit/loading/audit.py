@@ -115,7 +115,8 @@ def audit_layout(model, layout):
 def _difference(row, found, module):
     """What is wrong with the parameter of `row`, in words; None if nothing is."""
     if found != row.format:
-        return f"asked for {row.asked}, which means {row.format} here; found {found}"
+        means = "" if row.asked == row.format else f", which for {row.kind} weights is {row.format}"
+        return f"asked for {row.asked}{means}; found {found}"
     if FORMATS[row.format].bits == 4:
         state = module.weight.quant_state
         if state.blocksize != BLOCK:

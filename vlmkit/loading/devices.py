@@ -1,5 +1,6 @@
 """Devices: where a model can go, and which formats run there."""
 
+from vlmkit.checkpoints import brief
 from vlmkit.errors import PlanError
 
 
@@ -16,10 +17,9 @@ def resolve_device(device=None):
         resolved = torch.device(device)
         torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = str(error).splitlines()[0]
         raise PlanError(
-            f"device {str(device)!r} cannot be used here: {reason}. Leave device out to get "
-            f"{str(resolve_device())!r}."
+            f"device {str(device)!r} cannot be used here ({brief(error, 100)}). Leave device out "
+            f"to get {str(resolve_device())!r}."
         ) from error
     if resolved.type == "meta":
         raise PlanError("device 'meta' holds no weights: use vk.anatomy or vk.memory.predict")

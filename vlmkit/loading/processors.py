@@ -1,5 +1,6 @@
 """Processors: the part of a checkpoint that turns pictures and words into tensors."""
 
+from vlmkit.checkpoints import brief
 from vlmkit.errors import CheckpointError
 
 ANY_OF = ("processor_config.json", "preprocessor_config.json")
@@ -25,7 +26,9 @@ def load_processor(folder, trust_remote_code=False):
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except ImportError as error:
         if "torchvision" not in str(error).lower():
-            raise CheckpointError(f"{folder}: the processor needs a package: {error}") from error
+            raise CheckpointError(
+                f"{folder}: the processor needs a package: {brief(error)}"
+            ) from error
         raise CheckpointError(
             f"{folder}: this model's processor needs torchvision, which is not installed or does "
             'not fit this torch. Install it with: pip install "vlmkit[hub]"'
@@ -33,7 +36,7 @@ def load_processor(folder, trust_remote_code=False):
     except Exception as error:  # a missing file ends in a TypeError as often as in an OSError
         raise CheckpointError(
             f"{folder}: the processor cannot be loaded, a file of it is missing or damaged "
-            f"({type(error).__name__}: {error}). With processor=False the model alone loads."
+            f"({brief(error)}). With processor=False the model alone loads."
         ) from error
     if not isinstance(
         processor, ProcessorMixin
