@@ -126,18 +126,18 @@ def test_one_version_everywhere():
 
 def test_importing_vlmkit_is_quick_and_imports_nothing_heavy():
     program = (
-        "import sys, time; start = time.perf_counter(); import vlmkit; "
-        "print(time.perf_counter() - start); "
+        "import sys, time; start = time.process_time(); import vlmkit; "
+        "print(time.process_time() - start); "
         "print(*{'torch', 'transformers', 'numpy', 'pandas', 'PIL'} & set(sys.modules))"
     )
     runs = [
         subprocess.run(
             [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.split("\n")
-        for _ in range(5)
+        for _ in range(3)
     ]
     assert {heavy for _, heavy, *_ in runs} == {""}
-    # The best of several: the others measure what else this machine was doing.
+    # Processor time, and the best of several: the rest is what else this machine was doing.
     assert min(float(seconds) for seconds, *_ in runs) < 0.1
 
 
