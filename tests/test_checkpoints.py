@@ -25,6 +25,12 @@ def test_not_a_checkpoint(tmp_path):
         vk.load(tmp_path)
 
 
+def test_an_installation_without_pebble(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlmkit.pebble.path", lambda: tmp_path / "gone")
+    with pytest.raises(CheckpointError, match="'pebble' is bundled .* incomplete"):
+        vk.load("pebble")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"model_type": "nonesuch"}', "{}"])
 def test_a_config_that_cannot_be_used(tmp_path, text):
     (tmp_path / "config.json").write_text(text)

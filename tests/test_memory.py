@@ -38,6 +38,19 @@ def test_other_families(family, plan, request):
     assert not found["difference"].any(), found
 
 
+@pytest.mark.parametrize("plan", ["bf16", "fp16", "nf4", "vision_encoder=fp32,language_model=nf4"])
+def test_what_a_class_keeps_in_fp32(llava, plan, monkeypatch):
+    """transformers lets a model's class keep modules in fp32, and out of quantisation."""
+    from transformers import LlavaForConditionalGeneration as Llava
+
+    monkeypatch.setattr(Llava, "_keep_in_fp32_modules_strict", ["post_layernorm"])
+    monkeypatch.setattr(Llava, "_keep_in_fp32_modules", ["linear_2", "model.*.layers.1"])
+    model, _ = vk.load(llava, plan, processor=False)
+    assert model.model.vision_tower.post_layernorm.weight.dtype == torch.float32
+    found = compare(predict(llava, plan), measure(model))
+    assert not found["difference"].any(), found
+
+
 def test_measured_after_forward_passes_too(llava):
     for plan in ("nf4-dq", "int8"):
         model, _ = vk.load(llava, plan, processor=False)

@@ -37,7 +37,13 @@ def find(name, *, revision=None, weights=True, trust_remote_code=False):
     if text == PEBBLE:
         from vlmkit import pebble
 
-        return Path(pebble.path())
+        folder = Path(pebble.path())
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{PEBBLE!r} is bundled with vlmkit, but {folder} is not there: this installation is "
+                "incomplete. Install vlmkit again, or make pebble: python -m vlmkit.pebble.train"
+            )
+        return folder
     folder = Path(text).expanduser()
     if text and folder.is_dir():
         return folder

@@ -51,7 +51,7 @@ class Layout:
     def load_dtype(self):
         """Name of the float format to read the checkpoint in: the plan's own if it has only one.
         Otherwise fp32, from which each parameter is rounded once, to the format that it gets."""
-        floats = {FORMATS[row.format].companion for row in self.rows}
+        floats = {FORMATS[row.asked].companion for row in self.rows}
         return floats.pop() if len(floats) == 1 else "fp32"
 
     @property
@@ -123,7 +123,7 @@ def resolve(plan, model):
     """The Layout of `plan` on `model`, which is on the meta device. See `Plan.resolve`."""
     found = anatomy_of(model).require_known()
     kept = _never_converted(model)
-    linears = tuple(name for name, module in model.named_modules() if _is_linear(module))
+    linears = {name: True for name, module in model.named_modules() if _is_linear(module)}
     overrides = _Overrides(plan)
     rows = []
     for name, parameter in model.named_parameters():
@@ -137,8 +137,10 @@ def resolve(plan, model):
         can = module in linears and module not in kept and kind != BIAS
         can = can and (kind == LINEAR or named)
         given = asked if can or not wanted.quantized else wanted.companion
+        if not FORMATS[given].quantized and _kept_in_fp32(model, name, given):
+            given = "fp32"
         rows.append(Row(name, module, component, kind, tuple(parameter.shape), asked, given))
-    layout = Layout(plan, tuple(_keep_fp32(model, rows)), linears, tuple(_fp32_names(model)))
+    layout = Layout(plan, tuple(rows), tuple(linears), tuple(_fp32_names(model)))
     overrides.require_used(layout)
     _require_effect(plan, found, layout)
     return layout
@@ -184,20 +186,14 @@ def _fp32_names(model):
     return list(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
-def _keep_fp32(model, rows):
-    """Some classes keep a few modules in fp32 whatever is asked: their forward counts on it."""
-    import torch
+def _kept_in_fp32(model, name, given):
+    """Whether the model's class keeps the parameter `name` in fp32 although it is to be loaded in
+    the float format `given`: some do so with a few modules, since their forward counts on it."""
     from transformers.core_model_loading import build_glob_alternation
 
-    for row in rows:
-        # transformers' own rule for the dtype that this parameter would have been given
-        names = {}
-        if FORMATS[row.format].companion != "fp32" and not FORMATS[row.format].quantized:
-            names = model._get_dtype_plan(torch_dtype(row.format))
-        if names and build_glob_alternation(list(names))[0].search(row.name):
-            assert set(names.values()) == {torch.float32}
-            row = Row(*(getattr(row, f) for f in row.__dataclass_fields__ if f != "format"), "fp32")
-        yield row
+    # The names, and how they match, are transformers' own, as from_pretrained uses them.
+    kept = model._get_dtype_plan(torch_dtype(given))
+    return bool(kept) and build_glob_alternation(list(kept))[0].search(name) is not None
 
 
 class _Overrides:
@@ -224,6 +220,12 @@ class _Overrides:
 
     def require_used(self, layout):
         for (pattern, name), modules in self.found.items():
+            tied = [n for n in layout.linears if re.search(pattern, n) and n not in modules]
+            if tied and not modules:
+                raise PlanError(
+                    f"the plan's override {pattern!r} matches only {tied[0]}, whose weight is tied "
+                    "to the embeddings: it is theirs, and cannot have a format of its own."
+                )
             if not modules:
                 modules = list(dict.fromkeys(row.module for row in layout.rows))
                 segments = {segment for module in modules for segment in module.split(".")}

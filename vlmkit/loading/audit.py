@@ -17,7 +17,8 @@ MEGABYTE = 10**6
 class AuditRow:
     """One component: the format asked for, those found, modules with weights, parameters, bytes.
 
-    kept: what is not in the format asked for because nothing can put it there, and its format.
+    kept: what has another format than the component's, and which: what bitsandbytes leaves alone,
+        and what an override of the plan names.
     """
 
     component: str
@@ -52,7 +53,7 @@ class Audit:
         table = self.table()
         table["parameters"] = table["parameters"].map("{:,}".format)
         table.insert(4, "MB", (table.pop("bytes") / MEGABYTE).map("{:.2f}".format))
-        return table.rename(columns={"kept": "left as it is"})
+        return table.rename(columns={"kept": "besides"})
 
     def __str__(self):
         text = self._text_table().to_string()

@@ -26,11 +26,11 @@ def join_dtypes(model, layout):
 
     def visit(name, module, around):
         formats = below.get(name, set())
+        inside = around
         if len(formats) == 1:
             (inside,) = formats
-        else:  # several formats, or none: the stream through it is in its component's
-            component = decide(name)[0]
-            inside = FORMATS[layout.plan[component]].companion if component else around
+        elif formats and decide(name)[0]:  # several: what runs through it is in its component's
+            inside = FORMATS[layout.plan[decide(name)[0]]].companion
         if inside != around:
             _cast_at(module, torch_dtype(inside), torch_dtype(around))
             joined.append(name)
