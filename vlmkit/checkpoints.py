@@ -40,8 +40,8 @@ def find(name, *, revision=None, weights=True, trust_remote_code=False):
         folder = Path(pebble.path())
         if not folder.is_dir():
             raise CheckpointError(
-                f"{PEBBLE!r} is bundled with vlmkit, but {folder} is not there: this installation is "
-                "incomplete. Install vlmkit again, or make pebble: python -m vlmkit.pebble.train"
+                f"{PEBBLE!r} is bundled with vlmkit, but {folder} is not there: this installation "
+                "is incomplete. Install vlmkit again, or make it: python -m vlmkit.pebble.train"
             )
         return folder
     folder = Path(text).expanduser()
