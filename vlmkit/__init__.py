@@ -10,6 +10,11 @@ Importing this package imports nothing heavy: every name below is looked up when
 """
 
 import importlib
+import warnings
+
+# Imported in a notebook without ipywidgets, tqdm (and so transformers) warns that its bars will be
+# text. They may be: it would be the first thing that a reader of the course sees, in red.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 __version__ = "0.1.0"
 
