@@ -49,7 +49,7 @@ class Finding:
     verdict: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Environment:
     """What `check` found: `rows` (Findings), `ready`, `missing`; text and HTML table."""
 
@@ -92,6 +92,8 @@ class Environment:
             for line in lines
         ]
         return "\n".join([*rows, self.summary])
+
+    __repr__ = __str__
 
     def _repr_html_(self):
         head, *body = [[html.escape(cell) for cell in line] for line in self._cells()]
