@@ -16,7 +16,7 @@ from vlmkit.images import read_all
 # Processors without a chat template whose models were trained on one plain prompt. `{images}` is
 # where the image placeholders go; BLIP-2's processor puts its own in front.
 _PLAIN_PROMPTS = {
-    "PaliGemmaProcessor": "{images}{question}",  # arXiv 2407.07726, section 3.2.3
+    "PaliGemmaProcessor": "{images}{question}",  # images first, then text: arXiv 2407.07726
     "Blip2Processor": "Question: {question} Answer:",  # arXiv 2301.12597, section 4.1
 }
 
