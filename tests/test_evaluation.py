@@ -343,18 +343,22 @@ def test_normalise():
     assert normalise("1.5") == "1.5" != normalise("15")
 
 
-def test_wilson_against_published_values():
-    # Newcombe, 1998, Statistics in Medicine 17, table I, method 3.
-    for correct, n, low, high in [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ]:
-        assert wilson(correct, n) == pytest.approx((low, high), abs=5e-5)
-    assert wilson(20, 20)[1] == 1.0
-    with pytest.raises(ValueError):
-        wilson(3, 2)
+@pytest.mark.parametrize(("correct", "n"), [(81, 263), (15, 148), (1, 29), (0, 20), (20, 20)])
+def test_wilson_ends_where_the_score_test_does(correct, n):
+    """What defines it: the shares p from which the one found is 1.96 standard errors of p away."""
+    share = correct / n
+    low, high = wilson(correct, n)
+    assert 0 <= low <= share <= high <= 1 and low < high
+    for p in (low, high):
+        if 0 < p < 1:  # at 0 and 1 the interval ends with the scale
+            away = abs(share - p) / (p * (1 - p) / n) ** 0.5
+            assert away == pytest.approx(1.959964, abs=1e-5)
+
+
+def test_wilson_of_no_proportion():
+    for correct, n in ((3, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError):
+            wilson(correct, n)
 
 
 def test_the_benchmark_prints_and_writes_its_tables(llava, tmp_path, capsys, monkeypatch):

@@ -8,8 +8,8 @@ import textwrap
 
 from vlmkit import COMPONENTS
 
-# Okabe and Ito's palette (Color Universal Design, 2008): told apart with any colour vision, and
-# different enough in lightness for print in grey.
+# From Okabe and Ito's palette (Color Universal Design, 2008), made to be told apart with any colour
+# vision. Not in print without colour: purple, green and grey are about as light as each other.
 BLUE, ORANGE, PURPLE, GREEN, BLACK = "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#000000"
 GREY = "#999999"
 

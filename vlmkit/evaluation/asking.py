@@ -13,11 +13,13 @@ from vlmkit import anatomy
 from vlmkit.errors import ImageError, QuestionError, VlmkitError
 from vlmkit.images import read_all
 
-# Processors without a chat template whose models were trained on one plain prompt. `{images}` is
-# where the image placeholders go; BLIP-2's processor puts its own in front.
+# Processors without a chat template, and the prompt that their models' documentation gives for a
+# question. `{images}` is where the image placeholders go; BLIP-2's processor puts its own in front.
 _PLAIN_PROMPTS = {
-    "PaliGemmaProcessor": "{images}{question}",  # images first, then text: arXiv 2407.07726
-    "Blip2Processor": "Question: {question} Answer:",  # arXiv 2301.12597, section 4.1
+    # Google's page "PaliGemma prompt and system instructions": the images first, then this
+    "PaliGemmaProcessor": "{images}answer en {question}",
+    # the examples of transformers' Blip2ForConditionalGeneration
+    "Blip2Processor": "Question: {question} Answer:",
 }
 
 

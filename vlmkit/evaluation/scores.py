@@ -15,8 +15,8 @@ def wilson(correct, n):
     """The 95% score interval of a proportion, (low, high), both within 0 and 1.
 
     Unlike the mean plus or minus two standard errors it holds for few answers and near 0% and 100%
-    (Wilson, 1927, JASA 22, pages 209 to 212; Brown, Cai and DasGupta, 2001, Statistical Science 16,
-    section 3.1.1).
+    (Wilson, 1927, JASA 22, pages 209 to 212; recommended for few trials by Brown, Cai and DasGupta,
+    2001, Statistical Science 16, pages 101 to 133).
     """
     if not 0 <= correct <= n or n < 1:
         raise ValueError(f"{correct} of {n} is not a proportion")
