@@ -20,8 +20,11 @@ from vlmkit.tasks.ocr import DIGITS, LETTERS, SPELLING
 WHATS = ("nothing", *SHAPES, *LETTERS, *DIGITS, "bar")
 HUES = (tasks.NONE, *COLORS)
 VALUES = 10
-"""Classes of the vision encoder's three targets: what is centred in a patch, its colour, and the
-value of a bar (0 where there is none)."""
+SIDE = tasks.SIZE // PATCH
+TARGETS = {"what": len(WHATS), "hue": len(HUES), "value": VALUES, "row": SIDE, "column": SIDE}
+"""The vision encoder's targets for each patch and how many classes each has: what is centred in it,
+its colour, the value of a bar (0 where there is none), and where the patch is. Without the last two
+the encoder forgets where it looks, and no question about places can be learnt from its features."""
 
 IGNORED = -100
 
@@ -35,21 +38,22 @@ def pixel_values(frames):
 
 
 def dense_targets(marks):
-    """Marks of one frame → three rows of PATCHES class numbers: what, colour, value."""
-    side = tasks.SIZE // PATCH
-    targets = np.zeros((3, PATCHES), dtype=np.int64)
+    """Marks of one frame → class numbers, a row of PATCHES for each of TARGETS."""
+    targets = np.zeros((len(TARGETS), PATCHES), dtype=np.int64)
+    targets[3:] = np.divmod(np.arange(PATCHES), SIDE)
     for mark in marks:
-        patch = mark.y // PATCH * side + mark.x // PATCH
-        targets[:, patch] = WHATS.index(mark.what), HUES.index(mark.color), mark.value
+        patch = mark.y // PATCH * SIDE + mark.x // PATCH
+        targets[:3, patch] = WHATS.index(mark.what), HUES.index(mark.color), mark.value
     return targets
 
 
 def vision_batch(size, *key):
-    """`size` frames of all tasks with their dense targets, (size, 3, PATCHES)."""
+    """`size` frames of all tasks with their dense targets, (size, len(TARGETS), PATCHES)."""
     frames, targets = [], []
     for index in range(size):
         rng = tasks.generator("train", "vision", *key, index)
-        picture = tasks.RECIPES[rng.choice(tasks.TASKS)].draw(rng)
+        # Signs more often than the rest: their 36 characters are the hardest to tell apart.
+        picture = tasks.RECIPES[rng.choice((*tasks.TASKS, "ocr", "ocr"))].draw(rng)
         chosen = rng.randrange(len(picture.frames))
         frames.append(picture.frames[chosen])
         targets.append(dense_targets(picture.marks[chosen]))

@@ -28,20 +28,17 @@ from vlmkit.pebble import batches, recipe
 from vlmkit.pebble.batches import Group
 
 SCENES = Group("scenes", ("vqa", "caption"), 32, 6)
-SIGNS = Group("signs", ("ocr",), 64, 1)
+SIGNS = Group("signs", ("ocr", "spelling"), 40, 4)
 CHARTS = Group("charts", ("chart",), 32, 5)
 PAIRS = Group("pairs", ("multi_image",), 20, 4)
 VIDEOS = Group("videos", ("video",), 12, 4)
 GROUPS = (SCENES, SIGNS, CHARTS, PAIRS, VIDEOS)
-SPELLED_SIGNS = Group("spelled signs", ("ocr", "spelling"), 40, 4)
-GROUPS_WITH_SPELLING = (SCENES, SPELLED_SIGNS, CHARTS, PAIRS, VIDEOS)
 ALL_KINDS = tuple(kind for recipe in batches.RECIPES.values() for kind in recipe.kinds)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage: what learns, on which batches, for how many steps, at which highest rate and to
-    which share of it the rate falls."""
+    """One stage: what learns, on which batches, for how many steps, at which highest rate."""
 
     name: str
     steps: int
@@ -49,15 +46,14 @@ class Stage:
     trains: tuple
     groups: tuple = GROUPS
     images: bool = True
-    final: float = 0.02
 
 
 STAGES = (
-    Stage("vision", 2500, 1.5e-3, ("vision_tower",)),
+    Stage("vision", 4000, 1.5e-3, ("vision_tower",)),
     Stage("language", 2500, 1.5e-3, ("language_model", "lm_head"), images=False),
     Stage("projector", 400, 2e-3, ("multi_modal_projector",)),
-    Stage("instruct", 2200, 1e-3, ("",), final=0.85),
-    Stage("refine", 6500, 9e-4, ("",), GROUPS_WITH_SPELLING),
+    Stage("instruct", 5500, 1e-3, ("multi_modal_projector", "language_model", "lm_head")),
+    Stage("together", 800, 2e-4, ("",)),
 )
 CHUNK = 100
 """Steps between two checkpoints, two lines of the log, and two looks at what goes wrong."""
@@ -70,7 +66,7 @@ class Reader(torch.nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        sizes = (len(batches.WHATS), len(batches.HUES), batches.VALUES)
+        sizes = batches.TARGETS.values()
         self.heads = torch.nn.ModuleList(torch.nn.Linear(width, size) for size in sizes)
 
     def forward(self, features):
@@ -113,8 +109,8 @@ class Steps(torch.utils.data.Dataset):
 
 
 def vision_loss(model, reader, batch, device):
-    """Cross-entropy of the three targets; patches with something in them count for as much as all
-    the empty ones. Returns the loss and the share of filled patches that are wholly right."""
+    """Cross-entropy of all targets; patches with something in them count for as much as all the
+    empty ones. Returns the loss and how many filled patches are wholly right, of how many."""
     images, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
     output = model.model.vision_tower(images, output_hidden_states=True)
     logits = reader(output.hidden_states[-1])
@@ -163,11 +159,11 @@ def answer_loss(model, batch, device):
 
 
 def rate_at(step, stage):
-    """Linear warm-up, then a cosine down to the stage's final share of its rate."""
+    """Linear warm-up, then a cosine down to a fiftieth."""
     if step < WARMUP:
         return stage.rate * (step + 1) / WARMUP
     progress = (step - WARMUP) / max(1, stage.steps - WARMUP)
-    return stage.rate * (stage.final + (1 - stage.final) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return stage.rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def trainable(model, stage):
