@@ -39,7 +39,9 @@ def questions(rows, answers=None, ax=None):
         for place, image in enumerate(row["images"]):
             start = left + place
             ax.imshow(image, extent=(start, start + 0.97, 0, 1), interpolation="nearest")
-        caption = textwrap.fill(row["question"], 22 * width) + f"\n→ {answer}"
+        caption = "\n".join(
+            textwrap.fill(line, 22 * width) for line in (row["question"], f"→ {answer}")
+        )
         ax.text(left + width / 2, -0.06, caption, ha="center", va="top", fontsize=9)
         left += width + gap
     ax.set(xlim=(0, across), ylim=(0, 1), aspect="equal")
