@@ -16,6 +16,9 @@ from vlmkit import tasks
 from vlmkit.pebble.recipe import ASSISTANT, END, IMAGE, PATCH, PATCHES, USER
 from vlmkit.tasks.drawing import COLORS, SHAPES
 from vlmkit.tasks.ocr import DIGITS, LETTERS, SPELLING
+from vlmkit.tasks.pairs import MATCH
+from vlmkit.tasks.scenes import LOOKUP, PLACE
+from vlmkit.tasks.video import MOTION
 
 WHATS = ("nothing", *SHAPES, *LETTERS, *DIGITS, "bar")
 HUES = (tasks.NONE, *COLORS)
@@ -28,7 +31,8 @@ the encoder forgets where it looks, and no question about places can be learnt f
 
 IGNORED = -100
 
-RECIPES = {**tasks.RECIPES, SPELLING.name: SPELLING}
+LESSONS = (SPELLING, LOOKUP, PLACE, MATCH, MOTION)
+RECIPES = tasks.RECIPES | {lesson.name: lesson for lesson in LESSONS}
 
 
 def pixel_values(frames):
@@ -104,7 +108,10 @@ def question_batch(group, tokenizer, *key, images=True, weights=None):
     for index in range(group.pictures):
         rng = tasks.generator("train", group.name, *key, index)
         recipes = [RECIPES[name] for name in group.tasks]
-        picture = rng.choice(recipes).draw(rng)
+        asked = []
+        while not asked:
+            picture = rng.choice(recipes).draw(rng)
+            asked = _questions(recipes, picture, group.questions, rng, weights or {})
         if images:
             frames += picture.frames
             prompt = USER + (IMAGE * PATCHES + "\n") * len(picture.frames)
@@ -112,7 +119,6 @@ def question_batch(group, tokenizer, *key, images=True, weights=None):
         else:
             text = recipes[0].describe(picture.facts)
             prefixes.append(tokenizer.encode(f"{USER}{text}\n", add_special_tokens=False))
-        asked = _questions(recipes, picture, group.questions, rng, weights or {})
         conversations.append(
             [
                 (

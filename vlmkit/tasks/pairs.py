@@ -96,3 +96,5 @@ MULTI_IMAGE = Recipe(
     },
     describe,
 )
+MATCH = Recipe("match", draw, {"same_shape": _same("shape")}, describe)
+"""A lesson for training, not a task."""

@@ -270,3 +270,13 @@ VQA = Recipe(
     describe,
 )
 CAPTION = Recipe("caption", draw_captioned, {"caption": ask_caption}, describe)
+
+
+def draw_few(rng):
+    things = random_things(rng, rng.choice((1, 2, 2, 3)))
+    return Picture([paint(things, rng)], things, [marks_of(things)])
+
+
+# Lessons for training, not tasks: one skill, among few objects.
+LOOKUP = Recipe("lookup", draw_few, {"color": ask_color}, describe)
+PLACE = Recipe("place", draw_few, {"spatial": ask_spatial}, describe)

@@ -80,3 +80,5 @@ def reading_order(thing):
 
 
 VIDEO = Recipe("video", draw, {"direction": ask_direction, "moving": ask_moving}, describe)
+MOTION = Recipe("motion", draw, {"direction": ask_direction}, describe)
+"""A lesson for training, not a task."""
