@@ -35,7 +35,7 @@ def test_a_packed_question_is_what_the_processor_makes_of_it_alone(group, tokeni
     batch = batches.question_batch(small, tokenizer, "test", 0)
     processor = recipe.build_processor(tokenizer)
     rng = tasks.generator("train", small.name, "test", 0, 1)
-    recipes = [tasks.RECIPES[name] for name in small.tasks]
+    recipes = [batches.RECIPES[name] for name in small.tasks]
     picture = rng.choice(recipes).draw(rng)
     asked = batches._questions(recipes, picture, small.questions, rng, {})
     images = [tasks.to_image(frame) for frame in picture.frames]

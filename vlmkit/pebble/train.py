@@ -110,7 +110,7 @@ class Steps(torch.utils.data.Dataset):
     def __init__(self, stage, steps, tokenizer, accuracy):
         self.stage, self.steps, self.tokenizer = stage, steps, tokenizer
         # What is right 99 times in 100 is still asked, but a fifth as often as what is not known.
-        self.weights = {kind: (1.25 - value) ** stage.focus for kind, value in accuracy.items()}
+        self.weights = {kind: (1.25 - accuracy.get(kind, 0.0)) ** stage.focus for kind in ALL_KINDS}
 
     def __len__(self):
         return len(self.steps)
@@ -225,8 +225,7 @@ def run_stage(model, reader, stage, folder, tokenizer, device, workers):
     optimizer = torch.optim.AdamW(
         parameters, lr=stage.rate, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
     )
-    step, spent = 0, 0.0
-    accuracy = dict.fromkeys(("patches",) if stage.name == "vision" else ALL_KINDS, 0.0)
+    step, spent, accuracy = 0, 0.0, {}
     if part.exists():
         state = torch.load(part, map_location=device)
         model.load_state_dict(state["model"])
