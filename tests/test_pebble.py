@@ -142,9 +142,6 @@ def test_a_stage_trains_what_it_names(model):
     assert names["vision"] == {"vision_tower"}
     assert names["language"] == {"language_model", "lm_head"}
     assert names["projector"] == {"multi_modal_projector"}
-    assert names["instruct"] == {
-        "vision_tower",
-        "multi_modal_projector",
-        "language_model",
-        "lm_head",
-    }
+    # LLaVA keeps its vision encoder frozen in both of its stages, and so does every one of these.
+    assert all("vision_tower" not in names[name] for name in names if name != "vision")
+    assert names["mixed"] == {"multi_modal_projector", "language_model", "lm_head"}
