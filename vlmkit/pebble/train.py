@@ -3,7 +3,9 @@
 The stages are the literature's. A vision encoder learns on its own to say what is in every patch; a
 language model learns on text alone to answer questions about pictures put in words; then both are
 frozen and the projector learns to put the one's features into the other's space (LLaVA, Liu et al.,
-2023, arXiv 2304.08485, section 4.2, stage 1); then everything learns together (stage 2).
+2023, arXiv 2304.08485, section 4.2, stage 1); then projector and language model learn to answer,
+with the vision encoder still frozen (stage 2). Skills that stay at chance among all the others get
+a short lesson of their own.
 
 Every step draws fresh pictures, so the accuracy in the log is an accuracy on pictures never seen
 before, and what it gets wrong is asked more often. A run that was killed continues where it was.
@@ -67,10 +69,12 @@ HARD_GROUPS = (
 
 LOOKUPS = Group("lookups", ("lookup",), 64, 2)
 PLACES = Group("places", ("place",), 64, 2)
+WHERES = Group("where", ("where",), 64, 2)
+EXISTENCE = Group("existence", ("existence",), 64, 2)
 MATCHES = Group("matches", ("match",), 48, 2)
 MOTIONS = Group("motions", ("motion",), 24, 2)
 """Lessons of one skill each. Mixed with everything else, the colour of a shape stayed at chance for
-5,000 steps; on its own, among few objects, it takes 150."""
+5,000 steps; on its own, among few objects, it takes 250."""
 
 LANGUAGE_SIDE = ("multi_modal_projector", "language_model", "lm_head")
 
@@ -85,6 +89,10 @@ STAGES = (
     Stage("matches", 250, 1e-3, LANGUAGE_SIDE, (MATCHES,), final=0.5),
     Stage("motions", 250, 1e-3, LANGUAGE_SIDE, (MOTIONS,), final=0.5),
     Stage("mixed", 2000, 1e-3, LANGUAGE_SIDE, HARD_GROUPS, focus=2),
+    Stage("existence", 250, 1e-3, LANGUAGE_SIDE, (EXISTENCE,), final=0.5),
+    Stage("where", 200, 1e-3, LANGUAGE_SIDE, (WHERES,), final=0.5),
+    Stage("relations", 300, 1e-3, LANGUAGE_SIDE, (PLACES,), final=0.5),
+    Stage("final", 1000, 1e-3, LANGUAGE_SIDE, HARD_GROUPS, focus=2),
 )
 CHUNK = 100
 """Steps between two checkpoints, two lines of the log, and two looks at what goes wrong."""

@@ -277,6 +277,26 @@ def draw_few(rng):
     return Picture([paint(things, rng)], things, [marks_of(things)])
 
 
+def ask_where(things, rng):
+    """The place of an object: what "left of" is made of."""
+    names = [thing.name for thing in things]
+    single = [thing for thing in things if names.count(thing.name) == 1]
+    if not single:
+        return None
+    thing = rng.choice(single)
+    question = rng.choice(
+        (
+            f"Where is the {thing.name}?",
+            f"In which place is the {thing.name}?",
+            f"Where do you see the {thing.name}?",
+            f"Tell me where the {thing.name} is.",
+        )
+    )
+    return question, thing.place
+
+
 # Lessons for training, not tasks: one skill, among few objects.
 LOOKUP = Recipe("lookup", draw_few, {"color": ask_color}, describe)
 PLACE = Recipe("place", draw_few, {"spatial": ask_spatial}, describe)
+EXISTENCE = Recipe("existence", draw_few, {"exist": ask_exist}, describe)
+WHERE = Recipe("where", draw_few, {"where": ask_where}, describe)
