@@ -126,40 +126,32 @@ def _absent(things, attribute, possible):
     return [value for value in possible if value not in present]
 
 
-def ask_color(things, rng):
-    single = _single(things, "shape")
-    if single and rng.random() < 0.85:
-        shape, thing = rng.choice(list(single.items()))
-        answer = thing.color
-    else:
-        shape, answer = rng.choice(_absent(things, "shape", SHAPES)), NONE
-    question = rng.choice(
-        (
-            f"What color is the {shape}?",
-            f"What is the color of the {shape}?",
-            f"Which color does the {shape} have?",
-            f"Tell me the color of the {shape}.",
+def _ask_attribute(asked, known, possible, noun):
+    """Questions for one attribute of the object that alone has a value of the other."""
+
+    def ask(things, rng):
+        single = _single(things, known)
+        if single and rng.random() < 0.85:
+            value, thing = rng.choice(list(single.items()))
+            answer = getattr(thing, asked)
+        else:
+            value, answer = rng.choice(_absent(things, known, possible)), NONE
+        name = noun.format(value)
+        question = rng.choice(
+            (
+                f"What {asked} is the {name}?",
+                f"What is the {asked} of the {name}?",
+                f"Which {asked} does the {name} have?",
+                f"Tell me the {asked} of the {name}.",
+            )
         )
-    )
-    return question, answer
+        return question, answer
+
+    return ask
 
 
-def ask_shape(things, rng):
-    single = _single(things, "color")
-    if single and rng.random() < 0.85:
-        color, thing = rng.choice(list(single.items()))
-        answer = thing.shape
-    else:
-        color, answer = rng.choice(_absent(things, "color", COLORS)), NONE
-    question = rng.choice(
-        (
-            f"What shape is the {color} object?",
-            f"What is the shape of the {color} object?",
-            f"Which shape does the {color} object have?",
-            f"Tell me the shape of the {color} object.",
-        )
-    )
-    return question, answer
+ask_color = _ask_attribute("color", "shape", SHAPES, "{}")
+ask_shape = _ask_attribute("shape", "color", COLORS, "{} object")
 
 
 def ask_count(things, rng):
