@@ -16,8 +16,8 @@ from vlmkit import tasks
 from vlmkit.pebble.recipe import ASSISTANT, END, IMAGE, PATCH, PATCHES, USER
 from vlmkit.tasks.drawing import COLORS, SHAPES
 from vlmkit.tasks.ocr import DIGITS, LETTERS, SPELLING
-from vlmkit.tasks.pairs import MATCH
-from vlmkit.tasks.scenes import EXISTENCE, LOOKUP, PLACE, WHERE
+from vlmkit.tasks.pairs import MATCH, SEARCH
+from vlmkit.tasks.scenes import COLOR_COUNT, EXISTENCE, LOOKUP, PLACE, RELATION, WHERE
 from vlmkit.tasks.video import MOTION
 
 WHATS = ("nothing", *SHAPES, *LETTERS, *DIGITS, "bar")
@@ -31,7 +31,7 @@ the encoder forgets where it looks, and no question about places can be learnt f
 
 IGNORED = -100
 
-LESSONS = (SPELLING, LOOKUP, PLACE, MATCH, MOTION, EXISTENCE, WHERE)
+LESSONS = (SPELLING, LOOKUP, WHERE, RELATION, PLACE, EXISTENCE, COLOR_COUNT, MATCH, SEARCH, MOTION)
 RECIPES = tasks.RECIPES | {lesson.name: lesson for lesson in LESSONS}
 
 

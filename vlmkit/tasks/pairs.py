@@ -96,5 +96,15 @@ MULTI_IMAGE = Recipe(
     },
     describe,
 )
+
+
+def draw_few(rng):
+    both = [random_things(rng, rng.randrange(1, 3)) for _ in range(2)]
+    return Picture(
+        [paint(things, rng) for things in both], both, [marks_of(things) for things in both]
+    )
+
+
+# Lessons for training, not tasks: one skill.
 MATCH = Recipe("match", draw, {"same_shape": _same("shape")}, describe)
-"""A lesson for training, not a task."""
+SEARCH = Recipe("search", draw_few, {"which": ask_which}, describe)

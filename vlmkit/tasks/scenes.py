@@ -287,8 +287,36 @@ def ask_where(things, rng):
     return question, thing.place
 
 
+def ask_relation(things, rng):
+    """On which side of another object an object is: a relation, before it is a yes or no."""
+    names = [thing.name for thing in things]
+    single = [thing for thing in things if names.count(thing.name) == 1]
+    yes, no = rng.choice((("left of", "right of"), ("above", "below")))
+    by_answer = {yes: [], no: []}
+    for a in single:
+        for b in single:
+            distance = RELATIONS[yes](a, b)
+            if distance:
+                by_answer[yes if distance > 0 else no].append((a.name, b.name))
+    if not by_answer[yes]:
+        return None
+    answer, (first, second) = balanced(rng, by_answer)
+    either, other = yes.split()[0], no.split()[0]
+    question = rng.choice(
+        (
+            f"Is the {first} {either} or {no} the {second}?",
+            f"Is the {first} {other} or {yes} the {second}?",
+            f"Does the {first} lie {either} or {no} the {second}?",
+            f"Would you say that the {first} is {either} or {no} the {second}?",
+        )
+    )
+    return question, answer.split()[0]
+
+
 # Lessons for training, not tasks: one skill, among few objects.
 LOOKUP = Recipe("lookup", draw_few, {"color": ask_color}, describe)
 PLACE = Recipe("place", draw_few, {"spatial": ask_spatial}, describe)
 EXISTENCE = Recipe("existence", draw_few, {"exist": ask_exist}, describe)
 WHERE = Recipe("where", draw_few, {"where": ask_where}, describe)
+RELATION = Recipe("relation", draw_few, {"relation": ask_relation}, describe)
+COLOR_COUNT = Recipe("color_count", draw_few, {"count_color": ask_count_color}, describe)
