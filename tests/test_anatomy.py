@@ -7,7 +7,8 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 import vlmkit as vk
-from vlmkit.anatomy import RULES, anatomy_of, decide
+from vlmkit.anatomy import anatomy_of, decide
+from vlmkit.architectures import OWN_RULES, RULES
 from vlmkit.errors import AnatomyError, CheckpointError
 
 # model_type -> parameters of (vision encoder, projector, cross-attention, language model) that
@@ -74,7 +75,8 @@ def test_the_outermost_known_name_decides_and_only_whole_segments_count():
         "cross_attention",
         "base_model.model.model.language_model.layers.0.cross_attn",
     )
-    assert set(RULES.values()) <= set(vk.COMPONENTS)
+    for rules in (RULES, *OWN_RULES.values()):
+        assert set(rules.values()) <= set(vk.COMPONENTS)
 
 
 def test_unknown_paths_are_shown_and_never_guessed(llava):

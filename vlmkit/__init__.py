@@ -33,6 +33,8 @@ _HOME_OF = {
 # `anatomy` is both a module and a question to ask: the module is callable (see its last lines).
 _MODULES = (
     "anatomy",
+    "architectures",
+    "catalog",
     "environment",
     "errors",
     "evaluation",

@@ -6,58 +6,31 @@
 `transformers` has no accessor for a projector, and its accessors for encoder and decoder return
 something else on nearly half of the architectures. What does tell the components apart is the
 *path* of a parameter, `model.vision_tower.encoder.layers.0.….weight`, so that is what this module
-reads. The rules are the table `RULES`, and nothing but that table.
+reads. The rules are the tables of `vlmkit.architectures`, and nothing but those tables.
 """
 
 import difflib
+import re
 import sys
 import types
 from dataclasses import dataclass, field
 from math import prod
 
 from vlmkit import COMPONENTS
+from vlmkit.architectures import NOT_VLMS, PROJECTOR, VISION, decide
 from vlmkit.errors import AnatomyError
 
-VISION, PROJECTOR, CROSS, LANGUAGE, OTHER = COMPONENTS
 
-# A path is read from left to right, a whole segment at a time (never a substring: `vit_merger` is
-# not `merger`). The first segment that this table knows owns the path. "owner/segment" is a rule
-# for a segment anywhere inside that owner, for what sits inside a module of another component.
-RULES = {
-    # the pixels' side
-    "vision_tower": VISION,  # LLaVA and its kin, PaliGemma, Gemma 3
-    "vision_model": VISION,  # Idefics3, SmolVLM, Llama 3.2 Vision
-    "visual": VISION,  # Qwen-VL
-    # between the two
-    "multi_modal_projector": PROJECTOR,  # LLaVA, PaliGemma, Llama 3.2 Vision
-    "connector": PROJECTOR,  # Idefics3, SmolVLM
-    "image_newline": PROJECTOR,  # LLaVA-NeXT: a learned separator between rows of tiles
-    "visual/merger": PROJECTOR,  # Qwen-VL: the connector sits inside the vision module
-    "visual/deepstack_merger_list": PROJECTOR,  # Qwen3-VL: one more for each deep feature
-    # the words' side
-    "language_model": LANGUAGE,
-    "text_model": LANGUAGE,  # Idefics3, SmolVLM
-    "lm_head": LANGUAGE,
-    # Llama 3.2 Vision: attention to the image inside the decoder's layers, with its two gates
-    "language_model/cross_attn": CROSS,
-    "language_model/cross_attn_attn_gate": CROSS,
-    "language_model/cross_attn_mlp_gate": CROSS,
-}
+def type_of(model):
+    """The `model_type` of a model's config, or of that of the model that PEFT has wrapped."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(getattr(base, "config", None), "model_type", None)
 
 
-def decide(path):
-    """Component that `path`, a full module or parameter name, belongs to, and the part of the path
-    that decided it: `("projector", "model.multi_modal_projector")`. `(None, None)` where no rule
-    knows the path: what is unknown is never guessed."""
-    segments = path.split(".")
-    owner = place = None
-    for i, segment in enumerate(segments, start=1):
-        if owner is None:
-            if segment in RULES:
-                owner, place = segment, ".".join(segments[:i])
-        elif f"{owner}/{segment}" in RULES:
-            return RULES[f"{owner}/{segment}"], ".".join(segments[:i])
-    return RULES.get(owner), place
+def component_finder(model):
+    """A function from a full name in `model` to its component, or None where no rule knows it."""
+    model_type = type_of(model)
+    return lambda path: decide(path, model_type)[0]
 
 
 def shape_of(parameter):
@@ -69,26 +42,32 @@ def shape_of(parameter):
 
 @dataclass(frozen=True)
 class Part:
-    """One component of one model: how many parameters, in how many tensors, below which paths."""
+    """One component of one model: how many parameters, in how many tensors, below which paths.
+
+    buffers: values that are saved with the weights and are not trained, such as the biases that
+    balance the experts of a mixture. They do not count as parameters.
+    """
 
     component: str
     parameters: int = 0
     tensors: int = 0
     places: tuple = ()
+    buffers: int = 0
 
 
 @dataclass(frozen=True)
 class Anatomy:
     """The components of one model. `a["projector"].parameters`, `a.total`, `a.component_of(path)`.
 
-    `unknown` holds the full names of the parameters that no rule knows; they count in `total`, and
-    in no component.
+    `unknown` holds the full names of the parameters (and saved buffers) that no rule knows; the
+    parameters count in `total`, and in no component.
     """
 
     architecture: str
     parts: dict = field(repr=False)
     unknown: tuple = ()
     unknown_parameters: int = 0
+    model_type: str = None
 
     def __getitem__(self, component):
         if component not in self.parts:
@@ -107,7 +86,7 @@ class Anatomy:
 
     def component_of(self, path):
         """Component of a full module or parameter name, or None where no rule knows it."""
-        return decide(path)[0]
+        return decide(path, self.model_type)[0]
 
     def table(self):
         """A pandas DataFrame with a row per component (and one for what is unknown, if any)."""
@@ -149,27 +128,47 @@ class Anatomy:
 def anatomy_of(model):
     """Anatomy of a `torch.nn.Module`: on the meta device or loaded, quantised, wrapped by PEFT
     (whose adapters count in the component that they adapt)."""
-    counts, tensors, places = {}, {}, {}
+    counts, tensors, places, buffers = {}, {}, {}, {}
     unknown = []
+    model_type = type_of(model)
     for name, parameter in model.named_parameters():  # lists a tied weight once
-        component, place = decide(name)
+        component, place = decide(name, model_type)
         if component is None:
             unknown.append(name)
         counts[component] = counts.get(component, 0) + prod(shape_of(parameter))
         tensors[component] = tensors.get(component, 0) + 1
         places.setdefault(component, {})[place] = True
+    for name, buffer in _saved_buffers(model):
+        component, _ = decide(name, model_type)
+        if component is None:
+            unknown.append(name)
+        buffers[component] = buffers.get(component, 0) + buffer.numel()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     parts = {
-        c: Part(c, counts.get(c, 0), tensors.get(c, 0), tuple(places.get(c, ())))
+        c: Part(
+            c,
+            counts.get(c, 0),
+            tensors.get(c, 0),
+            tuple(places.get(c, ())),
+            buffers.get(c, 0),
+        )
         for c in COMPONENTS
     }
-    found = Anatomy(type(base).__name__, parts, tuple(unknown), counts.get(None, 0))
+    found = Anatomy(type(base).__name__, parts, tuple(unknown), counts.get(None, 0), model_type)
     if not (parts[VISION].parameters or parts[PROJECTOR].parameters or unknown):
         raise AnatomyError(
-            f"{found.architecture} is not a vision-language model: none of its parameters is a "
-            "vision encoder or a projector."
+            f"{found.architecture} is not a vision-language model as its config describes it: none "
+            "of its parameters is a vision encoder's or a projector's. Look at vision_config."
         )
     return found
+
+
+def _saved_buffers(model):
+    """(full name, buffer) of what a checkpoint holds beside the parameters."""
+    for path, module in model.named_modules():
+        for leaf, buffer in module.named_buffers(recurse=False):
+            if leaf not in module._non_persistent_buffers_set:
+                yield (f"{path}.{leaf}" if path else leaf), buffer
 
 
 def on_meta(config, dtype=None, trust_remote_code=False):
@@ -184,20 +183,50 @@ def on_meta(config, dtype=None, trust_remote_code=False):
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
 
     remote = trust_remote_code and "AutoModelForImageTextToText" in getattr(config, "auto_map", {})
+    if config.model_type in NOT_VLMS:
+        raise AnatomyError(
+            f"{type(config).__name__} ({config.model_type}) is not a vision-language model: it "
+            f"{NOT_VLMS[config.model_type]}."
+        )
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not remote:
         raise AnatomyError(
             f"{type(config).__name__} ({config.model_type}) is not a vision-language model: "
-            "transformers has no image-text-to-text model for it. vlmkit works with LLaVA, "
-            "PaliGemma, Idefics3, SmolVLM, Qwen-VL, Llama 3.2 Vision and their kin."
+            "transformers has no image-text-to-text model for it. vlmkit works with those that it "
+            "has: LLaVA, PaliGemma, SmolVLM, Qwen-VL, Llama 3.2 Vision and some ninety more."
         )
     config = copy.deepcopy(config)  # from_config writes the dtype into the config it is given
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     kwargs = {} if dtype is None else {"dtype": dtype}
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(
-            config, trust_remote_code=trust_remote_code, **kwargs
-        )
+    try:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(
+                config, trust_remote_code=trust_remote_code, **kwargs
+            )
+    except Exception as error:  # each model class fails in its own way on a config it cannot use
+        raise AnatomyError(_why_not_built(config, error)) from error
+
+
+def _why_not_built(config, error):
+    """A message that names the fields of `config` that a model class stumbled over.
+
+    The exceptions themselves seldom do ("'NoneType' object is not subscriptable"); the line of the
+    model class that raised them reads the fields.
+    """
+    import traceback
+
+    from vlmkit.checkpoints import brief
+
+    text = f"{type(config).__name__} ({config.model_type}) cannot be built: {brief(error)}."
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/models/" in f.filename]
+    fields = re.findall(r"config\.(\w+)", frames[-1].line) if frames else []
+    if isinstance(error, AttributeError) and error.name:
+        fields = [error.name]
+    if fields:
+        text += f" Look at the field {' and '.join(dict.fromkeys(fields))} of the config."
+    elif frames:
+        text += f" It stopped at: {frames[-1].line}"
+    return text
 
 
 def anatomy(x, *, revision=None, trust_remote_code=False):

@@ -2,6 +2,7 @@
 
 A name is "pebble", a folder, or a hub id (`owner/name`). Whatever it is, everything after
 `find` works on a folder, so that a checkpoint from the hub and one on disk meet the same checks.
+Where no weights are wanted, `vlmkit.catalog` answers for the models that it has.
 """
 
 import difflib
@@ -9,6 +10,7 @@ import json
 import re
 from pathlib import Path
 
+from vlmkit import catalog
 from vlmkit.errors import CheckpointError
 
 PEBBLE = "pebble"
@@ -29,7 +31,8 @@ def find(name, *, revision=None, weights=True, trust_remote_code=False):
     """The folder of the checkpoint that `name` means, as a pathlib.Path.
 
     A hub id is looked for in the local cache first; only what is not there is downloaded.
-    weights: whether the weights are wanted too, or the config files are enough.
+    weights: whether the weights are wanted too, or the config files are enough. If they are, and no
+    revision is asked for, a model of `vlmkit.catalog` needs neither cache nor network.
 
     Raises CheckpointError, which names the id and offers pebble, if there is no such checkpoint.
     """
@@ -53,12 +56,15 @@ def find(name, *, revision=None, weights=True, trust_remote_code=False):
             "config.json, the weights and the processor's files."
         )
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
-        near = difflib.get_close_matches(text.lower(), [PEBBLE], cutoff=0.6)
-        hint = f"Did you mean {PEBBLE!r}? " if near else ""
+        known = {name.split("/")[-1].lower(): name for name in (PEBBLE, *catalog.NAMES)}
+        near = difflib.get_close_matches(text.lower(), known, n=1, cutoff=0.6)
+        hint = f"Did you mean {known[near[0]]!r}? " if near else ""
         raise CheckpointError(
             f"There is no checkpoint {text!r}: it is not a folder here, and a hub id has the form "
             f"'owner/name'. {hint}{OFFLINE}"
         )
+    if not weights and revision is None and catalog.folder_of(text):
+        return catalog.folder_of(text)
     return _from_hub(text, revision, weights, trust_remote_code)
 
 

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from vlmkit.anatomy import anatomy_of, decide
+from vlmkit.anatomy import anatomy_of
 from vlmkit.errors import PlanError
 from vlmkit.formats import FORMATS, torch_dtype
 
@@ -128,7 +128,7 @@ def resolve(plan, model):
     rows = []
     for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition(".")
-        component = decide(name)[0]
+        component = found.component_of(name)
         kind = kind_of(model, model.get_submodule(module), leaf)
         asked, named = overrides.format_for(module), True
         if asked is None:

@@ -10,7 +10,7 @@ sums over modules count tied weights twice. So neither is used here.
 from dataclasses import dataclass, field
 
 from vlmkit import COMPONENTS
-from vlmkit.anatomy import decide, on_meta
+from vlmkit.anatomy import component_finder, on_meta
 from vlmkit.formats import FORMATS, torch_dtype
 from vlmkit.layout import KINDS, kind_of
 from vlmkit.plan import Plan
@@ -118,8 +118,10 @@ def predict(x, plan=None, *, revision=None, trust_remote_code=False):
         entries.append(Entry(row.name, row.component, row.kind, weights))
         if state:
             entries.append(Entry(row.name, row.component, STATE, state))
+    component_of = component_finder(model)
     for name, buffer in model.named_buffers():
-        entries.append(Entry(name, decide(name)[0], BUFFER, buffer.numel() * buffer.element_size()))
+        size = buffer.numel() * buffer.element_size()
+        entries.append(Entry(name, component_of(name), BUFFER, size))
     return Ledger(f"predicted for {type(model).__name__}", tuple(entries))
 
 
@@ -159,13 +161,14 @@ def storages_of(model):
 def _entries(model):
     seen = set()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    component_of = component_finder(model)
 
     def entry(name, kind, tensor):
         storage = tensor.untyped_storage()
         key = (tensor.device, storage.data_ptr())
         size = 0 if key in seen else storage.nbytes()
         seen.add(key)
-        return Entry(name, decide(name)[0], kind, size)
+        return Entry(name, component_of(name), kind, size)
 
     for path, module in model.named_modules():
         dot = path + "." if path else ""

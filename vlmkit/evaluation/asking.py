@@ -187,8 +187,9 @@ def _vision_dtype(model):
     Under a plan the components' types differ, and `model.dtype` is whichever comes first. Of a
     quantised encoder it is the type of what stayed unquantised, its patch embedding for one.
     """
+    component_of = anatomy.component_finder(model)
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and anatomy.decide(name)[0] == "vision_encoder":
+        if parameter.is_floating_point() and component_of(name) == "vision_encoder":
             return parameter.dtype
     return model.dtype
 

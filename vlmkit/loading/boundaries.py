@@ -9,7 +9,7 @@ no such place, and its model has no hooks.
 
 from functools import partial
 
-from vlmkit.anatomy import decide
+from vlmkit.anatomy import component_finder
 from vlmkit.formats import FORMATS, torch_dtype
 
 
@@ -23,14 +23,15 @@ def join_dtypes(model, layout):
         for name in _above(row.module):
             below.setdefault(name, set()).add(FORMATS[row.asked].companion)
     joined = []
+    component_of = component_finder(model)
 
     def visit(name, module, around):
         formats = below.get(name, set())
         inside = around
         if len(formats) == 1:
             (inside,) = formats
-        elif formats and decide(name)[0]:  # several: what runs through it is in its component's
-            inside = FORMATS[layout.plan[decide(name)[0]]].companion
+        elif formats and component_of(name):  # several: what runs through it is in its component's
+            inside = FORMATS[layout.plan[component_of(name)]].companion
         if inside != around:
             _cast_at(module, torch_dtype(inside), torch_dtype(around))
             joined.append(name)

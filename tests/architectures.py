@@ -1,0 +1,100 @@
+"""A config for each entry of transformers' image-text-to-text mapping, from which it can be built.
+
+Most build from their default config. `PATCHES` completes the defaults that do not, and says what
+they lack; `NOT_BUILT` names what stays out, and why.
+"""
+
+import json
+from pathlib import Path
+
+from transformers import CONFIG_MAPPING, CLIPVisionConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+MODEL_TYPES = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+LABELS = json.loads((Path(__file__).parent / "data" / "architectures.json").read_text("utf-8"))
+"""model_type -> {"parameters": {component: count}, "paths": {path prefix: component}}, with "#" for
+any number in a path. Checked by hand against each architecture's forward pass."""
+
+NOT_BUILT = {
+    "evolla": "reads proteins, not pictures",
+    "gemma3n": "its encoder is timm's MobileNet, and timm needs torchvision",
+    "mistral4": "reads text alone",
+}
+
+
+def config_of(model_type):
+    """A config of that `model_type` that builds: the default one, completed where it must be."""
+    config = CONFIG_MAPPING[model_type](**KEYWORDS.get(model_type, {}))
+    PATCHES.get(model_type, lambda config: None)(config)
+    return config
+
+
+# The default width of Aya's encoder is not a multiple of its default number of heads; Gemma 4
+# describes no eyes and ears by default; timm is missing here, and any encoder takes its place.
+KEYWORDS = {
+    "aya_vision": {
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "num_attention_heads": 16,
+        }
+    },
+    "fast_vlm": {"vision_config": {"model_type": "clip_vision_model"}},
+    "gemma4": {"vision_config": {}, "audio_config": {}},
+    "gemma4_unified": {"vision_config": {}, "audio_config": {}},
+}
+
+
+def _vocabulary(config):
+    config.vocabulary_map = {"<image>": 5, "<|extra_200|>": 6}
+
+
+def _rope_of_each_layer_type(config):
+    kinds = set(config.text_config.layer_types)
+    config.text_config.rope_parameters = {
+        kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in kinds
+    }
+
+
+def _which_layers_have_experts(config):
+    layers = config.text_config.num_hidden_layers
+    config.text_config.mlp_layer_types = ["dense"] + ["sparse"] * (layers - 1)
+
+
+def _experts(config):
+    text = config.text_config
+    text.num_experts, text.top_k_experts, text.moe_intermediate_size = 8, 2, 704
+
+
+def _deep_layers(config):
+    config.deepstack_layer_map, config.downsample_rate = [[-1, 0]], "1/2"
+
+
+def _head_width(config):
+    text = config.text_config
+    text.head_dim = text.hidden_size // text.num_attention_heads
+
+
+def _encoder_without_timm(config):
+    config.vision_config = CLIPVisionConfig()
+    config.vision_config.model_args = {"embed_dim": config.vision_config.hidden_size}
+
+
+def _indexer(config):
+    text = config.text_config
+    text.indexer_n_heads, text.indexer_kv_heads, text.indexer_head_dim = 4, 1, 128
+    text.indexer_budget, text.indexer_compress_ratio = 2048, 4
+    text.output_gate_type = "sigmoid"
+
+
+PATCHES = {
+    "chameleon": _vocabulary,
+    "cohere_compass": _rope_of_each_layer_type,
+    "deepseek_ocr2": _which_layers_have_experts,
+    "diffusion_gemma": _experts,
+    "emu3": _vocabulary,
+    "granite4_vision": _deep_layers,
+    "hunyuan_vl": _head_width,
+    "perception_lm": _encoder_without_timm,
+    "qwen4_exp": _indexer,
+}
