@@ -106,6 +106,8 @@ def test_shown_as_text_and_html(llava):
 def test_not_a_vlm():
     with pytest.raises(AnatomyError, match="LlamaConfig .* is not a vision-language model"):
         vk.anatomy(CONFIG_MAPPING["llama"]())
+    with pytest.raises(AnatomyError, match="CLIPVisionConfig .* is not a vision-language model"):
+        vk.anatomy(CONFIG_MAPPING["clip_vision_model"]())
     with pytest.raises(AnatomyError, match="did you mean 'projector'"):
         vk.anatomy(CONFIG_MAPPING["llava"]())["projecter"]
     with pytest.raises(CheckpointError, match="no checkpoint 'pebbel'.*Did you mean 'pebble'"):

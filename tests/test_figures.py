@@ -114,3 +114,17 @@ def test_an_axes_given_is_the_axes_drawn_into(draw, data):
 def test_each_component_has_a_colour_of_its_own():
     assert tuple(figures.COMPONENT_COLORS) == vlmkit.COMPONENTS
     assert len(set(figures.COMPONENT_COLORS.values())) == len(vlmkit.COMPONENTS)
+
+
+def test_parameters_are_drawn_as_shares_with_their_number_behind():
+    import vlmkit as vk
+
+    name = "meta-llama/Llama-3.2-11B-Vision-Instruct"
+    a = vk.anatomy(name)
+    ax = figures.parameters_by_component({name: a, "other": {"projector": 3_000_000, None: 10**6}})
+    widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in ax.containers}
+    for component in vk.COMPONENTS[:4]:
+        assert widths[component][0] == pytest.approx(100 * a[component].parameters / a.total)
+    assert widths["projector"][1] == pytest.approx(75)
+    assert widths["unknown"] == [0, pytest.approx(25)]
+    assert [text.get_text() for text in ax.texts] == ["10.7 B", "4 M"]

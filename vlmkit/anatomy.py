@@ -84,6 +84,12 @@ class Anatomy:
         """Parameters of the whole model, tied weights counted once."""
         return sum(part.parameters for part in self.parts.values()) + self.unknown_parameters
 
+    @property
+    def by_component(self):
+        """Parameters of each component that has any, and of what is unknown under None."""
+        counts = {c: part.parameters for c, part in self.parts.items() if part.parameters}
+        return counts | ({None: self.unknown_parameters} if self.unknown_parameters else {})
+
     def component_of(self, path):
         """Component of a full module or parameter name, or None where no rule knows it."""
         return decide(path, self.model_type)[0]

@@ -55,26 +55,65 @@ def bytes_by_component(ledgers, ax=None):
     ledgers: {label: Ledger of `vlmkit.memory`, or a dict of bytes by component}. From top to
     bottom in that order.
     """
+    bytes_of = {label: getattr(ledger, "by_component", ledger) for label, ledger in ledgers.items()}
+    sizes = {
+        label: {component: count / MEGABYTE for component, count in parts.items()}
+        for label, parts in bytes_of.items()
+    }
+    ends = {label: f"{sum(parts.values()):.2f} MB" for label, parts in sizes.items()}
+    ax = _stacked_by_component(sizes, ends, ax)
+    ax.set_xlabel("MB (1 MB = 10^6 bytes)")
+    return ax
+
+
+def parameters_by_component(anatomies, ax=None):
+    """A horizontal bar for each model: its components' shares of its parameters, and their number.
+
+    anatomies: {label: Anatomy of `vlmkit.anatomy`, or a dict of parameters by component}. From top
+    to bottom in that order.
+    """
+    parameters_of = {
+        label: a.by_component if hasattr(a, "by_component") else a for label, a in anatomies.items()
+    }
+    totals = {label: sum(parts.values()) for label, parts in parameters_of.items()}
+    shares = {
+        label: {
+            component: 100 * count / max(totals[label], 1) for component, count in parts.items()
+        }
+        for label, parts in parameters_of.items()
+    }
+    ax = _stacked_by_component(shares, {label: _rounded(n) for label, n in totals.items()}, ax)
+    ax.set_xlabel("share of the parameters, %")
+    return ax
+
+
+def _rounded(count):
+    """A number of parameters as papers write it: 256 M, 7.06 B."""
+    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
+
+
+def _stacked_by_component(sizes, ends, ax):
+    """A horizontal bar for each label, stacked by component; `ends` is written behind it."""
     from matplotlib import pyplot as plt
 
-    bytes_of = {label: getattr(ledger, "by_component", ledger) for label, ledger in ledgers.items()}
-    known = [c for c in COMPONENTS if any(parts.get(c) for parts in bytes_of.values())]
-    rest = {c for parts in bytes_of.values() for c in parts if c not in COMPONENTS}
+    known = [c for c in COMPONENTS if any(parts.get(c) for parts in sizes.values())]
+    rest = {c for parts in sizes.values() for c in parts if c not in COMPONENTS}
     if ax is None:
-        _, ax = plt.subplots(figsize=(7, 1.1 + 0.45 * len(bytes_of)), layout="constrained")
-    labels = list(bytes_of)
-    ends = [0.0] * len(labels)
+        _, ax = plt.subplots(figsize=(7, 1.1 + 0.45 * len(sizes)), layout="constrained")
+    labels = list(sizes)
+    lefts = [0.0] * len(labels)
     for component in (*known, *rest):
-        sizes = [parts.get(component, 0) / MEGABYTE for parts in bytes_of.values()]
+        widths = [parts.get(component, 0) for parts in sizes.values()]
         color = COMPONENT_COLORS.get(component, BLACK)
-        ax.barh(labels, sizes, left=ends, color=color, label=component or "unknown")
-        ends = [end + size for end, size in zip(ends, sizes, strict=True)]
-    for y, end in enumerate(ends):
-        ax.annotate(f"{end:.2f} MB", (end, y), (4, 0), textcoords="offset points", va="center")
-    ax.set(xlabel="MB (1 MB = 10^6 bytes)", xlim=(0, 1.18 * max(ends, default=1) or 1))
+        ax.barh(labels, widths, left=lefts, color=color, label=component or "unknown")
+        lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
+    for y, (left, label) in enumerate(zip(lefts, labels, strict=True)):
+        ax.annotate(ends[label], (left, y), (4, 0), textcoords="offset points", va="center")
+    ax.set(xlim=(0, 1.18 * max(lefts, default=1) or 1))
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5, frameon=False, fontsize=9)
+    # From the right edge: long labels on the left leave the axes narrower than the legend.
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, frameon=False, fontsize=9)
     return ax
 
 
