@@ -26,6 +26,7 @@ _HOME_OF = {
     "load": "loading",
     "audit": "loading",
     "default_model": "loading",
+    "trace": "tracing",
     "ask": "evaluation",
     "evaluate": "evaluation",
     "VlmkitError": "errors",

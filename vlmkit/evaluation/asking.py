@@ -57,16 +57,9 @@ def answers(model, processor, images, questions, *, max_new_tokens):
     """
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise VlmkitError(f"max_new_tokens is a whole number from 1; it is {max_new_tokens!r}.")
-    inputs = _inputs(processor, images, questions)
-    _check_context(model, inputs, len(images[0]), max_new_tokens)
-    inputs = inputs.to(model.device, _vision_dtype(model))
-    if "token_type_ids" not in inspect.signature(model.forward).parameters:
-        # Some tokenizers give them whether or not the model has a use for them, and generate
-        # refuses what the model does not take.
-        inputs.pop("token_type_ids", None)
-    inputs.pop("labels", None)  # PaliGemma's processor prepares for training
+    inputs = prepared(model, processor, images, questions, max_new_tokens)
     pad = model.generation_config.pad_token_id
-    with _in_evaluation_mode(model):
+    with in_evaluation_mode(model):
         tokens = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -81,6 +74,20 @@ def answers(model, processor, images, questions, *, max_new_tokens):
         tokens = tokens[:, prompt.shape[1] :]
     texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def prepared(model, processor, images, questions, max_new_tokens):
+    """The inputs of a batch as `model` takes them: on its device, in its types, and short enough to
+    leave room for `max_new_tokens` more. Arguments and errors are those of `answers`."""
+    inputs = _inputs(processor, images, questions)
+    _check_context(model, inputs, len(images[0]), max_new_tokens)
+    inputs = inputs.to(model.device, _vision_dtype(model))
+    if "token_type_ids" not in inspect.signature(model.forward).parameters:
+        # Some tokenizers give them whether or not the model has a use for them, and generate
+        # refuses what the model does not take.
+        inputs.pop("token_type_ids", None)
+    inputs.pop("labels", None)  # PaliGemma's processor prepares for training
+    return inputs
 
 
 def _inputs(processor, images, questions):
@@ -195,7 +202,7 @@ def _vision_dtype(model):
 
 
 @contextlib.contextmanager
-def _in_evaluation_mode(model):
+def in_evaluation_mode(model):
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
