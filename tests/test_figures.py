@@ -128,3 +128,19 @@ def test_parameters_are_drawn_as_shares_with_their_number_behind():
     assert widths["projector"][1] == pytest.approx(75)
     assert widths["unknown"] == [0, pytest.approx(25)]
     assert [text.get_text() for text in ax.texts] == ["10.7 B", "4 M"]
+
+
+@pytest.mark.parametrize("name", ["pebble", "meta-llama/Llama-3.2-11B-Vision-Instruct"])
+def test_an_architecture_is_drawn_with_areas_in_proportion(name):
+    import vlmkit as vk
+
+    a = vk.anatomy(name)
+    ax = figures.architecture(a)
+    areas = {box.get_label(): box.get_width() * box.get_height() for box in ax.patches}
+    assert set(areas) == set(a.by_component)
+    inside = a["cross_attention"].parameters
+    for component, count in a.by_component.items():
+        shown = count + (inside if component == "language_model" else 0)
+        assert areas[component] == pytest.approx(shown / a.total)
+    words = "\n".join(text.get_text() for text in ax.texts)
+    assert all(component in words for component in a.by_component)

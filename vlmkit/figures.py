@@ -87,9 +87,57 @@ def parameters_by_component(anatomies, ax=None):
     return ax
 
 
+def architecture(anatomy, ax=None):
+    """A model as squares in the order in which a picture passes them, each as large in area as its
+    component's share of the parameters; cross-attention stands inside the language model.
+
+    anatomy: an Anatomy of `vlmkit.anatomy`, or a dict of parameters by component.
+    """
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import Rectangle
+
+    parameters = dict(getattr(anatomy, "by_component", anatomy))
+    total = sum(parameters.values())
+    inside = parameters.get("cross_attention", 0)
+    order = [c for c in (*COMPONENTS, None) if parameters.get(c) and c != "cross_attention"]
+    if ax is None:
+        _, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
+
+    def square(left, side, component):
+        color = COMPONENT_COLORS.get(component, BLACK)
+        name = component or "unknown"
+        ax.add_patch(Rectangle((left, -side / 2), side, side, facecolor=color, label=name))
+
+    gap, left, ends = 0.28, 0.0, []
+    for component in order:
+        count = parameters[component]
+        size = count + (inside if component == "language_model" else 0)
+        side = (size / total) ** 0.5
+        square(left, side, component)
+        text = f"{component or 'unknown'}\n{_rounded(count)}"
+        if component == "language_model" and inside:
+            part = (inside / total) ** 0.5
+            square(left + (side - part) / 2, part, "cross_attention")
+            text += f"\n+ cross_attention {_rounded(inside)}"
+        ax.text(left + side / 2, -0.56, text, ha="center", va="top", fontsize=9)
+        ends.append((left, left + side, component))
+        left += side + gap
+    flow = [end for end in ends if end[2] in COMPONENTS[:-1]]
+    for before, after in zip(flow, flow[1:], strict=False):
+        ax.annotate(
+            "", (after[0] - 0.02, 0), (before[1] + 0.02, 0), arrowprops={"arrowstyle": "->"}
+        )
+    ax.set(xlim=(-0.15, left - gap + 0.15), ylim=(-0.85, 0.52), aspect="equal")
+    ax.set_axis_off()
+    return ax
+
+
 def _rounded(count):
-    """A number of parameters as papers write it: 256 M, 7.06 B."""
-    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
+    """A number of parameters as papers write it: 61.8 k, 256 M, 7.06 B."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
 
 
 def _stacked_by_component(sizes, ends, ax):
