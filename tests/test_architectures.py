@@ -67,6 +67,16 @@ def test_a_field_that_is_missing_is_named(model_type, field):
         vk.anatomy(CONFIG_MAPPING[model_type]())
 
 
+def test_a_field_of_no_use_and_a_field_that_is_absent_are_named():
+    config = config_of("granite4_vision")
+    config.downsample_rate = None
+    with pytest.raises(AnatomyError, match="Look at the field downsample_rate of"):
+        vk.anatomy(config)
+    config = CONFIG_MAPPING["perception_lm"](vision_config={"model_type": "clip_vision_model"})
+    with pytest.raises(AnatomyError, match="Look at the field model_args of"):
+        vk.anatomy(config)
+
+
 def test_a_config_without_eyes_is_not_a_vlm():
     with pytest.raises(AnatomyError, match="not a vision-language model.*vision_config"):
         vk.anatomy(CONFIG_MAPPING["gemma4"]())

@@ -226,7 +226,7 @@ def _why_not_built(config, error):
     text = f"{type(config).__name__} ({config.model_type}) cannot be built: {brief(error)}."
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/models/" in f.filename]
     fields = re.findall(r"config\.(\w+)", frames[-1].line) if frames else []
-    if isinstance(error, AttributeError) and error.name:
+    if isinstance(error, AttributeError) and hasattr(error.obj, "model_type"):  # a config itself
         fields = [error.name]
     if fields:
         text += f" Look at the field {' and '.join(dict.fromkeys(fields))} of the config."
