@@ -1,4 +1,4 @@
-"""The rules against labels made by hand, for every architecture that transformers has."""
+"""The rules against labels checked by hand, for every architecture that transformers has."""
 
 import re
 
@@ -15,7 +15,7 @@ BUILT = [model_type for model_type in MODEL_TYPES if model_type not in NOT_BUILT
 
 
 def label_of(path, labels):
-    """The component that the longest labelled beginning of `path` has been given by hand."""
+    """The component that the longest labelled beginning of `path` has."""
     segments = re.sub(r"(?<=\.)\d+(?=\.|$)", "#", path).split(".")
     for end in range(len(segments), 0, -1):
         label = labels.get(".".join(segments[:end]))

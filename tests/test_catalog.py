@@ -49,9 +49,7 @@ def test_a_name_without_its_owner_is_recognised():
 
 
 def test_every_folder_is_listed_and_every_name_has_its_folder():
-    folders = {
-        str(f.parent.relative_to(catalog.folder_of(catalog.NAMES[0]).parents[1]))
-        for f in catalog.folder_of(catalog.NAMES[0]).parents[1].glob("*/*/config.json")
-    }
+    root = catalog.folder_of(catalog.NAMES[0]).parents[1]
+    folders = {str(file.parent.relative_to(root)) for file in root.glob("*/*/config.json")}
     assert folders == set(catalog.NAMES)
     assert catalog.folder_of("nobody/nothing") is None

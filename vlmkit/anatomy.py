@@ -21,10 +21,14 @@ from vlmkit.architectures import NOT_VLMS, PROJECTOR, VISION, decide
 from vlmkit.errors import AnatomyError
 
 
+def unwrapped(model):
+    """The model itself, where PEFT has wrapped it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def type_of(model):
-    """The `model_type` of a model's config, or of that of the model that PEFT has wrapped."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(getattr(base, "config", None), "model_type", None)
+    """The `model_type` of a model's config, or None where it has none."""
+    return getattr(getattr(unwrapped(model), "config", None), "model_type", None)
 
 
 def component_finder(model):
@@ -149,7 +153,6 @@ def anatomy_of(model):
         if component is None:
             unknown.append(name)
         buffers[component] = buffers.get(component, 0) + buffer.numel()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     parts = {
         c: Part(
             c,
@@ -160,7 +163,9 @@ def anatomy_of(model):
         )
         for c in COMPONENTS
     }
-    found = Anatomy(type(base).__name__, parts, tuple(unknown), counts.get(None, 0), model_type)
+    found = Anatomy(
+        type(unwrapped(model)).__name__, parts, tuple(unknown), counts.get(None, 0), model_type
+    )
     if not (parts[VISION].parameters or parts[PROJECTOR].parameters or unknown):
         raise AnatomyError(
             f"{found.architecture} is not a vision-language model as its config describes it: none "

@@ -11,8 +11,8 @@ To add an architecture, print its paths and see what is unknown:
 
 Name each unknown segment in `RULES` if the name says what it is wherever it stands, or in
 `OWN_RULES` under the config's `model_type` if it means something in that architecture alone
-("encoder" is the pixels' side of Pix2Struct and the words' side of UDOP). Then put the components
-that you worked out from the architecture's forward pass into `tests/data/architectures.json`: the
+("encoder" is the pixels' side of Pix2Struct and the words' side of UDOP). Then check each
+against the architecture's forward pass, and put its paths into `tests/data/architectures.json`: the
 test compares them with what the rules say.
 """
 
@@ -151,6 +151,8 @@ OWN_RULES = {
 NOT_VLMS = {"evolla": "reads proteins", "mistral4": "reads text alone"}
 """Listed by transformers among the models from image and text to text, by model_type."""
 
+_TABLES = {model_type: RULES | rules for model_type, rules in OWN_RULES.items()}
+
 
 def decide(path, model_type=None):
     """Component of `path`, a full module or parameter name, and the part of it that decided.
@@ -159,7 +161,7 @@ def decide(path, model_type=None):
     Returns `("projector", "model.multi_modal_projector")`, for example, and `(None, None)` where no
     rule knows the path: what is unknown is never guessed.
     """
-    rules = {**RULES, **OWN_RULES[model_type]} if model_type in OWN_RULES else RULES
+    rules = _TABLES.get(model_type, RULES)
     segments = path.split(".")
     owner = place = None
     for i, segment in enumerate(segments, start=1):

@@ -73,7 +73,7 @@ def parameters_by_component(anatomies, ax=None):
     to bottom in that order.
     """
     parameters_of = {
-        label: a.by_component if hasattr(a, "by_component") else a for label, a in anatomies.items()
+        label: getattr(anatomy, "by_component", anatomy) for label, anatomy in anatomies.items()
     }
     totals = {label: sum(parts.values()) for label, parts in parameters_of.items()}
     shares = {

@@ -10,7 +10,7 @@ sums over modules count tied weights twice. So neither is used here.
 from dataclasses import dataclass, field
 
 from vlmkit import COMPONENTS
-from vlmkit.anatomy import component_finder, on_meta
+from vlmkit.anatomy import component_finder, on_meta, unwrapped
 from vlmkit.formats import FORMATS, torch_dtype
 from vlmkit.layout import KINDS, kind_of
 from vlmkit.plan import Plan
@@ -160,7 +160,7 @@ def storages_of(model):
 
 def _entries(model):
     seen = set()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     component_of = component_finder(model)
 
     def entry(name, kind, tensor):

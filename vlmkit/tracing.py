@@ -139,7 +139,7 @@ class _Seen:
                 self._on_projector(name, module)
             elif component == CROSS:
                 self._before(module, self._cross_attention(name))
-            elif component == LANGUAGE and any(True for _ in module.parameters()):
+            elif component == LANGUAGE and _has_weights(module):
                 self._before(module, self._language(name))
 
     def remove_hooks(self):
@@ -157,11 +157,11 @@ class _Seen:
             self.found[stage] = (tensor.detach(), component, module)
 
     def _on_vision(self, name, module):
-        leaf = not any(True for _ in module.children())
+        makes_patches = next(module.children(), None) is None and _has_weights(module)
 
         def after(module, args, kwargs, output):
             # The first layer of the encoder that has weights makes patches of pixels.
-            if leaf and "patches" not in self.found and any(True for _ in module.parameters()):
+            if makes_patches and "patches" not in self.found:
                 self._keep("patches", _tensor(output), VISION, name)
             # Without a projector, the last that comes out of the encoder are the features.
             if "projected tokens" not in self.found:
@@ -208,6 +208,10 @@ class _Seen:
         return before
 
 
+def _has_weights(module):
+    return next(module.parameters(), None) is not None
+
+
 def _tensor(value):
     """The first tensor in what a module was given or gave."""
     import torch
@@ -232,15 +236,15 @@ def _strategy(model, inputs, seen):
 
 
 def _visual_tokens(model, inputs, seen, strategy):
+    from vlmkit.evaluation.asking import image_tokens
+
     if strategy == CROSS_ATTENTION:
         tensor = seen.found["read by cross-attention"][0]
         tiles = inputs.get("aspect_ratio_mask")  # Llama 3.2 Vision fills up with tiles it masks
         if tiles is not None:
             return int(tiles.sum()) * tensor.shape[-2]
         return tensor.shape[:-1].numel()
-    config = model.config
-    token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
-    if token is not None and (count := int((inputs["input_ids"] == token).sum())):
-        return count
+    if placeholders := image_tokens(model, inputs["input_ids"]):
+        return placeholders
     projected = seen.found.get("projected tokens", seen.found.get("visual features"))
     return projected[0].shape[:-1].numel()

@@ -157,6 +157,13 @@ def _plain_text(processor, question):
     return re.sub(pattern, lambda found: f"{found[0][0]} {found[0][1:]}", question)
 
 
+def image_tokens(model, input_ids):
+    """How many of `input_ids` are placeholders for visual tokens."""
+    config = model.config
+    token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    return 0 if token is None else int((input_ids == token).sum())
+
+
 def _check_context(model, inputs, images, max_new_tokens):
     config = model.config.get_text_config(decoder=True)
     context = getattr(config, "max_position_embeddings", None)
@@ -168,10 +175,7 @@ def _check_context(model, inputs, images, max_new_tokens):
     available = context - max_new_tokens
     if needed <= available:
         return
-    token = getattr(
-        model.config, "image_token_id", getattr(model.config, "image_token_index", None)
-    )
-    for_images = int((inputs["input_ids"][prompt] == token).sum()) if token is not None else 0
+    for_images = image_tokens(model, inputs["input_ids"][prompt])
     for_text = needed - for_images
     if available < 1:
         remedy = "ask for a shorter answer"

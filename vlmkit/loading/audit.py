@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from vlmkit import COMPONENTS
-from vlmkit.anatomy import on_meta, shape_of
+from vlmkit.anatomy import on_meta, shape_of, unwrapped
 from vlmkit.errors import AuditError
 from vlmkit.formats import BLOCK, FORMATS, format_of_dtype, torch_dtype
 from vlmkit.memory import storages_of
@@ -73,7 +73,7 @@ def audit(model, plan):
 
     Raises AuditError, naming the modules, where model and plan differ.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     return audit_layout(
         base, Plan.parse(plan).resolve(on_meta(base.config, trust_remote_code=True))
     )

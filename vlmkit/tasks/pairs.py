@@ -20,6 +20,10 @@ def draw(rng):
         both = [_alone(rng, shape, color), _alone(rng, other_shape, other_color)]
     else:
         both = [random_things(rng, rng.randrange(1, 5)) for _ in range(2)]
+    return _picture(both, rng)
+
+
+def _picture(both, rng):
     return Picture(
         [paint(things, rng) for things in both], both, [marks_of(things) for things in both]
     )
@@ -99,10 +103,7 @@ MULTI_IMAGE = Recipe(
 
 
 def draw_few(rng):
-    both = [random_things(rng, rng.randrange(1, 3)) for _ in range(2)]
-    return Picture(
-        [paint(things, rng) for things in both], both, [marks_of(things) for things in both]
-    )
+    return _picture([random_things(rng, rng.randrange(1, 3)) for _ in range(2)], rng)
 
 
 # Lessons for training, not tasks: one skill.

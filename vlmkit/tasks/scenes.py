@@ -121,6 +121,12 @@ def _single(things, attribute):
     }
 
 
+def _alone(things):
+    """The objects of which there is no second: "the red circle" means one of these."""
+    names = [thing.name for thing in things]
+    return [thing for thing in things if names.count(thing.name) == 1]
+
+
 def _absent(things, attribute, possible):
     present = {getattr(thing, attribute) for thing in things}
     return [value for value in possible if value not in present]
@@ -216,8 +222,7 @@ RELATIONS = {
 
 def ask_spatial(things, rng):
     """ "Is the red circle left of the ring?": yes, no, or none where one of them is not there."""
-    names = [thing.name for thing in things]
-    single = [thing for thing in things if names.count(thing.name) == 1]
+    single = _alone(things)
     relation = rng.choice(list(RELATIONS))
     if single and rng.random() < 0.1:
         known = rng.choice(single).name
@@ -271,8 +276,7 @@ def draw_few(rng):
 
 def ask_where(things, rng):
     """The place of an object: what "left of" is made of."""
-    names = [thing.name for thing in things]
-    single = [thing for thing in things if names.count(thing.name) == 1]
+    single = _alone(things)
     if not single:
         return None
     thing = rng.choice(single)
@@ -289,8 +293,7 @@ def ask_where(things, rng):
 
 def ask_relation(things, rng):
     """On which side of another object an object is: a relation, before it is a yes or no."""
-    names = [thing.name for thing in things]
-    single = [thing for thing in things if names.count(thing.name) == 1]
+    single = _alone(things)
     yes, no = rng.choice((("left of", "right of"), ("above", "below")))
     by_answer = {yes: [], no: []}
     for a in single:
