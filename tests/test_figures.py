@@ -57,6 +57,25 @@ def test_questions_with_a_models_answers():
         figures.questions(rows(), answers=["green"])
 
 
+def test_attention_lies_over_the_whole_picture_in_percent():
+    weights = np.array([[0.1, 0.0], [0.25, 0.05]])
+    ax = figures.attention(Image.new("RGB", (8, 4), "white"), weights)
+    picture, laid_over = ax.images
+    assert picture.get_extent() == laid_over.get_extent() == [0, 8, 4, 0]
+    assert np.asarray(picture.get_array()).tolist() == [[255] * 8] * 4
+    np.testing.assert_allclose(laid_over.get_array(), 100 * weights)
+    assert laid_over.get_clim() == (0, 25)
+    assert 0 < laid_over.get_alpha() < 1  # the picture shows through
+    (bar,) = (other for other in ax.figure.axes if other is not ax)
+    assert "%" in bar.get_ylabel()
+
+
+def test_two_maps_of_attention_can_share_a_scale():
+    image = rows()[0]["images"][0]
+    maps = [figures.attention(image, [[w]], most=0.4).images[1] for w in (0.1, 0.3)]
+    assert [m.get_clim() for m in maps] == [(0, 40), (0, 40)]
+
+
 def test_bytes_are_stacked_by_component_in_megabytes():
     bf16 = {"vision_encoder": 2_000_000, "projector": 100_000, "language_model": 6_000_000}
     nf4 = {"vision_encoder": 2_000_000, "projector": 100_000, "language_model": 1_500_000}
@@ -103,6 +122,7 @@ def test_accuracy_with_its_interval():
         (figures.questions, rows()),
         (figures.bytes_by_component, {"a": {"projector": 1}}),
         (figures.accuracy, {"a": (0.5, 0.4, 0.6)}),
+        (lambda weights, ax: figures.attention(rows()[0]["images"][0], weights, ax=ax), [[0.5]]),
     ],
 )
 def test_an_axes_given_is_the_axes_drawn_into(draw, data):

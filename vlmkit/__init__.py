@@ -35,6 +35,7 @@ _HOME_OF = {
 _MODULES = (
     "anatomy",
     "architectures",
+    "attention",
     "catalog",
     "environment",
     "errors",

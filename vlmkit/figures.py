@@ -49,6 +49,42 @@ def questions(rows, answers=None, ax=None):
     return ax
 
 
+def attention(image, weights, most=None, ax=None):
+    """A picture in grey with a map of attention over it, in % for each patch, and a colour bar.
+
+    image: anything that `vlmkit.images.read` takes. weights: array (rows, columns) of shares from 0
+    to 1, stretched over the whole picture, such as `vlmkit.attention` gives. most: the share at the
+    end of the scale, for several maps on one scale; by default the largest of the weights.
+    """
+    import numpy as np
+    from matplotlib import pyplot as plt
+
+    from vlmkit.images import read
+
+    grey = np.asarray(read(image).convert("L"))
+    percent = 100 * np.asarray(weights, dtype=float)
+    highest = percent.max() if most is None else 100 * most
+    if ax is None:
+        _, ax = plt.subplots(figsize=(4, 3.3), layout="constrained")
+    height, width = grey.shape
+    whole = (0, width, height, 0)
+    ax.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=whole, interpolation="nearest")
+    # viridis is read by any colour vision, and gets lighter with the value in print without colour.
+    laid_over = ax.imshow(
+        percent,
+        cmap="viridis",
+        vmin=0,
+        vmax=highest,
+        alpha=0.7,
+        extent=whole,
+        interpolation="nearest",
+    )
+    bar = ax.figure.colorbar(laid_over, ax=ax, shrink=0.85)
+    bar.set_label("attention to a patch, %")
+    ax.set_axis_off()
+    return ax
+
+
 def bytes_by_component(ledgers, ax=None):
     """A horizontal bar for each ledger, stacked by component, in MB = 10^6 bytes, with its total.
 

@@ -55,19 +55,8 @@ def answers(model, processor, images, questions, *, max_new_tokens):
 
     Raises as `ask` does, and `TooLong` with the number of the prompt that does not fit.
     """
-    if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise VlmkitError(f"max_new_tokens is a whole number from 1; it is {max_new_tokens!r}.")
     inputs = prepared(model, processor, images, questions, max_new_tokens)
-    pad = model.generation_config.pad_token_id
-    with in_evaluation_mode(model):
-        tokens = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            max_length=None,  # a checkpoint's own would draw a warning
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=processor.tokenizer.pad_token_id if pad is None else pad,
-        )
+    tokens = generated(model, processor, inputs, max_new_tokens)
     # A decoder's output starts with its prompt, an encoder-decoder's does not.
     prompt = inputs["input_ids"]
     if tokens.shape[1] >= prompt.shape[1] and tokens[:, : prompt.shape[1]].equal(prompt):
@@ -79,6 +68,8 @@ def answers(model, processor, images, questions, *, max_new_tokens):
 def prepared(model, processor, images, questions, max_new_tokens):
     """The inputs of a batch as `model` takes them: on its device, in its types, and short enough to
     leave room for `max_new_tokens` more. Arguments and errors are those of `answers`."""
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise VlmkitError(f"max_new_tokens is a whole number from 1; it is {max_new_tokens!r}.")
     inputs = _inputs(processor, images, questions)
     _check_context(model, inputs, len(images[0]), max_new_tokens)
     inputs = inputs.to(model.device, _vision_dtype(model))
@@ -88,6 +79,21 @@ def prepared(model, processor, images, questions, max_new_tokens):
         inputs.pop("token_type_ids", None)
     inputs.pop("labels", None)  # PaliGemma's processor prepares for training
     return inputs
+
+
+def generated(model, processor, inputs, max_new_tokens, **outputs):
+    """What `model.generate` makes of prepared inputs, greedily; `outputs` asks it for more."""
+    pad = model.generation_config.pad_token_id
+    with in_evaluation_mode(model):
+        return model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            max_length=None,  # a checkpoint's own would draw a warning
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=processor.tokenizer.pad_token_id if pad is None else pad,
+            **outputs,
+        )
 
 
 def _inputs(processor, images, questions):
@@ -157,11 +163,16 @@ def _plain_text(processor, question):
     return re.sub(pattern, lambda found: f"{found[0][0]} {found[0][1:]}", question)
 
 
-def image_tokens(model, input_ids):
-    """How many of `input_ids` are placeholders for visual tokens."""
+def image_places(model, input_ids):
+    """Which of `input_ids` are placeholders for visual tokens: booleans in the same shape."""
     config = model.config
     token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
-    return 0 if token is None else int((input_ids == token).sum())
+    return input_ids == (-1 if token is None else token)
+
+
+def image_tokens(model, input_ids):
+    """How many of `input_ids` are placeholders for visual tokens."""
+    return int(image_places(model, input_ids).sum())
 
 
 def _check_context(model, inputs, images, max_new_tokens):
