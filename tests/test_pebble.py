@@ -1,6 +1,7 @@
 """How pebble is made: its batches, its stages, and that a killed run ends as an unbroken one."""
 
 import csv
+from importlib import resources
 
 import pytest
 import torch
@@ -153,3 +154,12 @@ def test_a_stage_trains_what_it_names(model):
     # LLaVA keeps its vision encoder frozen in both of its stages, and so does every one of these.
     assert all("vision_tower" not in names[name] for name in names if name != "vision")
     assert names["mixed"] == {"multi_modal_projector", "language_model", "lm_head"}
+
+
+def test_the_shipped_log_is_of_the_stages_in_order():
+    log = resources.files("vlmkit.pebble") / "training_log.csv"
+    rows = list(csv.DictReader(log.read_text(encoding="utf-8").splitlines()))
+    assert list(rows[0]) == ["stage", "step", "seconds", "loss", "patches", *train.ALL_KINDS]
+    assert list(dict.fromkeys(row["stage"] for row in rows)) == [s.name for s in train.STAGES]
+    last = {row["stage"]: row for row in rows}
+    assert all(0 <= float(right) <= 1 for right in list(last["final"].values())[4:] if right)
