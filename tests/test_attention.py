@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import vlmkit as vk
-from vlmkit.attention import over_patches
+from vlmkit.attention import answer_without, over_patches
 from vlmkit.errors import AnatomyError, QuestionError, VlmkitError
 from vlmkit.evaluation.asking import prepared
 from vlmkit.images import read_all
@@ -77,6 +77,27 @@ def test_a_class_token_is_no_patch(llava_clip):
     assert [w.shape for w in found.weights] == [(len(found.tokens), 2, 2, 2, 2)]
 
 
+def test_an_answer_without_patches_is_that_of_a_mask_over_them(pebble):
+    """Against one forward pass, whose positions do not depend on the mask."""
+    model, processor = pebble
+    changed = 0
+    for index in range(6):
+        row = vk.tasks.example("vqa", index, seed=5)
+        image, question = row["images"][0], row["question"]
+        hidden = np.random.default_rng(index).permutation(49)[:30]
+        inputs = prepared(model, processor, [[image]], [question], 1)
+        places = (inputs["input_ids"][0] == model.config.image_token_id).nonzero().flatten()
+        inputs["attention_mask"][0, places[hidden]] = 0
+        with torch.no_grad():
+            token = model(**inputs).logits[0, -1].argmax()
+        answer = answer_without(model, processor, image, question, hidden, max_new_tokens=1)
+        assert answer == processor.decode(token).strip()
+        seen = vk.ask(model, processor, image, question)
+        assert answer_without(model, processor, image, question, []) == seen
+        changed += answer_without(model, processor, image, question, range(49)) != seen
+    assert changed > 1  # of 6 questions, without any of the picture
+
+
 def test_the_model_is_left_as_it_was(pebble):
     model, processor = pebble
 
@@ -106,5 +127,7 @@ def test_bad_input(pebble, other_family):
         over_patches(model, processor, [], "What?")
     with pytest.raises(VlmkitError, match="max_new_tokens"):
         over_patches(model, processor, PICTURE, "What?", max_new_tokens=0)
+    with pytest.raises(AnatomyError, match="0 to 48"):
+        answer_without(model, processor, PICTURE, "What?", [3, 49])
     with pytest.raises(AnatomyError, match="Idefics3.* by tiles"):
         over_patches(*vk.load(other_family), PICTURE, "Hi?")

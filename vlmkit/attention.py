@@ -2,9 +2,10 @@
 
     found = vk.attention.over_patches(model, processor, image, "What color is the circle?")
     vk.figures.attention(image, found.mean())
+    vk.attention.answer_without(model, processor, image, "What color is the circle?", [12, 13])
 
 The weights say from where a layer fetched what it added. They are not an explanation of the answer
-(Jain and Wallace, 2019, arXiv 1902.10186).
+(Jain and Wallace, 2019, arXiv 1902.10186): whether patches mattered is seen when they are hidden.
 """
 
 import contextlib
@@ -13,6 +14,15 @@ from math import isqrt
 
 from vlmkit.anatomy import unwrapped
 from vlmkit.errors import AnatomyError
+from vlmkit.evaluation.asking import (
+    check_processor,
+    check_question,
+    generated,
+    image_places,
+    prepared,
+)
+from vlmkit.images import read_all
+from vlmkit.tracing import FIXED_GRID, trace_inputs
 
 
 @dataclass(frozen=True)
@@ -47,14 +57,9 @@ def over_patches(model, processor, images, question, *, max_new_tokens=64):
     """
     import torch
 
-    from vlmkit.evaluation.asking import check_processor, check_question, generated, prepared
-    from vlmkit.images import read_all
-
-    check_processor(processor)
-    check_question(question)
-    pictures = read_all(images)
-    inputs = prepared(model, processor, [pictures], [question], max_new_tokens)
-    patches = _patches(model, inputs, len(pictures))
+    images = read_all(images)
+    inputs = _inputs(model, processor, images, question, max_new_tokens)
+    patches = _patches(model, inputs, len(images))
     with _eager(model):
         output = generated(
             model,
@@ -82,15 +87,44 @@ def over_patches(model, processor, images, question, *, max_new_tokens=64):
     return Attention(
         processor.tokenizer.decode(chosen, skip_special_tokens=True).strip(),
         tuple(processor.tokenizer.decode([token]) for token in chosen),
-        tuple(weights[..., image, :, :] for image in range(len(pictures))),
+        tuple(weights[..., image, :, :] for image in range(len(images))),
     )
+
+
+def answer_without(model, processor, image, question, patches, *, max_new_tokens=64):
+    """The answer to a question about one image of which the language model cannot see `patches`.
+
+    patches: their numbers in the grid of `over_patches`, row by row. No token attends to them; the
+    others keep their places. The vision encoder has seen the whole picture, so that a patch's
+    feature can hold something of what its neighbours showed. Raises what `over_patches` raises, and
+    AnatomyError for a patch that the grid does not have.
+    """
+    import torch
+
+    inputs = _inputs(model, processor, read_all([image]), question, max_new_tokens)
+    places = _patches(model, inputs, 1).flatten()
+    hidden = torch.as_tensor(list(patches), dtype=torch.long)
+    if hidden.numel() and not 0 <= hidden.min() <= hidden.max() < len(places):
+        raise AnatomyError(
+            f"the patches of this grid have the numbers 0 to {len(places) - 1}, and "
+            f"{hidden.tolist()} are not all among them."
+        )
+    # Positions are counted from the mask, as those of padding, unless they are given.
+    length = inputs["input_ids"].shape[1]
+    inputs["position_ids"] = torch.arange(length, device=inputs["input_ids"].device)[None]
+    inputs["attention_mask"][0, places[hidden]] = 0
+    tokens = generated(model, processor, inputs, max_new_tokens)
+    return processor.tokenizer.decode(tokens[0, length:], skip_special_tokens=True).strip()
+
+
+def _inputs(model, processor, images, question, max_new_tokens):
+    check_processor(processor)
+    check_question(question)
+    return prepared(model, processor, [images], [question], max_new_tokens)
 
 
 def _patches(model, inputs, images):
     """Where in the prompt each patch of each image is: (images, rows, columns)."""
-    from vlmkit.evaluation.asking import image_places
-    from vlmkit.tracing import FIXED_GRID, trace_inputs
-
     trace = trace_inputs(model, inputs)  # raises where there is no image
     name = type(unwrapped(model)).__name__
     if trace.strategy != FIXED_GRID:
