@@ -41,6 +41,34 @@ def qwen2_vl(tmp_path_factory):
     return tiny.qwen2_vl(tmp_path_factory.mktemp("qwen2_vl"))
 
 
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    """family(name, **options) is a tiny checkpoint of a family of `families.py`, made once."""
+    import families
+
+    made = {}
+
+    def make(name, **options):
+        key = (name, *sorted(options.items()))
+        if key not in made:
+            made[key] = families.FAMILIES[name](tmp_path_factory.mktemp(name), **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def one_thread():
+    """Tensors of some thousand numbers are done before a second thread has started: on a busy
+    machine, waiting for it makes a forward pass of a tiny model a hundred times slower."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def copy(tmp_path):
     """copy(folder) is a copy of a checkpoint that a test may damage."""

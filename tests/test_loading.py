@@ -232,9 +232,9 @@ def test_audit_looks_through_peft(llava):
 
 def test_load_audits(llava, monkeypatch):
     monkeypatch.setattr(
-        "vlmkit.layout.Layout.skipped", property(lambda self: ["vision_tower", "lm_head"])
+        "vlmkit.layout.Layout._outside", lambda self, inside: ["vision_tower", "lm_head"]
     )
-    monkeypatch.setattr("vlmkit.layout.Layout._check", lambda self, skip: None)
+    monkeypatch.setattr("vlmkit.layout.Layout._check", lambda self, skip, inside: None)
     with pytest.raises(AuditError, match="model.multi_modal_projector"):
         vk.load(llava, processor=False)
 
@@ -304,13 +304,6 @@ def test_a_loaded_model_trains_after_it_was_evaluated(llava):
 # --- what is refused ------------------------------------------------------------------------
 
 
-def test_already_quantised(llava, tmp_path):
-    model, processor = vk.load(llava)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="quantised already"):
-        vk.load(tmp_path, processor=False)
-
-
 def test_devices(llava, monkeypatch):
     from vlmkit.loading import devices
 
@@ -332,5 +325,8 @@ def test_mistaken_plans_stop_before_anything_is_read(llava):
         vk.load("owner/no-such-model", "nf44")
     with pytest.raises(PlanError, match="matches no module"):
         vk.load(llava, vk.Plan().override("vision_towr", "nf4"))
-    with pytest.raises(PlanError, match="in one model"):
-        vk.load(llava, "vision_encoder=int8,language_model=nf4")
+    with pytest.raises(PlanError, match="has no cross_attention"):
+        vk.load(llava, "cross_attention=nf4,language_model=nf4")
+    twice = vk.Plan().override(r"layers\.0\.", "nf4").override(r"language_model\.layers", "int8")
+    with pytest.raises(PlanError, match="contradicts itself about model.language_model.layers.0"):
+        vk.load(llava, twice)

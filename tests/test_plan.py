@@ -142,6 +142,7 @@ def test_layer_1_is_not_layer_11():
     "plan, message",
     [
         (Plan(cross_attention="nf4"), "no cross_attention: the plan matches no module"),
+        (Plan(other="fp32"), "asks for other in fp32, but LlavaForC.* has no other"),
         (Plan().override("nothing", "nf4"), "'nothing' matches no module of this model. Its"),
         (Plan().override("vision_towr", "nf4"), "no module .* Did you mean 'vision_tower'"),
         (Plan().override(r"embed_tokens", "nf4"), "none of the 1 modules .* embedding"),
@@ -160,10 +161,19 @@ def test_uniform_says_nothing_about_components_that_are_not_there(model):
     assert Plan.uniform("nf4").resolve(model).quantized
 
 
-def test_two_quantised_formats_are_one_too_many_for_transformers(model):
-    layout = Plan(vision_encoder="int8", language_model="nf4").resolve(model)
-    with pytest.raises(PlanError, match="int8 and nf4 in one model"):
-        layout.quantization_config()
+def test_two_quantised_formats_are_two_of_transformers_configs(model):
+    from vlmkit.mixed import MixedConfig
+
+    layout = Plan(vision_encoder="int8", language_model="nf4-dq").resolve(model)
+    config = layout.quantization_config()
+    assert isinstance(config, MixedConfig)
+    eight, four = config.configs
+    assert eight.load_in_8bit and four.load_in_4bit and four.bnb_4bit_use_double_quant
+    rest = ["model.multi_modal_projector", "lm_head"]
+    assert eight.llm_int8_skip_modules == [rest[0], "model.language_model", rest[1]]
+    assert four.llm_int8_skip_modules == ["model.vision_tower", *rest]
+    again = MixedConfig.from_dict(config.to_dict())
+    assert again.to_dict() == config.to_dict()
 
 
 def test_no_torch_for_making_a_plan():

@@ -23,10 +23,13 @@ COMPONENTS = ("vision_encoder", "projector", "cross_attention", "language_model"
 
 _HOME_OF = {
     "Plan": "plan",
+    "preview": "loading",
     "load": "loading",
     "audit": "loading",
+    "save": "loading",
     "default_model": "loading",
     "trace": "tracing",
+    "lint": "linting",
     "ask": "evaluation",
     "evaluate": "evaluation",
     "VlmkitError": "errors",
@@ -43,6 +46,7 @@ _MODULES = (
     "figures",
     "formats",
     "images",
+    "linting",
     "loading",
     "memory",
     "pebble",

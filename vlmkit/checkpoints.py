@@ -82,7 +82,7 @@ def _from_hub(name, revision, weights, trust_remote_code):
     kwargs = {"revision": revision, "allow_patterns": wanted, "ignore_patterns": ["*/*"]}
     try:  # a cached copy is used as it is: no waiting for a network that may not be there
         folder = Path(snapshot_download(name, local_files_only=True, **kwargs))
-        if (folder / "config.json").exists() and (not weights or _weight_files(folder)):
+        if (folder / "config.json").exists() and (not weights or weight_files(folder)):
             return folder
     except (OSError, CheckpointError):
         pass
@@ -166,7 +166,7 @@ def check_weights(folder):
     """
     from safetensors import SafetensorError, safe_open
 
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt"):
                 pass
@@ -179,7 +179,11 @@ def check_weights(folder):
             raise CheckpointError(f"{file} cannot be read: {brief(error)}") from error
 
 
-def _weight_files(folder):
+def weight_files(folder):
+    """Paths of the safetensors files of the checkpoint in `folder`.
+
+    Raises CheckpointError if there are none, or if one that the index names is missing.
+    """
     if (folder / SAFETENSORS).exists():
         return [folder / SAFETENSORS]
     if (folder / INDEX).exists():

@@ -11,18 +11,25 @@ from functools import cached_property
 from vlmkit.anatomy import anatomy_of
 from vlmkit.errors import PlanError
 from vlmkit.formats import FORMATS, torch_dtype
+from vlmkit.plan import DEFAULT
 
-LINEAR, HEAD, EMBEDDING, NORM = "linear", "head", "embedding", "norm"
+LINEAR, EXPERTS, HEAD, EMBEDDING = "linear", "fused experts", "head", "embedding"
+TIED, NORM = "embedding and tied head", "norm"
 CONVOLUTION, BIAS, BARE = "convolution", "bias", "bare parameter"
-KINDS = (LINEAR, HEAD, EMBEDDING, NORM, CONVOLUTION, BIAS, BARE)
-"""What a parameter is, as tables show it. Only `linear` can be quantised without being named."""
+KINDS = (LINEAR, EXPERTS, HEAD, EMBEDDING, TIED, NORM, CONVOLUTION, BIAS, BARE)
+"""What a parameter is, as tables show it. `linear` is quantised with its component, `head` only
+where a plan names it, and nothing else at all: bitsandbytes converts Linear modules, and a
+mixture's experts are one parameter of three dimensions."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One parameter: the format that the plan asks of it, and the one that it gets.
 
-    They differ where bitsandbytes and transformers leave a parameter alone; `kind` says why.
+    They differ where bitsandbytes and transformers leave a parameter alone; `kind` says why, and
+    `note` where the kind does not.
+
+    convertible: whether it can be quantised at all.
     """
 
     name: str
@@ -32,6 +39,8 @@ class Row:
     shape: tuple
     asked: str
     format: str
+    convertible: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,12 @@ class Layout:
     def skipped(self):
         """Full names of the modules to leave out of quantisation: the outermost modules in which
         nothing is quantised."""
+        return self._outside(self.quantized)
+
+    def _outside(self, inside):
+        """The outermost modules that hold Linear layers and none of those in `inside`."""
         busy = set()
-        for name in self.quantized:
+        for name in inside:
             parts = name.split(".")
             busy.update(".".join(parts[:i]) for i in range(1, len(parts) + 1))
         names = {}
@@ -72,36 +85,39 @@ class Layout:
         return list(names)
 
     def quantization_config(self):
-        """transformers' own BitsAndBytesConfig for this layout, or None where nothing is quantised.
+        """transformers' config for this layout, or None where nothing is quantised: its own
+        BitsAndBytesConfig for one quantised format, `vlmkit.mixed.MixedConfig` for several.
 
-        Raises PlanError for what one such config cannot express.
+        Raises PlanError for what a skip list cannot express.
         """
         formats = sorted(set(self.quantized.values()))
-        if not formats:
-            return None
-        if len(formats) > 1:
-            raise PlanError(
-                f"the plan asks for {' and '.join(formats)} in one model, and transformers' "
-                "BitsAndBytesConfig holds one quantised format. Use one of them, and float formats "
-                f"({', '.join(f for f in FORMATS if not FORMATS[f].quantized)}) for the rest."
-            )
+        configs = [self._config_of(name) for name in formats]
+        if len(configs) < 2:
+            return configs[0] if configs else None
+        from vlmkit.mixed import MixedConfig
+
+        return MixedConfig(configs)
+
+    def _config_of(self, name):
+        """The BitsAndBytesConfig that quantises what has the format `name`, and nothing else."""
         from transformers import BitsAndBytesConfig
 
         # A list always, even an empty one: None would bring transformers' automatic exceptions
         # back, and any list replaces them. That is why the head is named here like the rest.
-        skip = self.skipped
-        self._check(skip)
-        if formats == ["int8"]:
+        inside = {module for module, given in self.quantized.items() if given == name}
+        skip = self._outside(inside)
+        self._check(skip, inside)
+        if name == "int8":
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
         return BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type=formats[0].removesuffix("-dq"),
-            bnb_4bit_use_double_quant=formats[0].endswith("-dq"),
-            bnb_4bit_compute_dtype=torch_dtype(formats[0]),
+            bnb_4bit_quant_type=name.removesuffix("-dq"),
+            bnb_4bit_use_double_quant=name.endswith("-dq"),
+            bnb_4bit_compute_dtype=torch_dtype(name),
             llm_int8_skip_modules=skip,
         )
 
-    def _check(self, skip):
+    def _check(self, skip, inside):
         # transformers reads an entry as a regular expression from the start of a name, and also
         # as a suffix of it. Ask its own function what it will make of this list.
         from transformers.quantizers.quantizers_utils import should_convert_module
@@ -109,8 +125,7 @@ class Layout:
         wrong = [
             name
             for name in self.linears
-            if should_convert_module(name, [*skip, *self.always_skipped])
-            != (name in self.quantized)
+            if should_convert_module(name, [*skip, *self.always_skipped]) != (name in inside)
         ]
         if wrong:
             raise PlanError(
@@ -124,22 +139,29 @@ def resolve(plan, model):
     found = anatomy_of(model).require_known()
     kept = _never_converted(model)
     linears = {name: True for name, module in model.named_modules() if _is_linear(module)}
+    linear = linears.keys() - kept.keys()
     overrides = _Overrides(plan)
     rows = []
     for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition(".")
         component = found.component_of(name)
-        kind = kind_of(model, model.get_submodule(module), leaf)
+        owner = model.get_submodule(module)
+        kind = kind_of(model, owner, leaf)
         asked, named = overrides.format_for(module), True
         if asked is None:
             asked, named = plan[component], False
         wanted = FORMATS[asked]
-        can = module in linears and module not in kept and kind != BIAS
-        can = can and (kind == LINEAR or named)
-        given = asked if can or not wanted.quantized else wanted.companion
-        if not FORMATS[given].quantized and _kept_in_fp32(model, name, given):
+        can = module in linear and kind != BIAS
+        given = wanted.companion
+        if wanted.quantized and can and (kind == LINEAR or named):
+            given = asked
+        elif _kept_in_fp32(model, name, given):
             given = "fp32"
-        rows.append(Row(name, module, component, kind, tuple(parameter.shape), asked, given))
+        note = ""
+        if kind == LINEAR and not can:
+            note = kept.get(module, f"{type(owner).__name__}, not a plain Linear")
+        shape = tuple(parameter.shape)
+        rows.append(Row(name, module, component, kind, shape, asked, given, can, note))
     layout = Layout(plan, tuple(rows), tuple(linears), tuple(_fp32_names(model)))
     overrides.require_used(layout)
     _require_effect(plan, found, layout)
@@ -160,26 +182,31 @@ def kind_of(model, module, leaf):
 
     if leaf == "bias" and isinstance(module, nn.Linear):
         return BIAS
-    if module is model.get_output_embeddings():
+    head = model.get_output_embeddings()
+    if module is head:
         return HEAD
     if isinstance(module, nn.Embedding):
-        return EMBEDDING
+        return TIED if head is not None and head.weight is module.weight else EMBEDDING
     if isinstance(module, nn.Linear) or _is_linear(module):
         return LINEAR
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return CONVOLUTION
+    if "Experts" in type(module).__name__:
+        return EXPERTS
     return NORM if type(module).__name__.endswith("Norm") else BARE
 
 
 def _never_converted(model):
-    """Modules that must not be quantised even by name: a tied weight is shared with an embedding,
-    which cannot read packed bytes; and what the model's own class keeps in fp32."""
+    """{module name: why} of modules that must not be quantised even by name: a tied weight is
+    shared with an embedding, which cannot read packed bytes; and what the model's own class lists
+    as to be kept in fp32 stays out of quantisation whatever it is kept in."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    tied = {**model.all_tied_weights_keys}
-    names = {key.removesuffix(".weight") for key in (*tied, *tied.values())}
     fp32 = _fp32_names(model)
-    return names | {n for n, _ in model.named_modules() if not should_convert_module(n, fp32)}
+    listed = (name for name, _ in model.named_modules() if not should_convert_module(name, fp32))
+    tied = {**model.all_tied_weights_keys}
+    names = (key.removesuffix(".weight") for key in (*tied, *tied.values()))
+    return dict.fromkeys(listed, "left out by its class") | dict.fromkeys(names, "tied")
 
 
 def _fp32_names(model):
@@ -246,18 +273,19 @@ class _Overrides:
 
 
 def _require_effect(plan, anatomy, layout):
-    """A component that the plan names for quantisation must have something to quantise."""
+    """A component that the plan gives a format of its own must be there, and must have something to
+    quantise if the format is a quantised one."""
     for component, name in plan.named.items():
-        if not FORMATS[name].quantized or any(
-            row.component == component and row.asked == row.format for row in layout.rows
-        ):
-            continue
-        if not anatomy[component].parameters:
+        if name != DEFAULT and not anatomy[component].parameters:
             has = ", ".join(c for c, part in anatomy.parts.items() if part.parameters)
             raise PlanError(
                 f"the plan asks for {component} in {name}, but {anatomy.architecture} has no "
                 f"{component}: the plan matches no module. It has {has}."
             )
+        if not FORMATS[name].quantized or any(
+            row.component == component and row.asked == row.format for row in layout.rows
+        ):
+            continue
         raise PlanError(
             f"the plan asks for {component} in {name}, but nothing in it can be quantised: it has "
             f"{', '.join(sorted({r.kind for r in layout.rows if r.component == component}))}."

@@ -13,7 +13,7 @@ from vlmkit import COMPONENTS
 from vlmkit.anatomy import component_finder, on_meta, unwrapped
 from vlmkit.formats import FORMATS, torch_dtype
 from vlmkit.layout import KINDS, kind_of
-from vlmkit.plan import Plan
+from vlmkit.stored import planned
 
 MEGABYTE = 10**6
 STATE, BUFFER = "quantisation state", "buffer"
@@ -94,24 +94,17 @@ def predict(x, plan=None, *, revision=None, trust_remote_code=False):
     """Ledger of the weights of `x` under `plan`, to the byte, without reading any.
 
     x: "pebble", a folder, a hub id, a transformers config, or a model (for its config).
-    plan: a Plan or anything that `Plan.parse` takes; None is the recommended one.
+    plan: a Plan or anything that `Plan.parse` takes; None is the recommended one, or what is stored
+        for a checkpoint that is quantised already.
 
     The ledger holds parameters, quantisation states and buffers: what the loaded model occupies
     before it is run. Activations and the cache of keys and values come on top.
 
     Raises CheckpointError, AnatomyError and PlanError as `vk.load` does.
     """
-    plan = Plan.parse(plan)
-    if hasattr(x, "named_parameters"):
-        x = x.config
-    if not hasattr(x, "model_type"):
-        from vlmkit import checkpoints
-
-        folder = checkpoints.find(x, revision=revision, weights=False)
-        x = checkpoints.read_config(folder, trust_remote_code=trust_remote_code)
-    layout = plan.resolve(on_meta(x, trust_remote_code=trust_remote_code))
+    config, layout = planned(x, plan, revision=revision, trust_remote_code=trust_remote_code)
     # Some buffers follow the dtype that a model is built in: build it as loading will.
-    model = on_meta(x, torch_dtype(layout.load_dtype), trust_remote_code)
+    model = on_meta(config, torch_dtype(layout.load_dtype), trust_remote_code)
     entries = []
     for row in layout.rows:
         weights, state = FORMATS[row.format].parts(row.shape)
@@ -189,6 +182,8 @@ def state_tensors(module, parameter):
             yield from (state.offset, state.state2.absmax, state.state2.code)
     # LLM.int8 keeps scales and a handle to the weights at the parameter until the first forward
     # pass, and in the module's state from then on.
+    if parameter is not getattr(module, "weight", None):
+        return
     for owner in (parameter, getattr(module, "state", None)):
         for leaf in ("CB", "SCB"):
             tensor = getattr(owner, leaf, None)

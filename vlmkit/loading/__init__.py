@@ -19,15 +19,18 @@ from vlmkit.checkpoints import (
 )
 from vlmkit.errors import CheckpointError
 from vlmkit.formats import torch_dtype
-from vlmkit.loading.audit import Audit, audit, audit_layout
+from vlmkit.loading.audit import audit, audit_layout, plan_of, preview
 from vlmkit.loading.boundaries import join_dtypes
 from vlmkit.loading.cpu import guard_against_cpu_traps
 from vlmkit.loading.devices import check_formats, resolve_device
 from vlmkit.loading.processors import load_processor
 from vlmkit.loading.quiet import quiet
+from vlmkit.loading.saving import save
+from vlmkit.loading.tables import Audit, Preview
 from vlmkit.plan import Plan
+from vlmkit.stored import layout_of
 
-__all__ = ["Audit", "audit", "default_model", "load"]
+__all__ = ["Audit", "Preview", "audit", "default_model", "load", "plan_of", "preview", "save"]
 
 
 def default_model():
@@ -40,7 +43,8 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
     """Load the model `name` under `plan`. Returns (model, processor), audited.
 
     name: "pebble", a folder, or a hub id.
-    plan: a Plan or anything that `Plan.parse` takes; None is `Plan.recommended()`.
+    plan: a Plan or anything that `Plan.parse` takes; None is `Plan.recommended()`, or for a
+        checkpoint that is quantised already what it holds, with which any plan has to agree.
     processor: False leaves the processor out, returns None for it and needs none of its files.
     device: "cpu", "cuda", …; None is cuda if there is one, otherwise the CPU.
     revision: branch, tag or commit of a hub id.
@@ -53,19 +57,21 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
     missing, damaged or refused), AnatomyError (not a VLM, or parts of it unknown), AuditError
     (what was loaded is not what the plan asked for).
     """
-    plan = Plan.parse(plan)
+    plan = None if plan is None else Plan.parse(plan)
     device = resolve_device(device)
     with quiet():
         folder = find(name, revision=revision, trust_remote_code=trust_remote_code)
         config = read_config(folder, trust_remote_code=trust_remote_code)
-        _refuse_quantized(folder, config)
-        layout = plan.resolve(on_meta(config, trust_remote_code=trust_remote_code))
+        meta = on_meta(config, trust_remote_code=trust_remote_code)
+        layout = layout_of(folder, config, meta, plan)
         check_formats(layout, device)
         quantization_config = layout.quantization_config()
         check_weights(folder)
         # The processor before the weights: it is quick, and most of what can be missing is its.
         loaded_processor = load_processor(folder, trust_remote_code) if processor else None
-        model = _load_weights(folder, layout, quantization_config, device, trust_remote_code)
+        model = _load_weights(
+            folder, config, layout, quantization_config, device, trust_remote_code
+        )
         _round_to_layout(model, layout)
         guard_against_cpu_traps(model)
         join_dtypes(model, layout)
@@ -73,23 +79,17 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
     return model.eval(), loaded_processor
 
 
-def _refuse_quantized(folder, config):
-    if getattr(config, "quantization_config", None):
-        raise CheckpointError(
-            f"{folder} holds weights that are quantised already, and a plan cannot give them back "
-            "the bits that they lost. Load the checkpoint that they were made from, under a plan."
-        )
-
-
-def _load_weights(folder, layout, quantization_config, device, trust_remote_code):
+def _load_weights(folder, config, layout, quantization_config, device, trust_remote_code):
     from transformers import AutoModelForImageTextToText
 
-    # transformers reads a plan's float parts in one dtype. See Layout.load_dtype.
     kwargs = {"quantization_config": quantization_config} if quantization_config else {}
+    if getattr(config, "quantization_config", None):  # quantised already: nothing is quantised now
+        config.quantization_config = quantization_config and quantization_config.to_dict()
+        kwargs = {"config": config}
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             folder,
-            dtype=torch_dtype(layout.load_dtype),
+            dtype=torch_dtype(layout.load_dtype),  # one for all that is float, see load_dtype
             device_map={"": device},
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # so that they are listed, for _require_complete

@@ -1,67 +1,32 @@
 """The audit: what every module of a loaded model really holds, against what the plan asked for."""
 
-from dataclasses import dataclass, field
 from math import prod
 
-from vlmkit import COMPONENTS
 from vlmkit.anatomy import on_meta, shape_of, unwrapped
-from vlmkit.errors import AuditError
+from vlmkit.errors import AuditError, PlanError
 from vlmkit.formats import BLOCK, FORMATS, format_of_dtype, torch_dtype
+from vlmkit.loading.tables import Audit, Held, Preview
 from vlmkit.memory import storages_of
 from vlmkit.plan import Plan
+from vlmkit.stored import plan_of_formats, planned
 
-MEGABYTE = 10**6
 
+def preview(name, plan=None, *, revision=None, trust_remote_code=False):
+    """What loading `name` under `plan` would give, as a table like the audit's, before a weight is
+    read: formats and bytes of each component, and what the plan leaves alone.
 
-@dataclass(frozen=True)
-class AuditRow:
-    """One component: the format asked for, those found, modules with weights, parameters, bytes.
+    name: "pebble", a folder, a hub id, a transformers config, or a model (for its config).
+    plan: a Plan or anything that `Plan.parse` takes; None is what it is for `vk.load`.
 
-    kept: what has another format than the component's, and which: what bitsandbytes leaves alone,
-        and what an override of the plan names.
+    Returns a Preview; its `left_alone()` lists what was asked to be quantised and cannot be.
+    Raises CheckpointError, AnatomyError and PlanError as `vk.load` does.
     """
-
-    component: str
-    asked: str
-    found: str
-    modules: int
-    parameters: int
-    bytes: int
-    kept: str = ""
-
-
-@dataclass(frozen=True)
-class Audit:
-    """The result of an audit that found no difference."""
-
-    rows: tuple = field(repr=False)
-
-    @property
-    def total(self):
-        """Bytes of all parameters, with their quantisation states."""
-        return sum(row.bytes for row in self.rows)
-
-    def table(self):
-        """A pandas DataFrame with a row for each component that the model has."""
-        import pandas as pd
-
-        columns = ["component", "asked", "found", "modules", "parameters", "bytes", "kept"]
-        rows = [[getattr(row, c) for c in columns] for row in self.rows]
-        return pd.DataFrame(rows, columns=columns).set_index("component")
-
-    def _text_table(self):
-        table = self.table()
-        table["parameters"] = table["parameters"].map("{:,}".format)
-        table.insert(4, "MB", (table.pop("bytes") / MEGABYTE).map("{:.2f}".format))
-        return table.rename(columns={"kept": "besides"})
-
-    def __str__(self):
-        text = self._text_table().to_string()
-        return f"{text}\ntotal {self.total / MEGABYTE:.2f} MB (1 MB = 10^6 bytes)"
-
-    def _repr_html_(self):
-        text = self._text_table().to_html()
-        return f"{text}<p>total {self.total / MEGABYTE:.2f} MB (1 MB = 10<sup>6</sup> bytes)</p>"
+    _, layout = planned(name, plan, revision=revision, trust_remote_code=trust_remote_code)
+    held = (
+        Held(row, row.format, prod(row.shape), FORMATS[row.format].nbytes(row.shape))
+        for row in layout.rows
+    )
+    return Preview(layout.plan, tuple(held))
 
 
 def audit(model, plan):
@@ -90,14 +55,17 @@ def audit_layout(model, layout):
         for name in parameters.keys() - rows.keys() - adapters
     ]
     sizes = storages_of(model)
-    found = {}
-    for name in rows.keys() & parameters.keys():
-        full, parameter = parameters[name]
+    held = []
+    for row in layout.rows:
+        if row.name not in parameters:
+            continue
+        full, parameter = parameters[row.name]
         module = model.get_submodule(full.rpartition(".")[0])
-        found[name] = (format_of(module, full.rpartition(".")[2]), prod(shape_of(parameter)), full)
-        wrong = _difference(rows[name], found[name][0], module)
+        found = format_of(module, full.rpartition(".")[2])
+        held.append(Held(row, found, prod(shape_of(parameter)), sizes[full].bytes))
+        wrong = _difference(row, found, module)
         if wrong:
-            problems.append(f"{name}: {wrong}")
+            problems.append(f"{row.name}: {wrong}")
     if problems:
         problems.sort()
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
@@ -105,12 +73,7 @@ def audit_layout(model, layout):
             f"what was loaded is not what the plan asked for, in {len(problems)} of {len(rows)} "
             "parameters:\n  " + "\n  ".join(problems[:8]) + more
         )
-    table = []
-    for component in COMPONENTS:
-        own = [row for row in layout.rows if row.component == component]
-        if own:
-            table.append(_row(component, layout.plan[component], own, found, sizes))
-    return Audit(tuple(table))
+    return Audit(layout.plan, tuple(held))
 
 
 def _difference(row, found, module):
@@ -128,6 +91,45 @@ def _difference(row, found, module):
     return None if shape == row.shape else f"has shape {shape}, not {row.shape}"
 
 
+def plan_of(model):
+    """The plan that `model` satisfies: a format for each component, and an override for each
+    module that differs from its component. `vk.audit(model, vk.loading.plan_of(model))` holds.
+
+    model: any transformers VLM, loaded by vlmkit or not.
+
+    Raises AuditError if a weight is in a format that no plan has, such as one that a forward pass
+    has repacked (see vlmkit.loading.cpu), and CheckpointError if no plan says what is there.
+    """
+    model = unwrapped(model)
+    formats = {}
+    for name, _ in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        formats[plain_name(name)] = format_of(model.get_submodule(module), leaf)
+    formats = {name: given for name, given in formats.items() if not is_adapter(name)}
+    strange = [f"{name}: {given}" for name, given in formats.items() if given not in FORMATS]
+    if strange:
+        raise AuditError(
+            f"{len(strange)} weights are in a format that no plan has:\n  "
+            + "\n  ".join(strange[:5])
+        )
+    return plan_of_formats(formats, on_meta(model.config, trust_remote_code=True))
+
+
+def require_trainable(model, component):
+    """Raise PlanError if weights of `component` are quantised in `model`: packed bytes have no
+    gradient. What is to be trained itself, not by way of an adapter, has to be in a float format.
+    """
+    held = audit(model, plan_of(model)).held
+    quantised = [h for h in held if h.row.component == component and FORMATS[h.format].quantized]
+    if quantised:
+        formats = ", ".join(sorted({h.format for h in quantised}))
+        raise PlanError(
+            f"{component} is to be trained, and {len(quantised)} of its weights are held in "
+            f"{formats} ({quantised[0].row.name} for one). Load it under a plan with "
+            f"{component}='bf16', or train an adapter (LoRA) on it."
+        )
+
+
 def format_of(module, leaf):
     """Name of the format that a module's parameter `leaf` is really held in."""
     parameter = getattr(module, leaf)
@@ -140,26 +142,6 @@ def format_of(module, leaf):
     if kind == "Params4bit":
         return "4-bit, not quantised yet"
     return format_of_dtype(parameter.dtype)
-
-
-def _row(component, asked, own, found, sizes):
-    quantized = FORMATS[asked].quantized
-    formats = {}
-    for row in own:
-        formats.setdefault(found[row.name][0], []).append(row)
-    others = {f: rows for f, rows in formats.items() if f != asked}
-    kept = ", ".join(
-        f"{f}: {', '.join(dict.fromkeys(row.kind for row in rows))}" for f, rows in others.items()
-    )
-    return AuditRow(
-        component,
-        asked,
-        " + ".join(sorted(formats, key=lambda f: f != asked)) if quantized else " + ".join(formats),
-        len({row.module for row in own}),
-        sum(found[row.name][1] for row in own),
-        sum(sizes[found[row.name][2]].bytes for row in own),
-        kept,
-    )
 
 
 # --- looking through PEFT ---------------------------------------------------------------------

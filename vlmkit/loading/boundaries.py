@@ -5,6 +5,10 @@ transformers casts at some of these places and not at others. A module whose dty
 surroundings' therefore gets two forward hooks: what comes in is cast to the module's dtype, what
 goes out to that of its surroundings. A plan with one float format (the recommended one, say) has
 no such place, and its model has no hooks.
+
+Some classes cast to the dtype of the whole model, by which transformers means that of its first
+parameter, often the vision encoder's. In a model of several formats the part that the whole works
+in, the language model, is therefore put first.
 """
 
 from functools import partial
@@ -16,32 +20,70 @@ from vlmkit.formats import FORMATS, torch_dtype
 def join_dtypes(model, layout):
     """Register the casting hooks on `model`, loaded under `layout`. Returns the names of the
     modules that got them."""
-    below = {}  # module name -> the float formats of the parameters in and below it
-    for row in layout.rows:
-        # What counts is the arithmetic's format, hence `asked`: what a model's own class keeps in
-        # fp32 it also casts for by itself.
-        for name in _above(row.module):
-            below.setdefault(name, set()).add(FORMATS[row.asked].companion)
+    from torch.nn import ModuleDict, ModuleList
+
+    below, own, torn = _float_formats(layout)
     joined = []
     component_of = component_finder(model)
 
-    def visit(name, module, around):
-        formats = below.get(name, set())
+    def visit(name, module, around, always=False):
+        formats = below.get(name)
+        if not formats:
+            return
+        children = {child: f"{name}.{child}".lstrip(".") for child, _ in module.named_children()}
+        if isinstance(module, (ModuleList, ModuleDict)):  # is not called itself, its items are
+            for child, path in children.items():
+                visit(path, module.get_submodule(child), around, always)
+            return
+        component = component_of(name)
         inside = around
         if len(formats) == 1:
             (inside,) = formats
-        elif formats and component_of(name):  # several: what runs through it is in its component's
-            inside = FORMATS[layout.plan[component_of(name)]].companion
-        if inside != around:
+        elif component:  # several: what runs through it is in its component's
+            inside = FORMATS[layout.plan[component]].companion
+        loose = own.get(name, {inside}) != {inside}  # a gate, say, that multiplies what runs here
+        if always or loose or inside != around:
             _cast_at(module, torch_dtype(inside), torch_dtype(around))
             joined.append(name)
-        if len(formats) > 1:
-            for child, submodule in module.named_children():
-                visit(f"{name}.{child}".lstrip("."), submodule, inside)
+        if len(formats) == 1:
+            return
+        # Within a component of several formats a class may hand on what it has not cast, so that
+        # even what has the format around it is made sure of.
+        always = loose or bool(component) and name in torn
+        for child, path in children.items():
+            visit(path, module.get_submodule(child), inside, always)
+        if not component:
+            _put_first(module, [child for child, path in children.items()
+                                if next(iter(below.get(path, ())), None) == inside])  # fmt: skip
 
     # Whatever contains several components works in the language model's format.
     visit("", model, FORMATS[layout.plan["language_model"]].companion)
     return joined
+
+
+def _float_formats(layout):
+    """Of the arithmetic in `layout`'s modules: {name: the float formats in and below it, in order},
+    {name: those of its own parameters}, and the names within which one component has several."""
+    below, own, of_component = {}, {}, {}
+    for row in layout.rows:
+        # What counts is the arithmetic's format, hence `asked`: what a model's own class keeps in
+        # fp32 it also casts for by itself.
+        name = FORMATS[row.asked].companion
+        own.setdefault(row.module, set()).add(name)
+        for module in _above(row.module):
+            below.setdefault(module, {})[name] = True
+            of_component.setdefault((module, row.component), set()).add(name)
+    torn = {module for (module, _), formats in of_component.items() if len(formats) > 1}
+    return below, own, torn
+
+
+def _put_first(module, candidates):
+    """Make one of the children of `module`, the first of `candidates`, its first child."""
+    children = [child for child, _ in module.named_children()]
+    for child in children[: children.index(candidates[0])] if candidates else ():
+        submodule = getattr(module, child)
+        delattr(module, child)
+        setattr(module, child, submodule)  # which puts it last
 
 
 def _above(name):

@@ -1,6 +1,6 @@
-"""Guards against what bitsandbytes 0.50 does to 4-bit layers on a CPU.
+"""Guards against what bitsandbytes 0.50 does to its layers, on a CPU above all.
 
-Two traps, both measured, both pinned by tests:
+Three traps, all measured, all pinned by tests:
 
 1. On a CPU with AVX512-BF16, a forward pass in eval mode repacks the weights in place: their bytes
    change, double quantisation is undone, and a later training step gets no gradient.
@@ -9,6 +9,10 @@ Two traps, both measured, both pinned by tests:
    blocks: blocks run over the flattened weight, and the kernel starts a new one at every row. The
    same kernel is right when it is handed the weight as one block a row, and that is how
    `dequantize_in_whole_blocks` hands it over.
+3. An int8 layer takes tensors of two and three dimensions and fails with four, which is what the
+   projector of Llama 3.2 Vision is handed (images, tiles, patches, width). It looks for outliers
+   along the wrong dimension, on every device. Two hooks flatten what comes in, and give what goes
+   out its shape back.
 """
 
 import warnings
@@ -17,14 +21,33 @@ from math import ceil, prod
 
 
 def guard_against_cpu_traps(model):
-    """Make the 4-bit layers of `model` safe to run on a CPU, wherever the model is now."""
-    from bitsandbytes.nn import Linear4bit
+    """Make the quantised layers of `model` safe to run on a CPU, wherever the model is now."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     for module in model.modules():
-        if isinstance(module, Linear4bit):
+        if isinstance(module, Linear8bitLt):
+            rows = _Rows()
+            module.register_forward_pre_hook(rows.flatten)
+            module.register_forward_hook(rows.restore)
+        elif isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
             if module.in_features % module.weight.blocksize:
                 dequantize_in_whole_blocks()
+
+
+class _Rows:
+    """The hooks of one int8 layer, and the shape that they carry from one to the other."""
+
+    shape = ()
+
+    def flatten(self, module, args):
+        x, *rest = args
+        self.shape = x.shape
+        return (x.flatten(0, -3), *rest) if x.dim() > 3 else args
+
+    def restore(self, module, args, output):
+        shape = self.shape
+        return output.reshape(*shape[:-1], output.shape[-1]) if len(shape) > 3 else output
 
 
 @cache  # registered once a process, and only when a layer needs it

@@ -1,0 +1,372 @@
+"""Save and come back: the same bits, the same policy, and nothing half-written."""
+
+import errno
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, differing, inputs, state
+
+import vlmkit as vk
+from vlmkit.anatomy import on_meta
+from vlmkit.checkpoints import read_config
+from vlmkit.errors import AuditError, CheckpointError, PlanError
+from vlmkit.loading import plan_of
+from vlmkit.loading.audit import require_trainable
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+RECOMMENDED = vk.Plan.recommended()
+TWO = vk.Plan(vision_encoder="int8", language_model="nf4-dq")
+FOURS = vk.Plan(vision_encoder="fp4", projector="nf4", language_model="nf4-dq")
+PLANS = {
+    "recommended": RECOMMENDED,
+    "int8": vk.Plan.uniform("int8"),
+    "nf4-dq": vk.Plan.uniform("nf4-dq"),
+    "two formats": TWO,
+    "three of 4 bits": FOURS,
+    "a layer kept": RECOMMENDED.override(r"layers\.1\.", "bf16"),
+    "vision fp32": vk.Plan(vision_encoder="fp32", language_model="nf4"),
+    "norms fp32": RECOMMENDED.override("norm", "fp32"),
+    "bf16": vk.Plan(),
+}
+SHARP = {  # experts in one tensor, a second encoder, a class with rules of its own, renamed weights
+    ("qwen3_vl_moe", "two formats"),
+    ("mllama", "two formats"),
+    ("blip2", "norms fp32"),
+    ("gemma3", "vision fp32"),
+}
+
+
+def load(folder, plan=None):
+    return vk.load(folder, plan, processor=False)[0]
+
+
+def formats_in(model):
+    from vlmkit.loading.audit import format_of
+
+    names = (name.rpartition(".") for name, _ in model.named_parameters())
+    return {m: format_of(model.get_submodule(m), leaf) for m, _, leaf in names if leaf == "weight"}
+
+
+# --- the same bits --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, plan",
+    [
+        pytest.param(name, plan, id=f"{name}, {plan}",
+                     marks=() if name == "llava" or (name, plan) in SHARP else pytest.mark.slow)
+        for name in FAMILIES
+        for plan in PLANS
+    ],
+)  # fmt: skip
+def test_comes_back_bit_for_bit(name, plan, family, tmp_path):
+    asked = PLANS[plan]
+    model = load(family(name, tie=True), asked)
+    before, config = state(model), model.config.to_dict()
+    vk.save(model, None, tmp_path / "saved")
+    assert differing(before, state(model)) == [] and model.config.to_dict() == config
+    again = load(tmp_path / "saved", "bf16" if plan == "bf16" else None)
+    assert differing(before, state(again)) == []
+    vk.audit(again, asked)
+    vk.audit(again, plan_of(again))
+    load(tmp_path / "saved", asked)  # what it holds may also be asked for
+    out = [m.generate(**inputs(m), max_new_tokens=2, do_sample=False) for m in (model, again)]
+    assert torch.equal(*out) and differing(before, state(again)) == []
+    vk.save(again, None, tmp_path / "again")
+    assert differing(before, state(load(tmp_path / "again", asked))) == []
+
+
+def test_with_its_processor_and_from_several_files(llava, family, tmp_path):
+    model, processor = vk.load(llava)
+    assert vk.save(model, processor, tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    again, theirs = vk.load(tmp_path / "a" / "b")
+    assert type(theirs) is type(processor) and theirs.chat_template == processor.chat_template
+    picture = Path(__file__).parents[1] / "vlmkit" / "pictures" / "shapes.png"
+    asked = (picture, "What is it?")
+    assert vk.ask(again, theirs, *asked) == vk.ask(model, processor, *asked)
+    model = load(family("idefics3", shards=True))
+    vk.save(model, None, tmp_path / "one")
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) == 1
+    assert differing(state(model), state(load(tmp_path / "one"))) == []
+
+
+def test_ledger_and_preview_of_what_is_stored(family, tmp_path):
+    vk.save(load(family("llava"), TWO), None, tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert vk.memory.predict(tmp_path / "saved").by_kind == vk.memory.measure(again).by_kind
+    assert vk.preview(tmp_path / "saved").held == vk.audit(again, TWO).held
+
+
+# --- the same policy, without vlmkit --------------------------------------------------------------
+
+PLAIN = """
+import json, sys
+from transformers import AutoModelForImageTextToText
+
+def kinds(folder):
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "in_features"):
+            state = getattr(module.weight, "quant_state", None)
+            kind = str(module.weight.dtype).removeprefix("torch.").replace("bfloat16", "bf16")
+            found[name] = state.quant_type + "-dq" * state.nested if state else kind
+    return found
+
+folders = sys.argv[1:]
+alone = [kinds(folder) for folder in folders]
+assert "vlmkit" not in sys.modules
+import vlmkit.mixed
+print(json.dumps([alone, kinds(folders[-1])]))
+"""
+
+
+def test_transformers_alone_loads_the_same(family, tmp_path):
+    """In a process of its own; two formats, the last of them, only after `import vlmkit.mixed`."""
+    ours, folders = [], []
+    for plan in ("recommended", "int8", "three of 4 bits", "a layer kept", "two formats"):
+        model = load(family("llava"), PLANS[plan])
+        linears = {n for n, m in model.named_modules() if hasattr(m, "in_features")}
+        ours.append({n: kind for n, kind in formats_in(model).items() if n in linears})
+        folders.append(str(vk.save(model, None, tmp_path / plan)))
+    run = subprocess.run([sys.executable, "-c", PLAIN, *folders], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    theirs, with_mixed = json.loads(run.stdout)
+    assert theirs[:-1] == ours[:-1] and with_mixed == ours[-1]
+    assert "mismatched" in theirs[-1]  # an error, and never a model of packed bytes
+    assert [len(set(kinds.values())) for kinds in ours] == [2, 2, 4, 2, 3]
+
+
+def test_the_stored_config_lists_full_names(family, tmp_path):
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    vk.save(load(family("smolvlm")), None, tmp_path / "saved")
+    stored = read_config(tmp_path / "saved").quantization_config
+    assert stored["llm_int8_skip_modules"] == ["model.vision_model", "model.connector", "lm_head"]
+    config = BitsAndBytesConfig.from_dict(stored)
+    model = AutoModelForImageTextToText.from_pretrained(
+        family("smolvlm"), quantization_config=config
+    )
+    vk.audit(model, "recommended")  # the policy holds for the original weights as well
+
+
+def test_short_names_become_full_ones(family, tmp_path):
+    """A model that was loaded without vlmkit, by names that happen to work."""
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=[".*vision_tower", "linear_1", "linear_2", "lm_head"],
+    )  # fmt: skip
+    model = AutoModelForImageTextToText.from_pretrained(family("llava"), quantization_config=config)
+    assert plan_of(model) == RECOMMENDED
+    vk.save(model, None, tmp_path / "saved")
+    stored = read_config(tmp_path / "saved").quantization_config["llm_int8_skip_modules"]
+    assert stored == ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    assert differing(state(model), state(load(tmp_path / "saved"))) == []
+
+
+# --- the plan that a model or a checkpoint implies -----------------------------------------------
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "mllama"])
+def test_plan_of_a_model(name, plan, family):
+    model = load(family(name), PLANS[plan])
+    meta = on_meta(model.config)
+    asked, implied = (
+        {row.name: row.format for row in p.resolve(meta).rows}
+        for p in (PLANS[plan], plan_of(model))
+    )
+    assert implied == asked
+
+
+def test_plan_of_is_as_short_as_can_be(family):
+    assert plan_of(load(family("llava"))) == RECOMMENDED
+    kept = r"^model\.language_model\.layers\.1\."
+    assert plan_of(load(family("llava"), PLANS["a layer kept"])) == RECOMMENDED.override(
+        kept, "bf16"
+    )
+    head = RECOMMENDED.override("lm_head", "nf4")
+    assert plan_of(load(family("llava"), head)) == RECOMMENDED.override(r"^lm_head\.", "nf4")
+
+
+@pytest.mark.parametrize(
+    "plan", ["bf16", "nf4-dq", "int8", "vision_encoder=nf4,language_model=nf4"]
+)
+def test_a_plan_that_contradicts_what_is_stored(plan, family, tmp_path):
+    vk.save(load(family("llava")), None, tmp_path / "saved")
+    with pytest.raises(PlanError) as error:
+        load(tmp_path / "saved", plan)
+    text = str(error.value)
+    assert "is quantised already" in text and "holds " in text and "asked for " in text
+    assert "Leave the plan out" in text and "the checkpoint that this one was made from" in text
+
+
+def test_floats_beside_the_quantised_weights_may_be_asked_for_anew(family, tmp_path):
+    vk.save(load(family("llava")), None, tmp_path / "saved")
+    plan = vk.Plan(vision_encoder="fp32", language_model="nf4")
+    vk.audit(load(tmp_path / "saved", plan), plan)
+
+
+def test_other_quantisers(family, copy):
+    folder = copy(family("llava"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="quantised by gptq, which vlmkit does not read"):
+        load(folder)
+
+
+def test_a_config_that_says_quantised_of_weights_that_are_not(family, copy):
+    """The headers are believed, not the config."""
+    folder = copy(family("llava"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert plan_of(load(folder)) == vk.Plan()
+
+
+# --- what cannot be saved ---------------------------------------------------------------------
+
+
+def test_a_repacked_model_is_refused(family, tmp_path):
+    from bitsandbytes.functional import has_avx512bf16
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    if not has_avx512bf16():
+        pytest.skip("no AVX512-BF16 here, and so no repacking")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    model = AutoModelForImageTextToText.from_pretrained(family("llava"), quantization_config=config)
+    layer = model.model.vision_tower.encoder.layers[0].self_attn.q_proj
+    layer(torch.zeros(1, 64, dtype=torch.bfloat16))
+    with pytest.raises(AuditError, match="repacked by a forward pass on the CPU"):
+        vk.save(model, None, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_adapters_are_refused(family, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = load(family("llava"))
+    adapted = get_peft_model(model, LoraConfig(target_modules=r".*q_proj"))
+    with pytest.raises(CheckpointError, match="has PEFT adapters.*merge"):
+        vk.save(adapted, None, tmp_path / "saved")
+
+
+# --- nothing half-written ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(family):
+    return load(family("llava"))
+
+
+def left_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_disk_that_fills(small, tmp_path):
+    """The system refuses what goes beyond 200 kB a file, in the middle of the weights."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match="could not be written.*File too large.*takes 0"):
+            vk.save(small, None, tmp_path / "a" / "b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert left_in(tmp_path) == []
+    vk.save(small, None, tmp_path / "a" / "b")
+
+
+class Full:
+    """A processor for which the disk is full, after the weights are written."""
+
+    def save_pretrained(self, folder):
+        assert (folder / "model.safetensors").exists()
+        (folder / "half").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class Interrupted:
+    def save_pretrained(self, folder):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_was_there_stays_when_a_save_fails(small, tmp_path, overwrite):
+    target = tmp_path / "saved"
+    if overwrite:
+        vk.save(small, None, target)
+    before = left_in(tmp_path)
+    with pytest.raises(CheckpointError, match="No space left on device.*Nothing was left"):
+        vk.save(small, Full(), target, overwrite=overwrite)
+    with pytest.raises(KeyboardInterrupt):
+        vk.save(small, Interrupted(), target, overwrite=overwrite)
+    assert left_in(tmp_path) == before
+
+
+def test_too_little_room_is_seen_before_anything_is_written(small, tmp_path, monkeypatch):
+    room = type("Usage", (), {"free": 100_000})
+    monkeypatch.setattr("vlmkit.loading.saving.shutil.disk_usage", lambda folder: room)
+    monkeypatch.setattr("vlmkit.loading.saving._write", None)
+    with pytest.raises(CheckpointError, match="0.10 MB are free there.*takes 0.34"):
+        vk.save(small, None, tmp_path / "saved")
+    assert left_in(tmp_path) == []
+
+
+def test_targets_that_are_taken(small, tmp_path):
+    (tmp_path / "empty").mkdir()
+    vk.save(small, None, tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="not empty.*overwrite=True"):
+        vk.save(small, None, tmp_path / "empty")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        vk.save(small, None, tmp_path / "file", overwrite=True)
+    with pytest.raises(CheckpointError, match="could not be written"):
+        vk.save(small, None, tmp_path / "file" / "below")
+    (tmp_path / "empty" / "notes.txt").write_text("of before")
+    vk.save(small, None, tmp_path / "empty", overwrite=True)
+    assert not (tmp_path / "empty" / "notes.txt").exists()
+    assert differing(state(small), state(load(tmp_path / "empty"))) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+
+
+def test_the_old_one_comes_back_if_the_new_one_cannot_take_its_place(small, tmp_path, monkeypatch):
+    target = tmp_path / "saved"
+    vk.save(small, None, target)
+    before = left_in(tmp_path)
+    rename = Path.rename
+
+    def fails(self, other):
+        if self.name.startswith(".saved.") and not self.name.endswith(".old"):
+            raise OSError(errno.EACCES, "Permission denied")
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        vk.save(small, None, target, overwrite=True)
+    assert left_in(tmp_path) == before
+
+
+# --- what is to be trained --------------------------------------------------------------------
+
+
+def test_a_quantised_projector_cannot_be_trained(family):
+    model = load(family("llava"), "nf4")
+    with pytest.raises(
+        PlanError, match="projector is to be trained.*held in nf4.*projector='bf16'"
+    ):
+        require_trainable(model, "projector")
+    require_trainable(load(family("llava")), "projector")

@@ -1,0 +1,184 @@
+"""Saving: a loaded model on disk, whole or not at all, and the same when it comes back.
+
+    vk.save(model, processor, "my-model")
+    model, processor = vk.load("my-model")        # bit for bit, audited
+
+The folder is an ordinary checkpoint. config.json lists the full names of the modules that are not
+quantised, so that transformers alone loads it under the same plan:
+
+    AutoModelForImageTextToText.from_pretrained("my-model")
+
+With int8 and a 4-bit format in one model that takes one more line, `import vlmkit.mixed`, without
+which transformers stops at the weights that it cannot place. Several 4-bit formats need no such
+line: each layer's scales say which it is. Where components are held in different float formats,
+transformers alone reads them all in the one that config.json names, and vlmkit each in its own.
+"""
+
+import contextlib
+import copy
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from vlmkit.anatomy import on_meta
+from vlmkit.checkpoints import brief
+from vlmkit.errors import CheckpointError
+from vlmkit.formats import FORMATS, torch_dtype
+from vlmkit.loading.audit import audit_layout, plan_of
+from vlmkit.loading.quiet import quiet
+from vlmkit.memory import measure
+from vlmkit.stored import stored_formats
+
+MEGABYTE = 10**6
+
+
+def save(model, processor, path, *, overwrite=False):
+    """Write `model` and `processor` to the folder `path`. Returns its pathlib.Path.
+
+    model: one that `vk.load` returned, quantised or not; any transformers VLM whose formats a plan
+        can say.
+    processor: its processor; None leaves it out.
+    overwrite: whether a folder that is there and not empty is replaced. It is until the new one is
+        complete, and it comes back if taking its place fails.
+
+    All is written to a new folder beside `path`, compared with the model, and given its name at the
+    end: if anything fails, a full disk for one, nothing is left at `path` that was not there.
+
+    Raises CheckpointError if `path` is taken or cannot be written, and AuditError if the model
+    holds what no plan asks for.
+    """
+    if hasattr(model, "peft_config"):
+        raise CheckpointError(
+            "the model has PEFT adapters: save those with model.save_pretrained(path), or merge "
+            "them first (model.merge_and_unload()) and save what that returns."
+        )
+    layout = plan_of(model).resolve(on_meta(model.config, trust_remote_code=True))
+    audit_layout(model, layout)
+    path = Path(path).expanduser().resolve()
+    _require_free(path, overwrite)
+    size = measure(model).total
+    made = [folder for folder in path.parents if not folder.exists()]
+    beside = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        room = shutil.disk_usage(path.parent).free
+        if room < size:
+            raise OSError(f"{room / MEGABYTE:,.2f} MB are free there")
+        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        with quiet():
+            _write(model, processor, beside, layout)
+        _require_same(beside, layout)
+        _swap(beside, path)
+    except Exception as error:  # OSError, and what safetensors and tokenizers make of one
+        _remove(beside, made)
+        raise CheckpointError(
+            f"{path} could not be written: {brief(error)}. The model takes "
+            f"{size / MEGABYTE:,.2f} MB. Nothing was left there that was not there before."
+        ) from error
+    except BaseException:  # interrupted
+        _remove(beside, made)
+        raise
+    return path
+
+
+def _remove(beside, made):
+    """Remove what was written, and the folders that were made for it."""
+    if beside is not None:
+        shutil.rmtree(beside, ignore_errors=True)
+    for folder in made:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _require_free(path, overwrite):
+    if path.is_dir():
+        if any(path.iterdir()) and not overwrite:
+            raise CheckpointError(
+                f"{path} is not empty. Choose another folder, or replace it: overwrite=True."
+            )
+    elif path.exists() or path.is_symlink():
+        raise CheckpointError(f"{path} is not a folder. Choose another name.")
+
+
+def _write(model, processor, folder, layout):
+    with _ready_to_save(model):
+        model.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = torch_dtype(layout.plan["language_model"])
+    if layout.quantized:
+        config.quantization_config = _config_to_store(layout)
+    config.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _ready_to_save(model):
+    """Within it, `model.save_pretrained` works as it should; afterwards the model is as before."""
+    kept = model.config.dtype  # save_pretrained writes that of the first parameter over it
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        # The names and shapes of a checkpoint are given back on saving by turning round what was
+        # done on loading. transformers 5.23 counts the reading of scales among that, and has no
+        # way to turn it round.
+        model._weight_conversions = [
+            conversion
+            for conversion in conversions
+            if not any(hasattr(op, "hf_quantizer") for op in getattr(conversion, "operations", ()))
+        ]
+    try:
+        yield
+    finally:
+        model.config.dtype = kept
+        if conversions is not None:
+            model._weight_conversions = conversions
+
+
+def _config_to_store(layout):
+    """What config.json says about quantisation: what the layout would be loaded with, in a simpler
+    form where all formats have 4 bits, since each layer's state says which."""
+    config = layout.quantization_config()
+    if {FORMATS[name].bits for name in layout.quantized.values()} == {4}:
+        config = getattr(config, "configs", [config])[0]
+        config.llm_int8_skip_modules = layout.skipped
+    return config
+
+
+def _require_same(folder, layout):
+    """Read the headers of what was written: every parameter has to be there in its format."""
+    from transformers import AutoConfig
+
+    meta = on_meta(AutoConfig.from_pretrained(folder, trust_remote_code=True), None, True)
+    stored = stored_formats(folder, meta)
+    wrong = [row.name for row in layout.rows if stored.get(row.name, row.format) != row.format]
+    if wrong or len(stored) < len(layout.rows) - len(meta.all_tied_weights_keys):
+        raise OSError(f"{len(wrong)} weights came out in another format ({', '.join(wrong[:3])})")
+
+
+def _swap(beside, path):
+    """Give the folder `beside` the name `path`."""
+    beside.chmod(0o777 & ~_umask())  # mkdtemp's is for one's own eyes
+    old = None
+    if path.exists():
+        old = path.with_name(f"{beside.name}.old")
+        path.rename(old)
+    try:
+        beside.rename(path)
+    except BaseException:
+        if old:
+            old.rename(path)
+        raise
+    if old:
+        shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):  # so that the name outlives a power cut, where that is known
+        handle = os.open(path.parent, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
