@@ -122,6 +122,9 @@ def test_accuracy_with_its_interval():
         (figures.questions, rows()),
         (figures.bytes_by_component, {"a": {"projector": 1}}),
         (figures.accuracy, {"a": (0.5, 0.4, 0.6)}),
+        (figures.seconds, {"a": {"reading": 1.0}}),
+        (figures.bits, {"a": ("0", "1", "1")}),
+        (figures.error_by_bits, {"a": (4.5, 20.0)}),
         (lambda weights, ax: figures.attention(rows()[0]["images"][0], weights, ax=ax), [[0.5]]),
     ],
 )
@@ -164,3 +167,35 @@ def test_an_architecture_is_drawn_with_areas_in_proportion(name):
         assert areas[component] == pytest.approx(shown / a.total)
     words = "\n".join(text.get_text() for text in ax.texts)
     assert all(component in words for component in a.by_component)
+
+
+def test_seconds_are_stacked_by_what_they_went_on():
+    ax = figures.seconds({"a": {"quantising": 2.0, "rest": 0.5}, "b": {"rest": 1.0}})
+    drawn = {bars.get_label(): [(b.get_x(), b.get_width()) for b in bars] for bars in ax.containers}
+    assert drawn == {"quantising": [(0, 2.0), (0, 0)], "rest": [(2.0, 0.5), (0, 1.0)]}
+    assert [text.get_text() for text in ax.texts] == ["2.50 s", "1.00 s"]
+    assert ax.get_xlabel() == "seconds"
+
+
+def test_bits_are_drawn_in_their_fields():
+    ax = figures.bits({"fp16": ("0", "01011", "1001100110"), "tiny": ("1", "10", "1")})
+    written = {}
+    for text in ax.texts:
+        x, y = text.get_position()
+        written[y] = written.get(y, "") + text.get_text()
+    assert written == {0: "0010111001100110", 1: "1101"}
+    named = {box.get_label(): box for box in ax.patches if not box.get_label().startswith("_")}
+    assert list(named) == ["sign", "exponent", "fraction"]
+    like = {
+        name: sum(b.get_fc() == box.get_fc() for b in ax.patches) for name, box in named.items()
+    }
+    assert like == {"sign": 2, "exponent": 5 + 2, "fraction": 10 + 1}
+
+
+def test_error_by_bits_has_dots_and_lines():
+    ax = figures.error_by_bits({"int": [(3.5, 14.0), (4.5, 21.0)], "nf4": (4.5, 20.7)})
+    line, dot = ax.lines
+    assert line.get_xydata().tolist() == [[3.5, 14.0], [4.5, 21.0]]
+    assert dot.get_xydata().tolist() == [[4.5, 20.7]]
+    assert [text.get_text() for text in ax.texts] == ["nf4"]
+    assert "dB" in ax.get_ylabel() and "bits" in ax.get_xlabel()

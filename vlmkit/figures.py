@@ -12,6 +12,7 @@ from vlmkit import COMPONENTS
 # vision. Not in print without colour: purple, green and grey are about as light as each other.
 BLUE, ORANGE, PURPLE, GREEN, BLACK = "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#000000"
 GREY = "#999999"
+SKY, VERMILION = "#56B4E9", "#D55E00"  # not a component's: for parts of something else
 
 COMPONENT_COLORS = dict(zip(COMPONENTS, (BLUE, ORANGE, PURPLE, GREEN, GREY), strict=True))
 """The colour of each component, the same in every figure."""
@@ -123,6 +124,19 @@ def parameters_by_component(anatomies, ax=None):
     return ax
 
 
+def seconds(parts, ax=None):
+    """A horizontal bar for each label, stacked by what the time went on, with its total.
+
+    parts: {label: {what: seconds}}, of at most three kinds. From top to bottom in that order.
+    """
+    kinds = dict.fromkeys(kind for times in parts.values() for kind in times)
+    colors = dict(zip(kinds, (SKY, VERMILION, GREY), strict=False))
+    ends = {label: f"{sum(times.values()):.2f} s" for label, times in parts.items()}
+    ax = _stacked_by_component(parts, ends, ax, colors)
+    ax.set_xlabel("seconds")
+    return ax
+
+
 def architecture(anatomy, ax=None):
     """A model as squares in the order in which a picture passes them, each as large in area as its
     component's share of the parameters; cross-attention stands inside the language model.
@@ -176,19 +190,20 @@ def _rounded(count):
     return str(count)
 
 
-def _stacked_by_component(sizes, ends, ax):
-    """A horizontal bar for each label, stacked by component; `ends` is written behind it."""
+def _stacked_by_component(sizes, ends, ax, colors=COMPONENT_COLORS):
+    """A horizontal bar for each label, stacked by component (or what else `colors` names, in its
+    order); `ends` is written behind it."""
     from matplotlib import pyplot as plt
 
-    known = [c for c in COMPONENTS if any(parts.get(c) for parts in sizes.values())]
-    rest = {c for parts in sizes.values() for c in parts if c not in COMPONENTS}
+    known = [c for c in colors if any(parts.get(c) for parts in sizes.values())]
+    rest = {c for parts in sizes.values() for c in parts if c not in colors}
     if ax is None:
         _, ax = plt.subplots(figsize=(7, 1.1 + 0.45 * len(sizes)), layout="constrained")
     labels = list(sizes)
     lefts = [0.0] * len(labels)
     for component in (*known, *rest):
         widths = [parts.get(component, 0) for parts in sizes.values()]
-        color = COMPONENT_COLORS.get(component, BLACK)
+        color = colors.get(component, BLACK)
         ax.barh(labels, widths, left=lefts, color=color, label=component or "unknown")
         lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
     for y, (left, label) in enumerate(zip(lefts, labels, strict=True)):
@@ -223,4 +238,56 @@ def accuracy(scores, ax=None):
     ax.grid(axis="x", color="#dddddd")
     ax.set_axisbelow(True)
     ax.spines[["top", "right", "left"]].set_visible(False)
+    return ax
+
+
+def bits(rows, ax=None):
+    """The bits of one number in several formats, a row each, by field.
+
+    rows: {label: (sign, exponent, fraction)}, each a text of 0 and 1. From top to bottom in that
+    order.
+    """
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import Rectangle
+
+    widest = max(len("".join(fields)) for fields in rows.values())
+    if ax is None:
+        _, ax = plt.subplots(figsize=(0.25 * widest + 0.8, 0.6 + 0.35 * len(rows)))
+    colors = {"sign": GREY, "exponent": VERMILION, "fraction": SKY}
+    for y, fields in enumerate(rows.values()):
+        owners = [name for name, field in zip(colors, fields, strict=True) for _ in field]
+        for x, (owner, bit) in enumerate(zip(owners, "".join(fields), strict=True)):
+            label = owner if y == 0 and x == owners.index(owner) else "_"  # once in the legend
+            box = Rectangle((x + 0.04, y - 0.42), 0.92, 0.84, alpha=0.5, label=label)
+            ax.add_patch(box).set_facecolor(colors[owner])
+            ax.text(x + 0.5, y, bit, ha="center", va="center", fontsize=9)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set(xlim=(0, widest), ylim=(len(rows) - 0.5, -0.5), xticks=[])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9)
+    return ax
+
+
+def error_by_bits(formats, ax=None):
+    """What a format keeps of the weights, in dB of signal to noise, against what a weight costs.
+
+    formats: {label: (bits of a weight with its share of scales, dB)}, drawn as a dot with its label
+    beside it; or {label: [(bits, dB), ...]}, one format with more and fewer bits, drawn as a line.
+    """
+    from matplotlib import pyplot as plt
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for label, points in formats.items():
+        if isinstance(points, tuple):
+            ax.plot(*points, "o", color=VERMILION)
+            ax.annotate(label, points, (6, -4), textcoords="offset points", fontsize=9, va="top")
+        else:
+            ax.plot(*zip(*points, strict=True), "-s", color=SKY, markersize=4, label=label)
+            ax.legend(loc="upper left", frameon=False, fontsize=9)
+    ax.set(xlabel="bits of a weight, with its share of scales", ylabel="signal to noise, dB")
+    ax.grid(color="#dddddd")
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
     return ax
