@@ -22,8 +22,20 @@ class CheckpointError(VlmkitError, OSError):
     """A checkpoint is missing, incomplete, damaged, or in a format that is not safe to read."""
 
 
+class ConfigError(VlmkitError, ValueError):
+    """A quantisation config cannot be read, or is not one of bitsandbytes."""
+
+
 class AuditError(VlmkitError, RuntimeError):
     """What was loaded is not what the plan asked for."""
+
+
+class SizeError(VlmkitError, ValueError):
+    """A number of tokens, images or bytes that cannot be, or that a model has no room for."""
+
+
+class FinetuningError(VlmkitError, ValueError):
+    """What is to be trained does not exist, or cannot be trained in that way."""
 
 
 class ImageError(VlmkitError, ValueError):

@@ -71,18 +71,7 @@ class Layout:
 
     def _outside(self, inside):
         """The outermost modules that hold Linear layers and none of those in `inside`."""
-        busy = set()
-        for name in inside:
-            parts = name.split(".")
-            busy.update(".".join(parts[:i]) for i in range(1, len(parts) + 1))
-        names = {}
-        for name in self.linears:
-            parts = name.split(".")
-            prefixes = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
-            idle = next((prefix for prefix in prefixes if prefix not in busy), None)
-            if idle is not None:
-                names[idle] = True
-        return list(names)
+        return outermost(self.linears, inside)
 
     def quantization_config(self):
         """transformers' config for this layout, or None where nothing is quantised: its own
@@ -134,11 +123,24 @@ class Layout:
             )
 
 
+def outermost(names, besides):
+    """The outermost modules that hold some of `names` and none of `besides` (full names both)."""
+    busy = {name.rsplit(".", i)[0] for name in besides for i in range(name.count(".") + 1)}
+    found = {}
+    for name in names:
+        parts = name.split(".")
+        prefixes = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
+        idle = next((prefix for prefix in prefixes if prefix not in busy), None)
+        if idle is not None:
+            found[idle] = True
+    return list(found)
+
+
 def resolve(plan, model):
     """The Layout of `plan` on `model`, which is on the meta device. See `Plan.resolve`."""
     found = anatomy_of(model).require_known()
     kept = _never_converted(model)
-    linears = {name: True for name, module in model.named_modules() if _is_linear(module)}
+    linears = {name: True for name, module in model.named_modules() if is_linear(module)}
     linear = linears.keys() - kept.keys()
     overrides = _Overrides(plan)
     rows = []
@@ -155,7 +157,7 @@ def resolve(plan, model):
         given = wanted.companion
         if wanted.quantized and can and (kind == LINEAR or named):
             given = asked
-        elif _kept_in_fp32(model, name, given):
+        elif kept_in_fp32(model, name, given):
             given = "fp32"
         note = ""
         if kind == LINEAR and not can:
@@ -168,8 +170,9 @@ def resolve(plan, model):
     return layout
 
 
-def _is_linear(module):
-    # Exactly what transformers' replace_with_bnb_linear converts: subclasses stay as they are.
+def is_linear(module):
+    """Whether bitsandbytes converts `module` if it is let: exactly what transformers'
+    replace_with_bnb_linear looks for. Subclasses stay as they are."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -187,7 +190,7 @@ def kind_of(model, module, leaf):
         return HEAD
     if isinstance(module, nn.Embedding):
         return TIED if head is not None and head.weight is module.weight else EMBEDDING
-    if isinstance(module, nn.Linear) or _is_linear(module):
+    if isinstance(module, nn.Linear) or is_linear(module):
         return LINEAR
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return CONVOLUTION
@@ -213,7 +216,7 @@ def _fp32_names(model):
     return list(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
-def _kept_in_fp32(model, name, given):
+def kept_in_fp32(model, name, given):
     """Whether the model's class keeps the parameter `name` in fp32 although it is to be loaded in
     the float format `given`: some do so with a few modules, since their forward counts on it."""
     from transformers.core_model_loading import build_glob_alternation
