@@ -98,11 +98,13 @@ def _questions(recipes, picture, how_many, rng, weights):
     return asked
 
 
-def question_batch(group, tokenizer, *key, images=True, weights=None):
+def question_batch(group, tokenizer, *key, images=True, weights=None, visual_tokens=PATCHES):
     """One batch of a group: a dict of tensors for `answer_loss`.
 
     With `images`, the prompt holds the pictures; without, their description in words (the language
-    model's own stage). `weights` ask some kinds of question more often than others.
+    model's own stage). `weights` ask some kinds of question more often than others. The pictures
+    and questions are the same for any number of `visual_tokens`, those that the projector makes of
+    a picture.
     """
     prefixes, conversations, frames, kinds = [], [], [], []
     for index in range(group.pictures):
@@ -114,25 +116,38 @@ def question_batch(group, tokenizer, *key, images=True, weights=None):
             asked = _questions(recipes, picture, group.questions, rng, weights or {})
         if images:
             frames += picture.frames
-            prompt = USER + (IMAGE * PATCHES + "\n") * len(picture.frames)
-            prefixes.append(_encode(tokenizer, prompt))
+            prefixes.append(_picture_prompt(tokenizer, len(picture.frames), visual_tokens))
         else:
             text = recipes[0].describe(picture.facts)
             prefixes.append(tokenizer.encode(f"{USER}{text}\n", add_special_tokens=False))
-        conversations.append(
-            [
-                (
-                    _encode(tokenizer, question + ASSISTANT),
-                    tokenizer.encode(f" {answer}{END}", add_special_tokens=False),
-                )
-                for _, question, answer in asked
-            ]
-        )
+        conversations.append([_turn(tokenizer, question, answer) for _, question, answer in asked])
         kinds += [kind for kind, _, _ in asked]
     batch = packed(prefixes, conversations, tokenizer.pad_token_id)
     batch["kinds"] = kinds
     batch["pixel_values"] = pixel_values(frames) if images else None
     return batch
+
+
+def row_batch(rows, tokenizer, *, visual_tokens=PATCHES):
+    """Rows of a dataset of `vlmkit.tasks` as one batch for `answer_loss`, a question each: what the
+    processor makes of them, and their answers after it."""
+    prefixes = [_picture_prompt(tokenizer, len(row["images"]), visual_tokens) for row in rows]
+    conversations = [[_turn(tokenizer, row["question"], row["answer"])] for row in rows]
+    batch = packed(prefixes, conversations, tokenizer.pad_token_id)
+    batch["kinds"] = [row["kind"] for row in rows]
+    batch["pixel_values"] = pixel_values([np.asarray(i) for row in rows for i in row["images"]])
+    return batch
+
+
+def _picture_prompt(tokenizer, pictures, visual_tokens):
+    return _encode(tokenizer, USER + (IMAGE * visual_tokens + "\n") * pictures)
+
+
+def _turn(tokenizer, question, answer):
+    return (
+        _encode(tokenizer, question + ASSISTANT),
+        tokenizer.encode(f" {answer}{END}", add_special_tokens=False),
+    )
 
 
 def packed(prefixes, conversations, pad):

@@ -190,7 +190,17 @@ def vision_loss(model, reader, batch, device):
 
 
 def answer_loss(model, batch, device):
-    """Cross-entropy of the answers' tokens; and per kind of question how many were wholly right.
+    """Cross-entropy of the answers' tokens; and per kind of question how many were wholly right."""
+    loss, right = answered(model, batch, device)
+    counts = {}
+    for kind, one in zip(batch["kinds"], right.tolist(), strict=True):
+        so_far, total = counts.get(kind, (0, 0))
+        counts[kind] = (so_far + one, total + 1)
+    return loss, counts
+
+
+def answered(model, batch, device="cpu"):
+    """Cross-entropy of the answers' tokens; and a boolean for each question, in the batch's order.
 
     An answer is right when each token is the most likely one after the true ones before it, which
     is the case exactly when greedy generation gives that answer.
@@ -200,9 +210,10 @@ def answer_loss(model, batch, device):
         for name, value in batch.items()
         if isinstance(value, torch.Tensor)
     }
-    lowest = torch.finfo(torch.bfloat16).min
-    mask = torch.zeros(tensors["mask"].shape, dtype=torch.bfloat16, device=device)
-    mask.masked_fill_(~tensors["mask"], lowest)
+    kind = torch.device(device).type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    mask = torch.zeros(tensors["mask"].shape, dtype=dtype, device=device)
+    mask.masked_fill_(~tensors["mask"], torch.finfo(dtype).min)
     hidden = model.model(
         input_ids=tensors["input_ids"],
         position_ids=tensors["position_ids"],
@@ -210,16 +221,12 @@ def answer_loss(model, batch, device):
         pixel_values=tensors.get("pixel_values"),
         use_cache=False,
     ).last_hidden_state
-    answered = tensors["labels"] != batches.IGNORED
-    logits, labels = model.lm_head(hidden[answered]), tensors["labels"][answered]
+    answers = tensors["labels"] != batches.IGNORED
+    logits, labels = model.lm_head(hidden[answers]), tensors["labels"][answers]
     loss = F.cross_entropy(logits.float(), labels)
     wrong = torch.zeros(len(batch["kinds"]), device=device)
-    wrong.index_add_(0, tensors["questions"][answered], (logits.argmax(-1) != labels).float())
-    counts = {}
-    for kind, mistakes in zip(batch["kinds"], wrong.tolist(), strict=True):
-        right, total = counts.get(kind, (0, 0))
-        counts[kind] = (right + (mistakes == 0), total + 1)
-    return loss, counts
+    wrong.index_add_(0, tensors["questions"][answers], (logits.argmax(-1) != labels).float())
+    return loss, wrong == 0
 
 
 def rate_at(step, stage):

@@ -1,0 +1,134 @@
+"""Another connector in pebble: it is the same questions, the same model, and the same score."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import vlmkit as vk
+from vlmkit import tasks
+from vlmkit.pebble import batches, connecting, recipe, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Pool(nn.Module):
+    """The average of a rectangle of patches, made as wide as the language model: side² tokens."""
+
+    def __init__(self, side):
+        super().__init__()
+        self.side = side
+        self.linear = nn.Linear(128, 192)
+
+    def forward(self, features):
+        grid = features.unflatten(1, (7, 7)).permute(0, 3, 1, 2)
+        return self.linear(F.adaptive_avg_pool2d(grid, self.side).flatten(2).transpose(1, 2))
+
+
+@pytest.fixture(scope="module")
+def pebble():
+    return vk.load("pebble", vk.Plan.uniform("fp32"))
+
+
+def with_pool(pebble, side):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pool = Pool(side)
+    return *connecting.connect(*pebble, pool, side**2), pool
+
+
+@pytest.mark.parametrize("group", train.GROUPS, ids=lambda group: group.name)
+def test_the_questions_are_the_same_for_any_number_of_visual_tokens(group, pebble):
+    tokenizer, small = pebble[1].tokenizer, train.Group(group.name, group.tasks, 3, 2)
+    usual, few = (
+        batches.question_batch(small, tokenizer, "test", 0, visual_tokens=n)
+        for n in (batches.PATCHES, 16)
+    )
+    image = tokenizer.convert_tokens_to_ids(recipe.IMAGE)
+    frames = len(usual["pixel_values"])
+    assert (usual["input_ids"] == image).sum() == frames * batches.PATCHES
+    assert (few["input_ids"] == image).sum() == frames * 16
+    assert usual["kinds"] == few["kinds"]
+    assert torch.equal(usual["pixel_values"], few["pixel_values"])
+    for name in ("input_ids", "labels"):
+        text = [
+            batch[name][
+                (batch["input_ids"] != image) & (batch["input_ids"] != tokenizer.pad_token_id)
+            ]
+            for batch in (usual, few)
+        ]
+        assert torch.equal(*text)
+
+
+def test_another_connector_answers_as_any_model_does(pebble):
+    model, processor, _ = with_pool(pebble, side=4)
+    row = tasks.example("vqa", 0, seed=1)
+    assert type(model) is type(pebble[0])
+    trace = vk.trace(model, processor, row["images"], row["question"])
+    assert trace.visual_tokens == 16
+    assert trace["projected tokens"].shape[-2:] == (16, 192)
+    assert isinstance(vk.ask(model, processor, row["images"], row["question"]), str)
+    assert vk.anatomy(model)["projector"].parameters == 128 * 192 + 192
+    # What it was made from still has its own.
+    assert vk.trace(*pebble, row["images"], row["question"]).visual_tokens == batches.PATCHES
+    assert pebble[0].config.image_seq_length == batches.PATCHES
+
+
+@pytest.mark.parametrize("side", range(1, 8))
+def test_processor_and_connector_agree_on_any_square_number(pebble, side):
+    _, processor, _ = with_pool(pebble, side)
+    row = tasks.example("chart", 0, seed=1)
+    inputs = processor(images=row["images"], text="<image>", return_tensors="pt")
+    assert (inputs["input_ids"] == pebble[0].config.image_token_id).sum() == side**2
+
+
+def test_a_connector_that_does_not_fit_is_refused(pebble):
+    with pytest.raises(vk.VlmkitError, match="take 9 or 16"):
+        connecting.connect(*pebble, Pool(4), 10)
+    with pytest.raises(vk.VlmkitError, match=r"makes \(1, 16, 192\); needed is \(1, 25, 192\)"):
+        connecting.connect(*pebble, Pool(4), 25)
+    with pytest.raises(vk.VlmkitError, match=r"makes \(1, 49, 128\)"):
+        connecting.connect(*pebble, nn.Identity(), 49)
+
+
+def test_only_the_connector_learns(pebble):
+    model, processor, pool = with_pool(pebble, side=4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    groups = (train.Group("charts", ("chart",), 4, 3), train.Group("signs", ("ocr",), 4, 1))
+    stage = train.Stage("test", 30, 1e-2, ("multi_modal_projector",), groups)
+    curve = connecting.fit(model, processor.tokenizer, stage, visual_tokens=16)
+    changed = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
+    assert changed == {f"model.multi_modal_projector.linear.{n}" for n in ("weight", "bias")}
+    assert model.model.multi_modal_projector is pool
+    assert len(curve) == 30 and curve["seconds"].is_monotonic_increasing
+    assert curve["loss"].tail(6).mean() < 0.8 * curve["loss"].head(6).mean()
+    assert curve["right"].between(0, 1).all()
+
+
+def test_scale_like(pebble):
+    features, tokens = torch.randn(2, 49, 128), 5 * torch.randn(2, 49, 192)
+    pool = Pool(4)
+    direction = pool(features)
+    connecting.scale_like(pool, features, tokens)
+    scaled = pool(features)
+    torch.testing.assert_close(scaled.square().mean(), tokens.square().mean())
+    torch.testing.assert_close(F.normalize(scaled, dim=-1), F.normalize(direction, dim=-1))
+
+
+def test_the_fast_score_is_that_of_evaluate(pebble):
+    """Question by question, on right answers, wrong ones, and ones that go on or stop too early."""
+    model, processor = pebble
+    rows = list(vk.tasks.dataset("all", n=36, seed=5))
+    for row in rows[::3]:
+        row["answer"] = {"yes": "no", "no": "yes"}.get(row["answer"], f"{row['answer']}s")
+    rows[1]["answer"] = rows[1]["answer"][:-1] or "nothing"
+    fast = connecting.score(model, processor.tokenizer, rows, batches.PATCHES, batch_size=10)
+    slow = vk.evaluate(model, processor, rows)
+    assert fast.answers["correct"].tolist() == slow.answers["correct"].tolist()
+    assert 0.4 < fast.accuracy < 0.7
+    assert fast.by_task.equals(slow.by_task)
+    said = fast.answers["predicted"]
+    assert (
+        said[fast.answers["correct"]] == slow.answers["predicted"][slow.answers["correct"]]
+    ).all()
+    assert said[~fast.answers["correct"]].isna().all()
