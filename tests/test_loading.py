@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vlmkit as vk
-from vlmkit.errors import AuditError, CheckpointError, PlanError
+from vlmkit.errors import AuditError, PlanError
 from vlmkit.loading import cpu, join_dtypes
 
 MIXED = [

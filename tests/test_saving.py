@@ -16,7 +16,6 @@ from vlmkit.anatomy import on_meta
 from vlmkit.checkpoints import read_config
 from vlmkit.errors import AuditError, CheckpointError, PlanError
 from vlmkit.loading import plan_of
-from vlmkit.loading.audit import require_trainable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,6 +62,7 @@ def formats_in(model):
                      marks=() if name == "llava" or (name, plan) in SHARP else pytest.mark.slow)
         for name in FAMILIES
         for plan in PLANS
+        if (name, plan) != ("gemma3", "three of 4 bits")  # no Linear layer in its projector
     ],
 )  # fmt: skip
 def test_comes_back_bit_for_bit(name, plan, family, tmp_path):
@@ -87,7 +87,7 @@ def test_with_its_processor_and_from_several_files(llava, family, tmp_path):
     assert vk.save(model, processor, tmp_path / "a" / "b") == tmp_path / "a" / "b"
     again, theirs = vk.load(tmp_path / "a" / "b")
     assert type(theirs) is type(processor) and theirs.chat_template == processor.chat_template
-    picture = Path(__file__).parents[1] / "vlmkit" / "pictures" / "shapes.png"
+    picture = Path(vk.__file__).parent / "pictures" / "shapes.png"
     asked = (picture, "What is it?")
     assert vk.ask(again, theirs, *asked) == vk.ask(model, processor, *asked)
     model = load(family("idefics3", shards=True))
@@ -101,6 +101,21 @@ def test_ledger_and_preview_of_what_is_stored(family, tmp_path):
     again = load(tmp_path / "saved")
     assert vk.memory.predict(tmp_path / "saved").by_kind == vk.memory.measure(again).by_kind
     assert vk.preview(tmp_path / "saved").held == vk.audit(again, TWO).held
+    # what another plan would cost may be asked, if not loaded
+    bf16 = vk.memory.predict(family("llava"), "bf16").total
+    assert vk.memory.predict(tmp_path / "saved", "bf16").total == bf16
+    with pytest.raises(PlanError, match="is quantised already"):
+        vk.preview(tmp_path / "saved", "bf16")
+
+
+def test_asked_from_the_terminal(llava, tmp_path, capsys):
+    from vlmkit.__main__ import main
+
+    vk.save(*vk.load(llava, "int8"), tmp_path / "saved")
+    picture = Path(vk.__file__).parent / "pictures" / "shapes.png"
+    assert not main(["ask", str(picture), "What?", "--model", str(tmp_path / "saved")])
+    said = capsys.readouterr().out
+    assert "int8 + bf16" in said and "measured on the loaded model: the same" in said
 
 
 # --- the same policy, without vlmkit --------------------------------------------------------------
@@ -224,6 +239,14 @@ def test_other_quantisers(family, copy):
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="quantised by gptq, which vlmkit does not read"):
+        load(folder)
+
+
+def test_a_quantised_file_that_was_cut_short(small, tmp_path):
+    folder = vk.save(small, None, tmp_path / "saved")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(CheckpointError, match="damaged or was cut short"):
         load(folder)
 
 
@@ -358,15 +381,3 @@ def test_the_old_one_comes_back_if_the_new_one_cannot_take_its_place(small, tmp_
     with pytest.raises(CheckpointError, match="Permission denied"):
         vk.save(small, None, target, overwrite=True)
     assert left_in(tmp_path) == before
-
-
-# --- what is to be trained --------------------------------------------------------------------
-
-
-def test_a_quantised_projector_cannot_be_trained(family):
-    model = load(family("llava"), "nf4")
-    with pytest.raises(
-        PlanError, match="projector is to be trained.*held in nf4.*projector='bf16'"
-    ):
-        require_trainable(model, "projector")
-    require_trainable(load(family("llava")), "projector")

@@ -118,7 +118,7 @@ def _ask(args, paths, question):
     from vlmkit.plan import Plan
 
     check_question(question)
-    plan = Plan.parse(args.plan)
+    plan = None if args.plan is None else Plan.parse(args.plan)
     if args.answer_only:
         model, processor = _load(args, plan)
         print(_answer(args, model, processor, pictures, question))
@@ -137,6 +137,7 @@ def _ask(args, paths, question):
     print(f"answer     {answer}")
     print(f"time       loading {loaded - start:.1f} s, answering {answered - loaded:.1f} s\n")
     print("What was loaded, every module audited against the plan:\n")
+    plan = plan or vk.loading.plan_of(model)  # of a checkpoint that is quantised: what it holds
     print(vk.audit(model, plan))
     print(f"\n{_saving(args, plan, vk.memory.measure(model))}")
 

@@ -12,7 +12,7 @@ from math import prod
 
 from vlmkit import COMPONENTS
 from vlmkit.anatomy import on_meta
-from vlmkit.checkpoints import find, read_config, weight_files
+from vlmkit.checkpoints import check_weights, find, read_config, weight_files
 from vlmkit.errors import CheckpointError, PlanError
 from vlmkit.formats import FORMATS
 from vlmkit.plan import DEFAULT, Plan
@@ -22,11 +22,12 @@ _STATE = re.compile(r"\.quant_state\.bitsandbytes__(nf4|fp4)$")
 _METHODS = ("bitsandbytes", "vlmkit")
 
 
-def planned(x, plan=None, *, revision=None, trust_remote_code=False):
+def planned(x, plan=None, *, loadable=True, revision=None, trust_remote_code=False):
     """(config, Layout) of `x` under `plan`, without reading a weight.
 
     x: "pebble", a folder, a hub id, a transformers config, or a model (for its config).
     plan: a Plan or anything that `Plan.parse` takes; for None see `layout_of`.
+    loadable: whether `plan` has to be one under which `x` can be loaded, if it is quantised.
     """
     config = getattr(x, "config", x)
     if hasattr(config, "model_type"):
@@ -34,6 +35,8 @@ def planned(x, plan=None, *, revision=None, trust_remote_code=False):
     folder = find(x, revision=revision, weights=False)
     config = read_config(folder, trust_remote_code=trust_remote_code)
     model = on_meta(config, trust_remote_code=trust_remote_code)
+    if plan is not None and not loadable:
+        return config, Plan.parse(plan).resolve(model)
     return config, layout_of(folder, config, model, plan)
 
 
@@ -91,10 +94,11 @@ def _require_same(folder, layout, stored):
 def stored_formats(folder, model):
     """{full parameter name in `model`: name of the format that it is stored in}.
 
-    model: on the meta device. Raises CheckpointError for a weight in a format that no plan has.
+    model: on the meta device. Raises CheckpointError if a file is missing or damaged.
     """
     from safetensors import safe_open
 
+    check_weights(folder)
     dtypes = {}
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as weights:

@@ -3,7 +3,7 @@
 from math import prod
 
 from vlmkit.anatomy import on_meta, shape_of, unwrapped
-from vlmkit.errors import AuditError, PlanError
+from vlmkit.errors import AuditError
 from vlmkit.formats import BLOCK, FORMATS, format_of_dtype, torch_dtype
 from vlmkit.loading.tables import Audit, Held, Preview
 from vlmkit.memory import storages_of
@@ -113,21 +113,6 @@ def plan_of(model):
             + "\n  ".join(strange[:5])
         )
     return plan_of_formats(formats, on_meta(model.config, trust_remote_code=True))
-
-
-def require_trainable(model, component):
-    """Raise PlanError if weights of `component` are quantised in `model`: packed bytes have no
-    gradient. What is to be trained itself, not by way of an adapter, has to be in a float format.
-    """
-    held = audit(model, plan_of(model)).held
-    quantised = [h for h in held if h.row.component == component and FORMATS[h.format].quantized]
-    if quantised:
-        formats = ", ".join(sorted({h.format for h in quantised}))
-        raise PlanError(
-            f"{component} is to be trained, and {len(quantised)} of its weights are held in "
-            f"{formats} ({quantised[0].row.name} for one). Load it under a plan with "
-            f"{component}='bf16', or train an adapter (LoRA) on it."
-        )
 
 
 def format_of(module, leaf):
