@@ -77,7 +77,7 @@ def check(folder, plan):
     assert vk.audit(model, plan) == audit
     layout = plan.resolve(on_meta(read_config(folder)))
     # LLM.int8 rounds the activations as well, which the reference does not
-    least = 0.99 if "int8" in layout.quantized.values() else 0.9995
+    least = 0.998 if "int8" in layout.quantized.values() else 0.9999
     assert agreement(logits(model), references_logits(folder, layout)) > least
 
 

@@ -106,6 +106,12 @@ def test_ledger_and_preview_of_what_is_stored(family, tmp_path):
     assert vk.memory.predict(tmp_path / "saved", "bf16").total == bf16
     with pytest.raises(PlanError, match="is quantised already"):
         vk.preview(tmp_path / "saved", "bf16")
+    (
+        tmp_path / "saved" / "model.safetensors"
+    ).unlink()  # as of the hub, where only configs are read
+    with pytest.raises(CheckpointError, match="read from its weight files, and they are not here"):
+        vk.memory.predict(tmp_path / "saved")
+    assert vk.memory.predict(tmp_path / "saved", "bf16").total == bf16
 
 
 def test_asked_from_the_terminal(llava, tmp_path, capsys):
@@ -157,6 +163,7 @@ def test_transformers_alone_loads_the_same(family, tmp_path):
     assert run.returncode == 0, run.stderr
     theirs, with_mixed = json.loads(run.stdout)
     assert theirs[:-1] == ours[:-1] and with_mixed == ours[-1]
+    assert "vlmkit" in repr(model.config)
     assert "mismatched" in theirs[-1]  # an error, and never a model of packed bytes
     assert [len(set(kinds.values())) for kinds in ours] == [2, 2, 4, 2, 3]
 

@@ -37,6 +37,11 @@ def planned(x, plan=None, *, loadable=True, revision=None, trust_remote_code=Fal
     model = on_meta(config, trust_remote_code=trust_remote_code)
     if plan is not None and not loadable:
         return config, Plan.parse(plan).resolve(model)
+    if getattr(config, "quantization_config", None) and not list(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{x} is quantised already. What it holds is read from its weight files, and they are "
+            "not here. What it would cost under a plan, vk.memory.predict(name, plan) tells."
+        )
     return config, layout_of(folder, config, model, plan)
 
 
@@ -180,7 +185,7 @@ def plan_of_formats(formats, model):
                 candidates,
                 key=lambda c: (
                     sum(prod(r.shape) for r in own if agrees(c, r)),
-                    FORMATS[c].bits < 16,
+                    FORMATS[c].quantized,
                 ),
             )
     plan = Plan(**base)
