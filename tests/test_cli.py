@@ -1,6 +1,8 @@
 """The command line: what it prints, what it returns, and how it says what is wrong."""
 
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -8,8 +10,10 @@ import time
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
+import vlmkit as vk
 from vlmkit import cli, pictures
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -22,11 +26,7 @@ def red(tmp_path):
 
 
 def run(*words):
-    """The exit status, where argparse exits by itself too."""
-    try:
-        return cli.main([str(word) for word in words])
-    except SystemExit as stop:
-        return stop.code
+    return cli.main([str(word) for word in words])
 
 
 def process(*words, **kwargs):
@@ -66,8 +66,6 @@ def test_asking_about_pictures_of_ones_own(llava, red, capsys):
 
 
 def test_the_answer_alone(llava, red, capsys):
-    import vlmkit as vk
-
     assert run("ask", "--answer-only", "--model", llava, "--max-new-tokens", 5, red, "What?") == 0
     model, processor = vk.load(llava)
     answer = vk.ask(model, processor, red, "What?", max_new_tokens=5)
@@ -97,6 +95,19 @@ def test_anatomy(llava, capsys):
         (["anatomy", "nowhere"], "'nowhere'"),
         (["anatomy", "pebble", "too"], "too"),
         (["frobnicate"], "frobnicate"),
+        (["memory", "nowhere"], "'nowhere'"),
+        (["memory", "pebble", "--plan", "nf5"], "'nf4'"),
+        (["memory", "pebble", "--images", "some"], "--images"),
+        (["memory", "pebble", "--image-size", "1024"], "WIDTHxHEIGHT"),
+        (["memory", "pebble", "--budget", "8 apples"], "'8 apples'"),
+        (["memory", "pebble", "--budget", "-8 GB"], "'-8 GB'"),
+        (["memory", "pebble", "--rank", "4"], "--train"),
+        (["fit", "--model", "pebble", "--gpu", "RTX 4091"], "'RTX 4090'"),
+        (["fit", "--model", "pebble", "--figure", "/nowhere/a.png"], "/nowhere/a.png"),
+        (["fit", "--model", "pebble", "--figure", "a.words"], "words"),
+        (["lint"], "MODEL"),
+        (["lint", "pebble"], "none was given"),
+        (["lint", "pebble", "nowhere.json"], "nowhere.json"),
     ],
 )
 def test_a_mistake_is_told_in_a_sentence(words, says, red, llava, capsys):
@@ -115,9 +126,95 @@ def test_help_is_quick_and_imports_nothing_heavy():
         [sys.executable, "-c", code, "--help"], cwd=HERE, capture_output=True, text=True
     )
     assert time.perf_counter() - start < 5
-    assert "usage: python -m vlmkit" in done.stdout
+    assert "Usage: python -m vlmkit" in done.stdout
     heavy = {"torch", "transformers", "numpy", "PIL", "pandas", "matplotlib", "datasets"}
     assert not heavy & set(done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("command", ["ask", "anatomy", "memory", "fit", "lint"])
+def test_each_command_has_examples_in_its_help_and_they_parse(command, capsys):
+    assert run(command, "--help") == 0
+    text = capsys.readouterr().out
+    lines = text.partition("Examples:")[2].replace("\\\n", " ").splitlines()
+    examples = [line.split("#")[0] for line in lines if line.strip().startswith("vlmkit ")]
+    assert examples
+    parser = typer.main.get_command(cli.app).commands[command]
+    for example in examples:
+        program, name, *words = shlex.split(example)
+        assert (program, name) == ("vlmkit", command)
+        parser.make_context(command, words)  # raises on what it does not know
+
+
+def test_the_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"vlmkit {vk.__version__}\n"
+
+
+# --- memory, fit, lint ---------------------------------------------------------------------------
+
+NAME = "Qwen/Qwen2-VL-2B-Instruct"
+PLAN = "vision_encoder=int8,language_model=nf4"
+
+
+def printed(capsys):
+    """What was printed, as JSON: the whole of it."""
+    out, err = capsys.readouterr()
+    assert err == ""
+    return json.loads(out)
+
+
+def test_memory_as_text_and_as_json(capsys):
+    ledger = vk.memory.predict(NAME, PLAN)
+    assert run("memory", NAME, "--plan", PLAN) == 0
+    assert capsys.readouterr().out == f"{ledger}\n"
+    assert run("memory", NAME, "--plan", PLAN, "--json") == 0
+    document = printed(capsys)
+    assert document["total"] == ledger.total
+    assert document["by_component"] == ledger.by_component
+    assert document["by_kind"] == ledger.by_kind
+    assert "fits" not in document
+
+
+@pytest.mark.parametrize(("budget", "status"), [("2 GB", 1), ("8GiB", 0), ("8000MB", 0)])
+def test_a_budget_decides_the_exit_status(budget, status, capsys):
+    assert run("memory", NAME, "--budget", budget) == status
+    out = capsys.readouterr().out
+    size = vk.memory.parse_size(budget)
+    assert f"{int(size):,} bytes" in out and ("Does not fit" in out) == bool(status)
+    assert run("memory", NAME, "--budget", budget, "--json") == status
+    assert printed(capsys)["fits"] is not bool(status)
+
+
+def test_fit_as_text_as_json_and_drawn(tmp_path, capsys):
+    words = ["fit", "--model", NAME, "--gpu", "T4", "--gpu", "3 GB", "--plan", "bf16"]
+    words += ["--plan", "nf4", "--reserve", "0.5 GB", "--figure", tmp_path / "fit.png"]
+    assert run(*words) == 0
+    out = capsys.readouterr().out
+    assert NAME in out and "T4" in out and "0.5 GB is taken" in out
+    assert Image.open(tmp_path / "fit.png").width > 600
+    assert run(*words, "--json") == 0
+    rows = printed(capsys)
+    assert [(row["plan"], row["gpu"], row["fits"]) for row in rows] == [
+        ("bf16", "T4", True),
+        ("bf16", "3 GB", False),
+        ("nf4", "T4", True),
+        ("nf4", "3 GB", True),
+    ]
+    assert rows[0]["needed"] == vk.memory.predict(NAME, "bf16").total
+    assert rows[1]["usable"] == 2_500_000_000
+
+
+def test_lint_says_by_its_exit_status_whether_there_is_an_error(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text('{"load_in_4bit": true, "llm_int8_skip_modules": ["vision_tower"]}')
+    assert run("lint", "pebble", config) == 1
+    out = capsys.readouterr().out
+    assert "error: not-a-substring" in out and "'model.vision_tower'" in out
+    assert run("lint", "pebble", config, "--json") == 1
+    assert printed(capsys)["findings"][0]["code"] == "not-a-substring"
+    config.write_text('{"load_in_4bit": true}')
+    assert run("lint", "pebble", config) == 0
+    assert "component-quantised" in capsys.readouterr().out  # a warning, and no error
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals work differently there")

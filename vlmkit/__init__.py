@@ -30,8 +30,10 @@ _HOME_OF = {
     "default_model": "loading",
     "trace": "tracing",
     "lint": "linting",
+    "fit": "fitting",
     "ask": "evaluation",
     "evaluate": "evaluation",
+    "LoRA": "finetuning",
     "VlmkitError": "errors",
 }
 # `anatomy` is both a module and a question to ask: the module is callable (see its last lines).
@@ -44,6 +46,8 @@ _MODULES = (
     "errors",
     "evaluation",
     "figures",
+    "finetuning",
+    "fitting",
     "formats",
     "images",
     "linting",

@@ -17,7 +17,7 @@ SKY, VERMILION = "#56B4E9", "#D55E00"  # not a component's: for parts of somethi
 COMPONENT_COLORS = dict(zip(COMPONENTS, (BLUE, ORANGE, PURPLE, GREEN, GREY), strict=True))
 """The colour of each component, the same in every figure."""
 
-MEGABYTE = 10**6
+MEGABYTE, GIGABYTE = 10**6, 10**9
 
 
 def questions(rows, answers=None, ax=None):
@@ -290,4 +290,144 @@ def error_by_bits(formats, ax=None):
     ax.grid(color="#dddddd")
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+# Told apart by shape as well, since they are drawn on top of each other.
+_MARKS = tuple(zip((VERMILION, SKY, BLACK, GREY), "os^D", strict=True))
+
+
+def patches(image, grid, block=1, ax=None):
+    """A picture under its grid × grid patches, framed in blocks of block × block; the empty patches
+    that fill the last blocks are hatched.
+
+    image: anything that `imshow` takes.
+    """
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import Rectangle
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(3, 3), layout="constrained")
+    blocks = -(-grid // block)
+    ax.imshow(image, extent=(0, grid, grid, 0), interpolation="nearest")
+    for y in range(blocks * block):
+        for x in range(blocks * block):
+            hatch = "////" if max(x, y) >= grid else None
+            ax.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor=GREY, hatch=hatch, lw=0.6))
+    for y in range(blocks):
+        for x in range(blocks):
+            corner = (x * block, y * block)
+            ax.add_patch(Rectangle(corner, block, block, fill=False, edgecolor=VERMILION, lw=1.8))
+    ax.set(xlim=(-0.1, blocks * block + 0.1), ylim=(blocks * block + 0.1, -0.1), aspect="equal")
+    ax.set_title(f"{blocks**2} visual tokens", fontsize=10)
+    ax.set_axis_off()
+    return ax
+
+
+def learning(curves, window=30, ax=None):
+    """Right answers during training against seconds, as a mean over the last `window` steps.
+
+    curves: {label: DataFrame with a row per step and columns seconds and right, from 0 to 1}.
+    """
+    from matplotlib import pyplot as plt
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for (label, curve), (color, mark) in zip(curves.items(), _MARKS, strict=False):
+        smooth = 100 * curve["right"].rolling(window).mean()
+        every = max(1, len(curve) // 8)
+        ax.plot(curve["seconds"], smooth, color=color, marker=mark, markevery=every, label=label)
+    ax.set(xlabel="seconds of training", ylabel="right answers, %", ylim=(0, 100))
+    ax.grid(color="#dddddd")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
+    return ax
+
+
+def accuracy_against(costs, shares, references=None):
+    """Right answers of several models against what they cost, with 95% intervals: a panel for each
+    cost (down) and each group of questions (across). Returns the array of Axes.
+
+    costs: DataFrame with a row per model and a column per cost. shares: {model: DataFrame with a
+    row per group of questions and columns accuracy, low, high, from 0 to 1}. references: the same
+    for models without costs, drawn as dashed lines.
+    """
+    from matplotlib import pyplot as plt
+
+    groups = list(next(iter(shares.values())).index)
+    size = (0.8 + 2.1 * len(groups), 0.9 + 1.8 * len(costs.columns))
+    _, axes = plt.subplots(
+        nrows=len(costs.columns),
+        ncols=len(groups),
+        figsize=size,
+        sharex="row",
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, cost in zip(axes, costs.columns, strict=True):
+        # Side by side where several cost the same.
+        apart = 0.025 * (costs[cost].max() - costs[cost].min() or 1)
+        for ax, group in zip(row, groups, strict=True):
+            for name, table in (references or {}).items():
+                ax.axhline(100 * table.loc[group, "accuracy"], color=GREY, ls="--", lw=1)
+                place = (0.01, 100 * table.loc[group, "accuracy"])
+                ax.annotate(
+                    name, place, (0, 2), ("axes fraction", "data"), "offset points", fontsize=7
+                )
+            for number, (model, table) in enumerate(shares.items()):
+                color, mark = _MARKS[number % len(_MARKS)]
+                share, low, high = 100 * table.loc[group, ["accuracy", "low", "high"]]
+                x = costs.loc[model, cost] + apart * (number - (len(shares) - 1) / 2)
+                interval = [[share - low], [high - share]]
+                ax.errorbar(x, share, interval, color=color, marker=mark, ls="", label=model)
+            ax.set(ylim=(0, 100), xlabel=cost)
+            ax.margins(x=0.12)
+            ax.grid(color="#dddddd")
+            ax.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel("right answers, %")
+    for ax, group in zip(axes[0], groups, strict=True):
+        ax.set_title(group, fontsize=10)
+    legend = {"loc": "outside upper center", "ncols": len(shares), "frameon": False}
+    axes[0, 0].figure.legend(*axes[0, 0].get_legend_handles_labels(), **legend)
+    return axes
+
+
+PLAN_MARKS = (("o", BLACK), ("s", SKY), ("^", VERMILION), ("D", PURPLE), ("v", BLUE), ("P", GREEN))
+"""A marker and a colour for each plan, so that neither has to be told apart alone."""
+
+
+def what_fits(table, sizes=(8, 16, 24, 80), ax=None):
+    """A line for each model, with a mark for what it needs under each plan, on a logarithmic axis.
+    What is left of a dashed line fits on a card of that size.
+
+    table: of `vlmkit.fitting.fit`. sizes: nominal memory in GB of the cards to show, as far as the
+    table has them. The model that needs least is on top.
+    """
+    from matplotlib import pyplot as plt
+
+    needed = table.pivot_table("needed", "model", "plan", "first") / GIGABYTE
+    needed = needed[list(dict.fromkeys(table["plan"]))]
+    needed = needed.loc[needed.max(axis=1).sort_values(kind="stable").index]
+    cards = table[table["memory"].isin([size * GIGABYTE for size in sizes])]
+    ends = dict(zip(cards["memory"] / GIGABYTE, cards["usable"] / GIGABYTE, strict=True))
+    if ax is None:
+        _, ax = plt.subplots(figsize=(8, 1.4 + 0.33 * len(needed)), layout="constrained")
+    for y, values in enumerate(needed.to_numpy()):
+        ax.plot([values.min(), values.max()], [y, y], color=GREY, linewidth=1.5, zorder=1)
+    for plan, (marker, color) in zip(needed, PLAN_MARKS, strict=False):
+        ax.plot(needed[plan], range(len(needed)), marker, color=color, label=plan, markersize=7)
+    for size, end in ends.items():
+        ax.axvline(end, color=GREY, linestyle="--", linewidth=1, zorder=0)
+        above = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        ax.annotate(f"{size:g} GB", (end, 1), (0, 3), ha="center", fontsize=9, **above)
+    every = [*needed.min(), *needed.max(), *ends.values()]
+    ax.set_xscale("log", base=2)
+    ax.set_xlim(0.8 * min(every), 1.25 * max(every))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set_xlabel("GB needed (1 GB = 10^9 bytes); dashed: what is usable on a card")
+    ax.set_yticks(range(len(needed)), [str(model).rpartition("/")[2] for model in needed.index])
+    ax.set_ylim(len(needed) - 0.5, -0.5)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return ax

@@ -1,0 +1,107 @@
+"""What fits on which card: needed as predicted, usable as stated."""
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import pytest
+from matplotlib import colors
+from matplotlib import pyplot as plt
+
+import vlmkit as vk
+from vlmkit import figures
+from vlmkit.catalog.gpus import GPUS
+from vlmkit.errors import PlanError, SizeError
+from vlmkit.fitting import PLANS, fit, summary
+
+QWEN, SMOL = "Qwen/Qwen2-VL-2B-Instruct", "HuggingFaceTB/SmolVLM-256M-Instruct"
+
+
+@pytest.fixture(scope="module")
+def table():
+    return fit([QWEN, SMOL])
+
+
+def test_a_row_for_each_model_plan_and_card(table):
+    assert len(table) == 2 * len(PLANS) * len(GPUS)
+    for (model, plan), own in table.groupby(["model", "plan"]):
+        assert set(own["needed"]) == {vk.memory.predict(model, PLANS[plan]).total}
+        assert list(own["gpu"]) == list(GPUS)
+    assert (table["memory"] == [GPUS[gpu].bytes for gpu in table["gpu"]]).all()
+    assert (table["usable"] == table["memory"] - 10**9).all()
+    assert (table["headroom"] == table["usable"] - table["needed"]).all()
+    assert (table["fits"] == (table["needed"] <= table["usable"])).all()
+
+
+def test_it_fits_to_the_byte():
+    needed = vk.memory.predict("pebble", "bf16").total
+    found = fit(["pebble"], ["bf16"], [needed + 10**6, needed + 10**6 - 1], reserved="1 MB")
+    assert found["headroom"].tolist() == [0, -1] and found["fits"].tolist() == [True, False]
+
+
+def test_configs_plans_and_sizes_of_ones_own():
+    config = vk.checkpoints.read_config(vk.pebble.path())
+    plans = {"mine": vk.Plan(language_model="int8"), "other": "nf4-dq"}
+    found = fit({"my model": config}, plans, ["12 GB", "12 GiB", 12 * 10**9])
+    assert set(found["model"]) == {"my model"} and list(dict.fromkeys(found["plan"])) == [*plans]
+    assert found["memory"].tolist() == [12 * 10**9, 12 * 2**30, 12 * 10**9] * 2
+    assert found["needed"].iloc[0] == vk.memory.predict(config, plans["mine"]).total
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"gpus": ["RTX4090"]}, SizeError, "Did you mean 'RTX 4090'"),
+        ({"gpus": ["12 apples"]}, SizeError, "nor a size"),
+        ({"plans": ["nf5"]}, PlanError, "'nf4'"),
+        ({"reserved": "much"}, SizeError, "'much'"),
+        ({"tokens": -1}, Exception, "tokens"),
+    ],
+)
+def test_mistakes(arguments, error, says):
+    with pytest.raises(error, match=says):
+        fit(["pebble"], **arguments)
+
+
+def test_cards_grow_and_have_a_source():
+    sizes = [gpu.gigabytes for gpu in GPUS.values()]
+    assert sizes == sorted(sizes) and {8, 16, 24, 80} <= set(sizes)
+    assert all(gpu.source.startswith("https://www.nvidia.com/") for gpu in GPUS.values())
+    assert all(name == gpu.name for name, gpu in GPUS.items())
+
+
+def test_summary_says_what_is_left(table):
+    wide = summary(table)
+    assert list(wide.columns) == ["needs", *dict.fromkeys(f"{g.gigabytes}" for g in GPUS.values())]
+    needed = vk.memory.predict(QWEN, "bf16").total / 10**9
+    assert wide.loc[(QWEN, "bf16"), "needs"] == f"{needed:.1f}"
+    assert wide.loc[(QWEN, "bf16"), "8"] == f"{7 - needed:.1f}"
+    small = summary(fit([QWEN], ["bf16"], ["4 GB"]))
+    assert small["4"].tolist() == ["-"]
+
+
+def test_the_figure_shows_what_is_needed_and_where_cards_end(table):
+    ax = figures.what_fits(table)
+    marks = {line.get_label(): line for line in ax.lines if line.get_label() in PLANS}
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "SmolVLM-256M-Instruct",
+        "Qwen2-VL-2B-Instruct",
+    ]
+    for plan, line in marks.items():
+        needed = [vk.memory.predict(name, PLANS[plan]).total / 10**9 for name in (SMOL, QWEN)]
+        assert list(line.get_xdata()) == pytest.approx(needed)
+        assert list(line.get_ydata()) == [0, 1]
+    looks = {(line.get_marker(), colors.to_hex(line.get_color())) for line in marks.values()}
+    assert len({marker for marker, _ in looks}) == len({color for _, color in looks}) == len(PLANS)
+    dashed = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"]
+    assert dashed == [7, 15, 23, 79]
+    assert [text.get_text() for text in ax.texts] == ["8 GB", "16 GB", "24 GB", "80 GB"]
+    assert ax.yaxis_inverted() and ax.get_xscale() == "log" and "10^9" in ax.get_xlabel()
+    plt.close("all")
+
+
+def test_the_figure_draws_into_the_axes_given(table):
+    figure, ax = plt.subplots()
+    assert figures.what_fits(table, ax=ax) is ax
+    assert plt.get_fignums() == [figure.number]
+    plt.close("all")

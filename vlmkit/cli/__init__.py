@@ -1,0 +1,98 @@
+"""The command line: a first answer, the same for one's own pictures, and questions about memory.
+
+    vlmkit                                            # the bundled model and picture
+    vlmkit ask cat.jpg "What is on the sofa?"         # one's own, or another model
+    vlmkit anatomy pebble                             # which component has which parameters
+    vlmkit memory pebble --plan nf4                   # what it needs
+    vlmkit fit                                        # what fits on which graphics card
+    vlmkit lint pebble quantization_config.json       # what somebody's config will do
+
+`python -m vlmkit` is the same. Exit status: 0 for an answer, 1 where the answer is no (`lint` finds
+an error, `memory` is over its budget), 2 for a mistake in what was asked, told in a sentence, and
+130 after Ctrl-C. A traceback means a defect of vlmkit's.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlmkit import __version__
+from vlmkit.cli import answering, checking, sizing
+from vlmkit.errors import VlmkitError
+
+# No rich: its boxes are made of characters that not every terminal and no log file likes.
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Each command has a help of its own, with examples: vlmkit memory --help",
+)
+for command, short, epilog in (
+    (answering.ask, "Ask a model about pictures of your own.", answering.ASK_EXAMPLES),
+    (answering.anatomy, "Which component has which parameters.", answering.ANATOMY_EXAMPLES),
+    (sizing.memory, "What a model needs, by component.", sizing.MEMORY_EXAMPLES),
+    (sizing.fit, "Which models fit on which graphics cards.", sizing.FIT_EXAMPLES),
+    (checking.lint, "What a quantisation config will really do.", checking.EXAMPLES),
+):
+    app.command(short_help=short, epilog=epilog)(command)
+
+
+def _print_version(wanted):
+    if wanted:
+        print(f"vlmkit {__version__}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def _first(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+):
+    """How a vision-language model is built, what it needs, and what it answers.
+
+    Without a command: load the bundled model with its language model in 4 bits, ask it about a
+    bundled picture, and show what was loaded and what that saves.
+    """
+    if context.invoked_subcommand is None:
+        answering.first_answer()
+
+
+def main(argv=None):
+    """Run the command line on `argv` (by default the process's own). Returns the exit status."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a model may answer in any alphabet
+    try:
+        status = typer.main.get_command(app).main(argv, _program(), standalone_mode=False)
+        sys.stdout.flush()
+    except VlmkitError as error:
+        print(f"vlmkit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except (BrokenPipeError, SystemExit) as stop:  # the reader, `head` for one, has seen enough
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # none of typer's, of what it was given
+            raise
+        where = getattr(error, "ctx", None)
+        help_at = where.command_path if where else _program()
+        print(f"vlmkit: {error.format_message()}\nTry {help_at} --help", file=sys.stderr)
+        return 2
+    return status or 0
+
+
+def _program():
+    """The words that this was called by."""
+    return "vlmkit" if Path(sys.argv[0]).stem == "vlmkit" else "python -m vlmkit"
