@@ -39,8 +39,8 @@ def save(model, processor, path, *, overwrite=False):
     model: one that `vk.load` returned, quantised or not; any transformers VLM whose formats a plan
         can say.
     processor: its processor; None leaves it out.
-    overwrite: whether a folder that is there and not empty is replaced. It is until the new one is
-        complete, and it comes back if taking its place fails.
+    overwrite: whether a folder that is there and not empty is replaced. It stays until the new one
+        is complete, and comes back if that cannot take its place.
 
     All is written to a new folder beside `path`, compared with the model, and given its name at the
     end: if anything fails, a full disk for one, nothing is left at `path` that was not there.

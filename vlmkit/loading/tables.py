@@ -1,5 +1,6 @@
 """Tables of a model under a plan: what a load will give (Preview), and what it gave (Audit)."""
 
+import textwrap
 from dataclasses import dataclass, field
 
 from vlmkit import COMPONENTS
@@ -23,8 +24,8 @@ class Held:
 class ComponentRow:
     """One component: the format asked for, those found, modules with weights, parameters, bytes.
 
-    kept: what has another format than the component's, which, and its bytes: what bitsandbytes
-        leaves alone, and what an override of the plan names.
+    kept: what has another format than the component's, which, and its MB, most first: what
+        bitsandbytes leaves alone, and what an override of the plan names.
     """
 
     component: str
@@ -84,11 +85,19 @@ class Table:
         table = self.table()
         table["parameters"] = table["parameters"].map("{:,}".format)
         table.insert(4, "MB", (table.pop("bytes") / MEGABYTE).map("{:.2f}".format))
-        return table.rename(columns={"kept": "besides"})
+        return table.rename(columns={"kept": "besides (MB)"})
 
     def __str__(self):
-        text = self._text_table().to_string()
-        return f"{text}\ntotal {self.total / MEGABYTE:.2f} MB (1 MB = 10^6 bytes)"
+        table = self._text_table()
+        besides = [f"{c} {text}" for c, text in table.pop("besides (MB)").items() if text]
+        lines = [
+            table.to_string(),
+            f"total {self.total / MEGABYTE:.2f} MB (1 MB = 10^6 bytes)",
+            *(["besides, in MB:"] if besides else ()),
+            *(textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="    ")
+              for text in besides),
+        ]  # fmt: skip
+        return "\n".join(lines)
 
     def _repr_html_(self):
         text = self._text_table().to_html()
@@ -112,10 +121,7 @@ def _row(component, asked, held):
             what = f"{h.row.kind} ({h.row.note})" if h.row.note else h.row.kind
             sizes = others.setdefault(h.format, {})
             sizes[what] = sizes.get(what, 0) + h.bytes
-    kept = "; ".join(
-        f"{name}: " + ", ".join(f"{what} {_in_megabytes(n)}" for what, n in sizes.items())
-        for name, sizes in others.items()
-    )
+    kept = "; ".join(f"{name}: {_list(sizes)}" for name, sizes in others.items())
     formats = list(dict.fromkeys(h.format for h in held))
     return ComponentRow(
         component,
@@ -124,9 +130,17 @@ def _row(component, asked, held):
         len({h.row.module for h in held}),
         sum(h.parameters for h in held),
         sum(h.bytes for h in held),
-        f"{kept} (MB)" if kept else "",
+        kept,
     )
 
 
+def _list(sizes):
+    """{what: bytes} as "what MB, what MB", most first."""
+    most_first = sorted(sizes.items(), key=lambda item: -item[1])
+    return ", ".join(f"{what} {_in_megabytes(size)}" for what, size in most_first)
+
+
 def _in_megabytes(size):
-    return f"{size / MEGABYTE:.2f}" if size >= MEGABYTE / 10 else f"{size / MEGABYTE:.3f}"
+    if size < MEGABYTE / 2000:
+        return "<0.001"
+    return f"{size / MEGABYTE:.3f}" if size < MEGABYTE / 10 else f"{size / MEGABYTE:.2f}"
