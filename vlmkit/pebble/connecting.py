@@ -1,5 +1,6 @@
 """Another connector in the place of pebble's projector: put in, trained, scored.
 
+    match_size(connector, model)
     connected, its_processor = connect(model, processor, connector, visual_tokens=16)
     curve = fit(connected, processor.tokenizer, FIRST_STAGE, visual_tokens=16)
     score(connected, processor.tokenizer, rows, visual_tokens=16)
@@ -14,6 +15,7 @@ import time
 
 import torch
 
+from vlmkit import tasks
 from vlmkit.errors import VlmkitError
 from vlmkit.pebble import batches, train
 from vlmkit.pebble.batches import Group
@@ -32,7 +34,7 @@ larger ones."""
 FIRST_STAGE = train.Stage("connector", 500, 2e-3, ("multi_modal_projector",), GROUPS)
 """LLaVA's stage 1 (Liu et al., 2023, arXiv 2304.08485, section 4.2): both ends are frozen."""
 
-SECOND_STAGE = train.Stage("connector and language", 1500, 1e-3, train.LANGUAGE_SIDE, GROUPS)
+SECOND_STAGE = train.Stage("connector and language", 1000, 1e-3, train.LANGUAGE_SIDE, GROUPS)
 """LLaVA's stage 2: the language model learns too."""
 
 
@@ -68,18 +70,30 @@ def connect(model, processor, connector, visual_tokens):
     return model, processor
 
 
-def scale_like(connector, features, tokens):
-    """Scale the connector's last Linear layer so that what it makes of `features` is as large as
-    `tokens`, in root mean square. Which layer is last is told by the order of definition.
+def match_size(connector, model, pictures=32):
+    """Scale the connector's last Linear layer so that its visual tokens are as large, in root mean
+    square, as those of the `model`'s own projector. Which layer is last is told by the order of
+    definition.
 
-    Norms let the language model's layers pass over size, but the residual stream does not: visual
-    tokens twenty times too small are lost in what the first layers add to them.
+    The norms in front of the language model's layers pass over size, but its residual stream does
+    not: tokens twenty times too small are lost in what the first layers add to them.
     """
+    frames = [
+        tasks.RECIPES[task].draw(tasks.generator("train", "size", task, index)).frames[0]
+        for task in TASKS
+        for index in range(pictures // len(TASKS))
+    ]
     last = [module for module in connector.modules() if isinstance(module, torch.nn.Linear)][-1]
     with torch.no_grad():
-        ratio = (tokens.square().mean() / connector(features).square().mean()).sqrt()
+        seen = model.model.vision_tower(
+            batches.pixel_values(frames).to(model.device, model.dtype), output_hidden_states=True
+        )
+        features = seen.hidden_states[model.config.vision_feature_layer]
+        own, its = (
+            m(features).square().mean() for m in (model.model.multi_modal_projector, connector)
+        )
         for parameter in last.parameters():
-            parameter *= ratio
+            parameter *= (own / its).sqrt()
 
 
 def fit(model, tokenizer, stage, visual_tokens, device="cpu"):

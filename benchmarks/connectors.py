@@ -1,0 +1,177 @@
+"""Chapter 02 with more time: the connectors of the notebook, trained longer and more than once.
+
+    python benchmarks/connectors.py                      # all of it, about an hour on two CPU cores
+    python benchmarks/connectors.py --device cuda
+    python benchmarks/connectors.py --steps 100 50 --repeats 1 --n 40 --output trial.csv   # a trial
+
+The connectors are those of notebooks/02_connectors.ipynb: its cells with the tag "connector" are
+run. Each is trained as there, from several seeds; and each, with several numbers of visual tokens,
+for more steps with both ends frozen and after that together with the language model. Scores are
+exact match on fresh questions, equally many a task.
+
+The result is notebooks/data/02_connectors.csv, a row per run and task, which the chapter shows. It
+is written after every run, and a run that is in it already, for the same weights of pebble, is not
+repeated: what was stopped continues.
+"""
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import math
+import os
+import sys
+from pathlib import Path
+
+NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "02_connectors.ipynb"
+OUTPUT = NOTEBOOK.parent / "data" / "02_connectors.csv"
+SEED = 20_260_200  # of the questions
+AS_THERE = {
+    "MLP": (49, lambda made: made["MLP"]()),
+    "pixel shuffle": (16, lambda made: made["PixelShuffle"]()),
+    "patch merger": (16, lambda made: made["PatchMerger"]()),
+    "resampler": (16, lambda made: made["Resampler"]()),
+}
+MORE = {
+    ("MLP", 49): lambda made: made["MLP"](),
+    ("pixel shuffle", 49): lambda made: made["PixelShuffle"](side=1),
+    ("pixel shuffle", 16): lambda made: made["PixelShuffle"](side=2),
+    ("pixel shuffle", 4): lambda made: made["PixelShuffle"](side=4),
+    ("patch merger", 49): lambda made: made["PatchMerger"](side=1),
+    ("patch merger", 16): lambda made: made["PatchMerger"](side=2),
+    ("resampler", 49): lambda made: made["Resampler"](side=7),
+    ("resampler", 16): lambda made: made["Resampler"](side=4),
+    ("resampler", 4): lambda made: made["Resampler"](side=2),
+}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Train chapter 02's connectors for longer.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="of the CPU; by default all")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs=2,
+        default=(2000, 1000),
+        metavar=("FIRST", "SECOND"),
+        help="of the longer runs: connector alone, then with the language model (2000 1000)",
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="seeds of the short runs (3)")
+    parser.add_argument("--n", type=int, default=2000, help="questions, of four tasks (2000)")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    args = parser.parse_args(argv)
+
+    import torch
+
+    import vlmkit as vk
+    from vlmkit.pebble import connecting
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = list(vk.tasks.dataset(list(connecting.TASKS), n=args.n, seed=SEED))
+    bench = Bench(args, connectors_of(NOTEBOOK), rows)
+    first, second = connecting.FIRST_STAGE, connecting.SECOND_STAGE
+    longer = [dataclasses.replace(first, steps=args.steps[0])]
+    longer += [dataclasses.replace(second, steps=args.steps[1])]
+    for (name, tokens), make in MORE.items():
+        bench.run("longer", name, tokens, make, 0, longer)
+    for seed in range(args.repeats):
+        for name, (tokens, make) in AS_THERE.items():
+            bench.run("as in the chapter", name, tokens, make, seed, [first])
+
+
+def connectors_of(notebook):
+    """What the cells of the notebook with the tag "connector" define, by name."""
+    import nbformat
+    import torch
+
+    made = {"math": math, "torch": torch, "nn": torch.nn, "F": torch.nn.functional}
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if "connector" in cell.metadata.get("tags", ()):
+            exec(cell.source, made)
+    return made
+
+
+def digest():
+    """What pebble's weights are recognised by."""
+    from vlmkit import pebble
+
+    return hashlib.sha256((pebble.path() / "model.safetensors").read_bytes()).hexdigest()[:12]
+
+
+def key(row):
+    """What tells one run from another, of a row as it was read or as it is written."""
+    return row["run"], row["connector"], int(row["visual_tokens"]), int(row["seed"])
+
+
+class Bench:
+    def __init__(self, args, made, rows):
+        import vlmkit as vk
+
+        self.output, self.device, self.made, self.rows = args.output, args.device, made, rows
+        self.pebble, self.processor = vk.load("pebble", vk.Plan.uniform("fp32"), device="cpu")
+        self.weights = digest()
+        self.results = []
+        if self.output.exists():
+            with self.output.open(newline="") as stream:
+                found = list(csv.DictReader(stream))
+            self.results = [row for row in found if row["weights"] == self.weights]
+
+    def run(self, run, name, tokens, make, seed, stages):
+        """Train one connector through the stages, and keep its scores after each."""
+        import torch
+
+        from vlmkit.pebble import connecting
+
+        same = (run, name, tokens, seed)
+        done = [(row["stage"], int(row["steps"])) for row in self.results if key(row) == same]
+        if done and all((stage.name, stage.steps) in done for stage in stages):
+            return
+        self.results = [row for row in self.results if key(row) != same]
+        torch.manual_seed(seed)
+        connector = make(self.made)
+        connecting.match_size(connector, self.pebble)
+        model, processor = connecting.connect(self.pebble, self.processor, connector, tokens)
+        model.to(self.device)
+        for stage in stages:
+            curve = connecting.fit(model, processor.tokenizer, stage, tokens, self.device)
+            # The median step: what another process does to a machine for a minute is no cost.
+            seconds = stage.steps * curve["seconds"].diff().median()
+            scores = connecting.score(
+                model, processor.tokenizer, self.rows, tokens, self.device
+            ).by_task
+            for task, found in scores.iterrows():
+                self.results.append(
+                    {
+                        "weights": self.weights,
+                        "run": run,
+                        "connector": name,
+                        "visual_tokens": tokens,
+                        "parameters": sum(p.numel() for p in connector.parameters()),
+                        "stage": stage.name,
+                        "steps": stage.steps,
+                        "seed": seed,
+                        "device": self.device,
+                        "seconds": round(seconds, 1),
+                        "task": task,
+                        "n": int(found["n"]),
+                        "right": round(found["n"] * found["accuracy"]),
+                    }
+                )
+            shares = ", ".join(f"{t} {share:.1%}" for t, share in scores["accuracy"].items())
+            print(f"{run}, {name}, {tokens} tokens, seed {seed}, {stage.name}: {shares}")
+        self.write()
+
+    def write(self):
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        part = self.output.with_suffix(".part")
+        with part.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, self.results[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.results)
+        os.replace(part, self.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
