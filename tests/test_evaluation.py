@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -18,7 +19,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 import vlmkit as vk
 from vlmkit.errors import ImageError, QuestionError, TaskError, VlmkitError
-from vlmkit.evaluation import Scores, asking, normalise, wilson
+from vlmkit.evaluation import Scores, asking, compared, normalise, wilson
 
 PATCHES, CONTEXT = 4, 512  # of the tiny model: visual tokens an image, and tokens in all
 TASKS = ["vqa", "multi_image", "video"]  # one, two and four pictures a question
@@ -377,3 +378,10 @@ def test_the_benchmark_prints_and_writes_its_tables(llava, tmp_path, capsys, mon
     assert "| all | 36 | " in text
     assert benchmark(["--model", str(llava), "--plan", "nf5"]) == 2
     assert "nf5" in capsys.readouterr().err
+
+
+def test_models_compared_by_task():
+    right = pd.DataFrame({"task": ["vqa"] * 4 + ["ocr"], "correct": [True] * 3 + [False, True]})
+    table = compared({"a": Scores(right), "b": Scores(right.assign(correct=False))})
+    assert table.loc["a"].to_dict() == {"vqa": "75 [30, 95]", "ocr": "100 [21, 100]"}
+    assert table.loc["b", "vqa"].startswith("0 [0, ")

@@ -5,6 +5,7 @@ import matplotlib
 matplotlib.use("agg")
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib import colors
 from matplotlib import pyplot as plt
@@ -12,7 +13,7 @@ from PIL import Image
 
 import vlmkit
 from vlmkit import figures
-from vlmkit.evaluation import wilson
+from vlmkit.evaluation import Scores, wilson
 
 
 @pytest.fixture(autouse=True)
@@ -199,3 +200,47 @@ def test_error_by_bits_has_dots_and_lines():
     assert dot.get_xydata().tolist() == [[4.5, 20.7]]
     assert [text.get_text() for text in ax.texts] == ["nf4"]
     assert "dB" in ax.get_ylabel() and "bits" in ax.get_xlabel()
+
+
+def test_patches_are_framed_in_blocks_and_filled_up():
+    ax = figures.patches(Image.new("RGB", (6, 6)), 3, block=2)
+    small = [box for box in ax.patches if box.get_width() == 1]
+    large = [box for box in ax.patches if box.get_width() == 2]
+    assert len(small) == 16 and len(large) == 4
+    assert sum(box.get_hatch() is not None for box in small) == 16 - 9
+    assert tuple(ax.images[0].get_extent()) == (0, 3, 3, 0)
+    assert ax.get_title() == "4 visual tokens"
+    assert figures.patches(Image.new("RGB", (6, 6)), 3).get_title() == "9 visual tokens"
+
+
+def test_learning_is_a_mean_over_steps_against_seconds():
+    curve = pd.DataFrame({"seconds": [1.0, 2.0, 4.0], "right": [0.0, 0.5, 1.0]})
+    ax = figures.learning({"a": curve, "b": curve}, window=2)
+    x, y = ax.lines[0].get_data()
+    assert x.tolist() == [1, 2, 4]
+    np.testing.assert_allclose(y, [np.nan, 25, 75])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_accuracy_against_costs_has_a_panel_for_each_cost_and_task():
+    def scores(**right):
+        rows = [(task, hit) for task, hits in right.items() for hit in hits]
+        return Scores(pd.DataFrame(rows, columns=["task", "correct"]))
+
+    costs = pd.DataFrame({"tokens": {"a": 49, "b": 16}, "seconds": {"a": 2.0, "b": 2.0}})
+    found = {"a": scores(vqa=[True, False], ocr=[True]), "b": scores(vqa=[True] * 2, ocr=[False])}
+    axes = figures.accuracy_against(costs, found, {"best": scores(vqa=[True], ocr=[True])})
+    assert axes.shape == (2, 2)
+    assert [ax.get_title() for ax in axes[0]] == ["vqa", "ocr"]
+    assert [ax.get_xlabel() for ax in axes[:, 0]] == ["tokens", "seconds"]
+    for ax, shares in zip(axes[0], ((50, 100), (100, 0)), strict=True):
+        level, *dots = [line for line in ax.lines if line.get_marker() != "_"]
+        assert set(level.get_ydata()) == {100}
+        assert [dot.get_ydata()[0] for dot in dots[:2]] == pytest.approx(shares)
+        assert dots[0].get_xdata()[0] == pytest.approx(49, abs=1)
+    low, high = (100 * share for share in wilson(1, 2))
+    (line,) = axes[0, 0].containers[0].lines[2]
+    assert line.get_segments()[0][:, 1] == pytest.approx([low, high])
+    # Where both cost the same, one does not hide the other.
+    first, second = (bars.lines[0].get_xdata()[0] for bars in axes[1, 0].containers)
+    assert first != second

@@ -344,21 +344,23 @@ def learning(curves, window=30, ax=None):
     return ax
 
 
-def accuracy_against(costs, shares, references=None):
+def accuracy_against(costs, scores, references=None):
     """Right answers of several models against what they cost, with 95% intervals: a panel for each
-    cost (down) and each group of questions (across). Returns the array of Axes.
+    cost (down) and each task (across). Returns the array of Axes.
 
-    costs: DataFrame with a row per model and a column per cost. shares: {model: DataFrame with a
-    row per group of questions and columns accuracy, low, high, from 0 to 1}. references: the same
-    for models without costs, drawn as dashed lines.
+    costs: DataFrame with a row per model and a column per cost. scores: {model: Scores of
+    `vlmkit.evaluation`}, of the same tasks. references: the same for models without costs, drawn as
+    dashed lines.
     """
     from matplotlib import pyplot as plt
 
-    groups = list(next(iter(shares.values())).index)
-    size = (0.8 + 2.1 * len(groups), 0.9 + 1.8 * len(costs.columns))
+    shares = {model: 100 * score.by_task for model, score in scores.items()}
+    levels = {name: 100 * score.by_task["accuracy"] for name, score in (references or {}).items()}
+    tasks = list(next(iter(shares.values())).index)
+    size = (0.8 + 2.1 * len(tasks), 0.9 + 1.8 * len(costs.columns))
     _, axes = plt.subplots(
         nrows=len(costs.columns),
-        ncols=len(groups),
+        ncols=len(tasks),
         figsize=size,
         sharex="row",
         sharey=True,
@@ -368,26 +370,23 @@ def accuracy_against(costs, shares, references=None):
     for row, cost in zip(axes, costs.columns, strict=True):
         # Side by side where several cost the same.
         apart = 0.025 * (costs[cost].max() - costs[cost].min() or 1)
-        for ax, group in zip(row, groups, strict=True):
-            for name, table in (references or {}).items():
-                ax.axhline(100 * table.loc[group, "accuracy"], color=GREY, ls="--", lw=1)
-                place = (0.01, 100 * table.loc[group, "accuracy"])
-                ax.annotate(
-                    name, place, (0, 2), ("axes fraction", "data"), "offset points", fontsize=7
-                )
-            for number, (model, table) in enumerate(shares.items()):
+        for ax, task in zip(row, tasks, strict=True):
+            for name, level in levels.items():
+                ax.axhline(level[task], color=GREY, ls="--", lw=1)
+                ax.text(0.01, level[task] + 1, name, fontsize=7, transform=ax.get_yaxis_transform())
+            for number, (model, share) in enumerate(shares.items()):
                 color, mark = _MARKS[number % len(_MARKS)]
-                share, low, high = 100 * table.loc[group, ["accuracy", "low", "high"]]
+                middle, low, high = share.loc[task, ["accuracy", "low", "high"]]
                 x = costs.loc[model, cost] + apart * (number - (len(shares) - 1) / 2)
-                interval = [[share - low], [high - share]]
-                ax.errorbar(x, share, interval, color=color, marker=mark, ls="", label=model)
-            ax.set(ylim=(0, 100), xlabel=cost)
+                interval = [[middle - low], [high - middle]]
+                ax.errorbar(x, middle, interval, color=color, marker=mark, ls="", label=model)
+            ax.set(ylim=(0, 105), xlabel=cost)
             ax.margins(x=0.12)
             ax.grid(color="#dddddd")
             ax.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel("right answers, %")
-    for ax, group in zip(axes[0], groups, strict=True):
-        ax.set_title(group, fontsize=10)
+    for ax, task in zip(axes[0], tasks, strict=True):
+        ax.set_title(task, fontsize=10)
     legend = {"loc": "outside upper center", "ncols": len(shares), "frameon": False}
     axes[0, 0].figure.legend(*axes[0, 0].get_legend_handles_labels(), **legend)
     return axes

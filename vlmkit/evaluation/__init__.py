@@ -6,7 +6,7 @@ scores.py   exact match, its interval, and the tables by task and by kind of que
 
 from vlmkit.errors import QuestionError, TaskError, VlmkitError
 from vlmkit.evaluation.asking import TooLong, answers, ask, check_processor, check_question
-from vlmkit.evaluation.scores import Scores, normalise, wilson
+from vlmkit.evaluation.scores import Scores, compared, normalise, wilson
 from vlmkit.images import read_all
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "answers",
     "ask",
     "check_question",
+    "compared",
     "evaluate",
     "normalise",
     "wilson",

@@ -92,3 +92,17 @@ class Scores:
         for column in ("accuracy", "low", "high"):
             table[column] = table[column].map("{:.1%}".format)
         return table
+
+
+def compared(scores):
+    """A DataFrame of texts, a row per model and a column per task: "79 [74, 83]" is 79% of the answers
+    right, with a 95% interval from 74% to 83%.
+
+    scores: {model: Scores}, of the same tasks.
+    """
+    import pandas as pd
+
+    def text(share):
+        return "{accuracy:.0f} [{low:.0f}, {high:.0f}]".format(**100 * share)
+
+    return pd.DataFrame({name: one.by_task.apply(text, axis=1) for name, one in scores.items()}).T
