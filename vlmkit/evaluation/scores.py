@@ -95,7 +95,7 @@ class Scores:
 
 
 def compared(scores):
-    """A DataFrame of texts, a row per model and a column per task: "79 [74, 83]" is 79% of the answers
+    """A DataFrame of texts, a row per model, a column per task: "79 [74, 83]" is 79% of the answers
     right, with a 95% interval from 74% to 83%.
 
     scores: {model: Scores}, of the same tasks.
