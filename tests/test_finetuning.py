@@ -1,0 +1,264 @@
+"""Adapters by component: what is asked is trained, all of it gets a gradient, and nothing else."""
+
+import warnings
+
+import pytest
+import torch
+from families import FAMILIES, differing, inputs, state
+from PIL import Image
+
+import vlmkit as vk
+from vlmkit.anatomy import component_finder
+from vlmkit.errors import FinetuningError
+from vlmkit.evaluation.asking import prepared
+from vlmkit.finetuning import add_adapters
+from vlmkit.loading.audit import plain_name
+from vlmkit.pictures import FIRST
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# llava's tower is read at its last layer but one; qwen2_vl has its projector inside the tower
+SHARP = ("pebble", "llava", "qwen2_vl")
+
+
+@pytest.fixture
+def loaded(family):
+    """loaded(name, plan) is (model, a batch with labels)."""
+
+    def load(name, plan=None):
+        if name == "pebble":
+            model, processor = vk.load("pebble", plan)
+            picture = Image.open(FIRST.path).convert("RGB")
+            batch = dict(prepared(model, processor, [[picture]], [FIRST.question], 8))
+        else:
+            model, _ = vk.load(family(name), plan, processor=False)
+            batch = inputs(model)
+        return model, batch | {"labels": batch["input_ids"]}
+
+    return load
+
+
+def lora_everywhere(model):
+    """A LoRA for every component but the projector, which is trained in full."""
+    anatomy = vk.anatomy(model)
+    others = ("vision_encoder", "cross_attention", "language_model")
+    adapters = {c: vk.LoRA(r=2 + i) for i, c in enumerate(others) if anatomy[c].parameters}
+    return {"projector": "full", **adapters}
+
+
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def gradients(model, batch):
+    """{name: gradient} of one step. Dropout draws the same numbers each time."""
+    torch.manual_seed(0)
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# --- what is asked, and nothing else --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pebble", *FAMILIES])
+def test_only_what_is_asked_is_trained(name, loaded):
+    model, _ = loaded(name)
+    ways = lora_everywhere(model)
+    component_of = component_finder(model)
+    before = {n: p.dtype for n, p in model.named_parameters()}
+    linears = {n for n, m in model.named_modules() if hasattr(m, "in_features")}
+    model = add_adapters(model, **ways)
+    found = {}
+    for full, parameter in trained(model).items():
+        found.setdefault(component_of(full), {})[full] = parameter
+    assert set(found) == set(ways)
+    whole = {plain_name(n).removeprefix("base_model.model."): p.dtype
+             for n, p in found.pop("projector").items()}  # fmt: skip
+    assert whole == {n: d for n, d in before.items() if component_of(n) == "projector"}
+    for component, parameters in found.items():
+        rank = ways[component].r
+        adapted = set()
+        for full, parameter in parameters.items():
+            module, _, which = full.removesuffix(".default.weight").rpartition(".")
+            assert parameter.shape[which == "lora_B"] == rank and parameter.dtype == torch.float32
+            adapted.add(module.removeprefix("base_model.model."))
+        head = {n for n in linears if n.endswith("lm_head")}
+        assert adapted == {n for n in linears - head if component_of(n) == component}
+
+
+@pytest.mark.parametrize("name", ["pebble", *FAMILIES])
+def test_all_that_is_asked_gets_a_gradient(name, loaded):
+    model, batch = loaded(name)
+    model = add_adapters(model, **lora_everywhere(model))
+    found = gradients(model, batch)
+    without = {n for n in trained(model) if n not in found}
+    if name in ("llava", "llava_next"):  # vision_feature_layer=-2: the last layer feeds nothing
+        assert without == {n for n in trained(model) if "vision_tower.encoder.layers.1." in n}
+    else:
+        assert without == set()
+    # B begins as zero, and so A's gradient is zero in the first step
+    assert [n for n, g in found.items() if "lora_A" not in n and not g.any()] == []
+    assert [n for n, g in found.items() if not g.isfinite().all()] == []
+
+
+def test_frozen_components_may_be_named_or_left_out(loaded):
+    model, _ = loaded("pebble")
+    model = add_adapters(model, vision_encoder=None, projector="full", language_model=None)
+    assert type(model).__name__ == "LlavaForConditionalGeneration"  # no adapters, no wrapper
+    assert len(trained(model)) == 4 and all("projector" in n for n in trained(model))
+
+
+def test_the_whole_model_in_full(loaded):
+    model, batch = loaded("qwen2_vl", "bf16")
+    ways = dict.fromkeys(("vision_encoder", "projector", "language_model"), "full")
+    model = add_adapters(model, **ways)
+    assert len(trained(model)) == len(list(model.parameters())) == len(gradients(model, batch))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+# --- a model under a plan -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHARP)
+def test_adapters_change_nothing_to_begin_with(name, loaded):
+    model, batch = loaded(name)
+    before, wanted = state(model), model(**batch).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted = add_adapters(model, **lora_everywhere(model))
+    assert adapted.training and torch.equal(adapted.eval()(**batch).logits, wanted)
+    vk.audit(adapted, "recommended")
+    assert differing(before, state(adapted.unload())) == []
+
+
+@pytest.mark.parametrize("name", SHARP)
+def test_projector_in_full_beside_a_quantised_language_model(name, loaded):
+    model, batch = loaded(name)
+    before = state(model)
+    adapted = add_adapters(model, projector="full", language_model=vk.LoRA(r=4))
+    optimizer = torch.optim.AdamW(trained(adapted).values(), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = adapted(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(p.abs().sum() > 0 for n, p in trained(adapted).items() if "lora_B" in n)
+    vk.audit(adapted, "recommended")
+    component_of = component_finder(model)
+    changed = set(differing(before, state(adapted.unload())))
+    assert changed == {n for n in before if component_of(n) == "projector"}
+
+
+@pytest.mark.parametrize("name", SHARP)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant, loaded):
+    model, batch = loaded(name)
+    model = add_adapters(model, **lora_everywhere(model))
+    calls = []
+    inside = "language_model.layers.0.self_attn"
+    attention = next(m for n, m in model.named_modules() if n.endswith(inside))
+    attention.register_forward_pre_hook(lambda *_: calls.append(1))
+    wanted = gradients(model, batch)
+    assert len(calls) == 1
+    kwargs = {"use_reentrant": True} if reentrant else None
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    found = gradients(model, batch)
+    assert len(calls) == 3  # the layer is run once more, in the backward pass
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[n], wanted[n]) for n in wanted)
+
+
+def test_checkpointing_by_its_name_of_before_transformers_5_23(loaded):
+    model, batch = loaded("pebble")
+    model = add_adapters(model, language_model=vk.LoRA())
+    wanted = gradients(model, batch)
+    with pytest.warns(FutureWarning, match="activation_checkpointing_enable"):
+        model.gradient_checkpointing_enable()
+    assert all(torch.equal(g, wanted[n]) for n, g in gradients(model, batch).items())
+
+
+def test_trainer_takes_it(loaded, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model, batch = loaded("qwen2_vl")
+    projector_alone = add_adapters(model, projector="full")
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, learning_rate=0.01, use_cpu=True, report_to="none",
+        disable_tqdm=True, save_strategy="no", activation_checkpointing=True,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="purely quantized"):  # whatever its gradients are
+        Trainer(projector_alone, arguments)
+    model = add_adapters(projector_alone, projector="full", language_model=vk.LoRA())
+    before = {n: p.detach().clone() for n, p in trained(model).items()}
+    trainer = Trainer(model, arguments, lambda rows: rows[0], train_dataset=[batch] * 2)
+    trainer.train()
+    assert all(p.ne(before[n]).any() for n, p in trained(model).items())
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ways, said",
+    [
+        ({"projectr": "full"}, "did you mean 'projector'"),
+        ({"vision_tower": vk.LoRA()}, "did you mean 'vision_encoder'|they are vision_encoder"),
+        ({"projector": "ful"}, "projector: 'ful' is no way to train it.*vk.LoRA"),
+        ({"language_model": True}, "language_model: True is no way to train it"),
+        ({}, "nothing is trained"),
+        ({"projector": None, "language_model": None}, "nothing is trained"),
+        ({"cross_attention": vk.LoRA()}, "LlavaForCond.* has none: it has vision_encoder, proj"),
+        ({"language_model": "full"}, "is quantised, and a quantised weight cannot be trained"),
+        ({"projector": vk.LoRA(modules="attention")}, "projector has no Linear layer"),
+        (
+            {"vision_encoder": vk.LoRA(dropout=0.1), "language_model": vk.LoRA()},
+            "one dropout.*vision_encoder and language_model differ",
+        ),
+    ],
+)
+def test_what_cannot_be_trained(ways, said, loaded):
+    model, _ = loaded("pebble")
+    wanted = trained(model).keys()
+    with pytest.raises(FinetuningError, match=said):
+        add_adapters(model, **ways)
+    assert trained(model).keys() == wanted
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("given", ["nf4", "int8"])
+def test_a_quantised_projector_is_not_trained_in_full(name, given, loaded):
+    model, _ = loaded(name, given)
+    with pytest.raises(FinetuningError) as error:
+        add_adapters(model, projector="full", language_model=vk.LoRA())
+    said = str(error.value)
+    assert "projector is to be trained in full" in said and ".weight is quantised" in said
+    assert "Plan a float format for it, or give it a vk.LoRA" in said
+    model = add_adapters(model, projector=vk.LoRA(r=2))  # which is what can be done about it
+    assert {component_finder(model)(n) for n in trained(model)} == {"projector"}
+
+
+def test_adapters_on_adapters(loaded):
+    model, _ = loaded("pebble")
+    model = add_adapters(model, language_model=vk.LoRA())
+    with pytest.raises(FinetuningError, match="has adapters already.*unload.*merge_and_unload"):
+        add_adapters(model, projector="full")
+    assert len(trained(add_adapters(model.unload(), projector="full"))) == 4
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"r": 0}, "rank of a LoRA is a whole number from 1 on, not 0"),
+        ({"r": 8.0}, "not 8.0"),
+        ({"r": True}, "not True"),
+        ({"dropout": 1}, "from 0 to below 1, not 1"),
+        ({"modules": "atention"}, "did you mean 'attention'"),
+    ],
+)
+def test_values_that_make_no_adapter(values, said):
+    with pytest.raises(FinetuningError, match=said):
+        vk.LoRA(**values)
