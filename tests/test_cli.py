@@ -186,7 +186,21 @@ def test_a_budget_decides_the_exit_status(budget, status, capsys):
 
 
 def test_fit_as_text_as_json_and_drawn(tmp_path, capsys):
-    words = ["fit", "--model", NAME, "--gpu", "T4", "--gpu", "3 GB", "--plan", "bf16"]
+    words = [
+        "fit",
+        "--tokens",
+        0,
+        "--images",
+        0,
+        "--model",
+        NAME,
+        "--gpu",
+        "T4",
+        "--gpu",
+        "3 GB",
+        "--plan",
+        "bf16",
+    ]
     words += ["--plan", "nf4", "--reserve", "0.5 GB", "--figure", tmp_path / "fit.png"]
     assert run(*words) == 0
     out = capsys.readouterr().out

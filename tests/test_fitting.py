@@ -4,6 +4,7 @@ import matplotlib
 
 matplotlib.use("agg")
 
+import pandas as pd
 import pytest
 from matplotlib import colors
 from matplotlib import pyplot as plt
@@ -11,15 +12,16 @@ from matplotlib import pyplot as plt
 import vlmkit as vk
 from vlmkit import figures
 from vlmkit.catalog.gpus import GPUS
-from vlmkit.errors import PlanError, SizeError
+from vlmkit.errors import FinetuningError, PlanError, SizeError
 from vlmkit.fitting import PLANS, fit, summary
 
+WEIGHTS = {"tokens": 0, "images": 0}
 QWEN, SMOL = "Qwen/Qwen2-VL-2B-Instruct", "HuggingFaceTB/SmolVLM-256M-Instruct"
 
 
 @pytest.fixture(scope="module")
 def table():
-    return fit([QWEN, SMOL])
+    return fit([QWEN, SMOL], **WEIGHTS)
 
 
 def test_a_row_for_each_model_plan_and_card(table):
@@ -35,17 +37,36 @@ def test_a_row_for_each_model_plan_and_card(table):
 
 def test_it_fits_to_the_byte():
     needed = vk.memory.predict("pebble", "bf16").total
-    found = fit(["pebble"], ["bf16"], [needed + 10**6, needed + 10**6 - 1], reserved="1 MB")
+    found = fit(
+        ["pebble"], ["bf16"], [needed + 10**6, needed + 10**6 - 1], reserved="1 MB", **WEIGHTS
+    )
     assert found["headroom"].tolist() == [0, -1] and found["fits"].tolist() == [True, False]
 
 
 def test_configs_plans_and_sizes_of_ones_own():
     config = vk.checkpoints.read_config(vk.pebble.path())
     plans = {"mine": vk.Plan(language_model="int8"), "other": "nf4-dq"}
-    found = fit({"my model": config}, plans, ["12 GB", "12 GiB", 12 * 10**9])
+    found = fit({"my model": config}, plans, ["12 GB", "12 GiB", 12 * 10**9], **WEIGHTS)
     assert set(found["model"]) == {"my model"} and list(dict.fromkeys(found["plan"])) == [*plans]
     assert found["memory"].tolist() == [12 * 10**9, 12 * 2**30, 12 * 10**9] * 2
     assert found["needed"].iloc[0] == vk.memory.predict(config, plans["mine"]).total
+
+
+def test_what_the_model_is_to_do_counts():
+    use = {"tokens": 64, "images": 2, "training": {"projector": "full"}}
+    found = fit(["pebble"], ["bf16"], ["8 GB"], **use)
+    assert found["needed"].item() == vk.memory.predict("pebble", "bf16", **use).total
+
+
+def test_a_model_without_room_for_so_many_tokens_is_said_to_have_none():
+    found = fit([SMOL, QWEN], ["bf16"], ["8 GB"], tokens=4000, images=0)  # SmolVLM's has 2,048
+    smol, qwen = found.itertuples()
+    assert pd.isna(smol.needed) and not smol.fits and "4,000" in smol.why
+    assert qwen.fits and qwen.why == ""
+    assert summary(found).loc[(SMOL, "bf16")].tolist() == ["too long", "-"]
+    ax = figures.what_fits(found)
+    assert [label.get_text() for label in ax.get_yticklabels()] == [QWEN.partition("/")[2]]
+    plt.close("all")
 
 
 @pytest.mark.parametrize(
@@ -55,12 +76,14 @@ def test_configs_plans_and_sizes_of_ones_own():
         ({"gpus": ["12 apples"]}, SizeError, "nor a size"),
         ({"plans": ["nf5"]}, PlanError, "'nf4'"),
         ({"reserved": "much"}, SizeError, "'much'"),
-        ({"tokens": -1}, Exception, "tokens"),
+        ({"tokens": -1}, SizeError, "tokens"),
+        ({"tokens": 10**6}, SizeError, "do not fit"),
+        ({"training": "none"}, FinetuningError, "'none'"),
     ],
 )
 def test_mistakes(arguments, error, says):
     with pytest.raises(error, match=says):
-        fit(["pebble"], **arguments)
+        fit(["pebble"], **{**WEIGHTS, **arguments})
 
 
 def test_cards_grow_and_have_a_source():
@@ -76,7 +99,7 @@ def test_summary_says_what_is_left(table):
     needed = vk.memory.predict(QWEN, "bf16").total / 10**9
     assert wide.loc[(QWEN, "bf16"), "needs"] == f"{needed:.1f}"
     assert wide.loc[(QWEN, "bf16"), "8"] == f"{7 - needed:.1f}"
-    small = summary(fit([QWEN], ["bf16"], ["4 GB"]))
+    small = summary(fit([QWEN], ["bf16"], ["4 GB"], **WEIGHTS))
     assert small["4"].tolist() == ["-"]
 
 

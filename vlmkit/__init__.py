@@ -45,6 +45,7 @@ _MODULES = (
     "environment",
     "errors",
     "evaluation",
+    "explorer",
     "figures",
     "finetuning",
     "fitting",

@@ -38,6 +38,10 @@ class FinetuningError(VlmkitError, ValueError):
     """What is to be trained does not exist, or cannot be trained in that way."""
 
 
+class DependencyError(VlmkitError, ImportError):
+    """A package that something needs, and the rest of vlmkit does not, is not installed."""
+
+
 class ImageError(VlmkitError, ValueError):
     """An image cannot be read or used."""
 

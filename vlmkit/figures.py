@@ -405,7 +405,8 @@ def what_fits(table, sizes=(8, 16, 24, 80), ax=None):
     """
     from matplotlib import pyplot as plt
 
-    needed = table.pivot_table("needed", "model", "plan", "first") / GIGABYTE
+    table = table[table["needed"].notna()]
+    needed = table.pivot_table("needed", "model", "plan", "first").astype(float) / GIGABYTE
     needed = needed[list(dict.fromkeys(table["plan"]))]
     needed = needed.loc[needed.max(axis=1).sort_values(kind="stable").index]
     cards = table[table["memory"].isin([size * GIGABYTE for size in sizes])]

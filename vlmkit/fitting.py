@@ -1,13 +1,14 @@
 """Fitting: which model fits on which graphics card, under which plan.
 
-    vk.fit()                                        # the catalog, common cards, three plans
-    vk.fit(["Qwen/Qwen2.5-VL-7B-Instruct"], gpus=["RTX 4060", "24 GB"], tokens=2048, images=1)
+    vk.fit()                # the catalog on common cards under three plans, one picture asked about
+    vk.fit(["Qwen/Qwen2.5-VL-7B-Instruct"], gpus=["RTX 4060", "24 GB"], tokens=2048, images=4)
 
 Needed is what `vk.memory.predict` gives. Usable is a card's memory, less what is reserved: an
 assumption, not a measurement.
 """
 
 import difflib
+from itertools import product
 
 from vlmkit.catalog import NAMES
 from vlmkit.catalog.gpus import GPUS
@@ -28,38 +29,60 @@ workspaces, and the desktop. For a process that had computed nothing, 0.78 GB wa
 (pytorch/pytorch issue 34323)."""
 
 
-def fit(models=NAMES, plans=PLANS, gpus=tuple(GPUS), *, reserved=RESERVED, **use):
+def fit(
+    models=NAMES,
+    plans=PLANS,
+    gpus=tuple(GPUS),
+    *,
+    tokens=512,
+    images=1,
+    reserved=RESERVED,
+    progress=False,
+    **use,
+):
     """A pandas DataFrame with a row for each model, plan and card: does it fit?
 
     models: names, or {label: anything that `vk.memory.predict` takes}.
     plans: anything that `Plan.parse` takes, or {label: that}.
     gpus: names of `vlmkit.catalog.gpus.GPUS`, or sizes such as "12 GB".
+    tokens, images, use: what the model is to do, as `vk.memory.predict` takes it: image_size,
+        batch, new_tokens, training, … With tokens=0 and images=0 it is the weights alone that are
+        to fit.
     reserved: a size, off every card's memory.
-    use: what the model is to do, as `vk.memory.predict` takes it: tokens, images, image_size,
-        batch, training, … Without any, it is the weights that are to fit.
+    progress: whether to show a bar; a model of billions takes some seconds a plan.
 
     needed, memory (of the card), usable and headroom are bytes; headroom is negative where it does
-    not fit.
-    Raises SizeError for a card that is unknown, and what `vk.memory.predict` raises.
+    not fit. Where a model has no room for that many tokens, needed is missing and `why` says so.
+    Raises SizeError for a card that is unknown and for a use that none of the models has room for,
+    and what else `vk.memory.predict` raises.
     """
     import pandas as pd
+    from tqdm import tqdm
 
     cards = {_label(gpu): int(_memory_of(gpu)) for gpu in gpus}
     lost = parse_size(reserved)
-    rows = []
-    for model, x in _labelled(models):
-        for plan, chosen in _labelled(plans):
-            needed = predict(x, chosen, **use).total
-            rows += [(model, plan, gpu, needed, size) for gpu, size in cards.items()]
-    table = pd.DataFrame(rows, columns=["model", "plan", "gpu", "needed", "memory"])
-    table["usable"] = table["memory"] - lost
-    table["headroom"] = table["usable"] - table["needed"]
-    table["fits"] = table["headroom"] >= 0
+    pairs = list(product(_labelled(models), _labelled(plans)))
+    rows, errors = [], []
+    for (model, x), (plan, chosen) in tqdm(pairs, disable=not progress, unit="plan"):
+        needed, why = None, ""
+        try:
+            needed = predict(x, chosen, tokens=tokens, images=images, **use).total
+        except SizeError as error:
+            errors.append(error)
+            why = str(error)
+        rows += [(model, plan, gpu, needed, size, why) for gpu, size in cards.items()]
+    if errors and len(errors) == len(pairs):
+        raise errors[0]
+    table = pd.DataFrame(rows, columns=["model", "plan", "gpu", "needed", "memory", "why"])
+    table["needed"] = table["needed"].astype("Int64")
+    table.insert(5, "usable", table["memory"] - lost)
+    table.insert(6, "headroom", table["usable"] - table["needed"])
+    table.insert(7, "fits", (table["headroom"] >= 0).fillna(False).astype(bool))
     return table
 
 
 def _labelled(things):
-    return things.items() if isinstance(things, dict) else [(_label(x), x) for x in things]
+    return list(things.items()) if isinstance(things, dict) else [(_label(x), x) for x in things]
 
 
 def _label(x):
@@ -83,14 +106,18 @@ def _memory_of(gpu):
 
 def summary(table):
     """The table of `fit` as text in a DataFrame with a row for each model and plan: the GB needed,
-    and for each size of card, in GB, how many are left there; "-" where it does not fit."""
+    for each size of card, in GB, how many are left there; "-" where it does not fit, "too long"
+    where the model has no room for so many tokens."""
     import pandas as pd
 
     from vlmkit.catalog.gpus import GIGABYTE
 
     rows = {}
     for (model, plan), own in table.groupby(["model", "plan"], sort=False):
-        row = rows[model, plan] = {"needs": f"{own['needed'].iloc[0] / GIGABYTE:.1f}"}
+        needed = own["needed"].iloc[0]
+        row = rows[model, plan] = {
+            "needs": "too long" if pd.isna(needed) else f"{needed / GIGABYTE:.1f}"
+        }
         for card in own.sort_values("memory").itertuples():
             left = f"{card.headroom / GIGABYTE:.1f}" if card.fits else "-"
             row[f"{card.memory / GIGABYTE:g}"] = left

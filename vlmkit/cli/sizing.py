@@ -1,5 +1,6 @@
 """`vlmkit memory` and `vlmkit fit`: what a model needs, before it is downloaded."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,7 @@ Examples:
 \b
   vlmkit fit
   vlmkit fit --model Qwen/Qwen2.5-VL-7B-Instruct --gpu T4 --gpu "12 GB" --plan nf4
-  vlmkit fit --tokens 2048 --images 1 --image-size 1024x768 --figure what_fits.png
+  vlmkit fit --tokens 2048 --images 4 --image-size 1024x768 --figure what_fits.png
 
 A GB is 10^9 bytes. Usable is a card's nominal memory less --reserve, which is an assumption.
 """
@@ -66,6 +67,14 @@ Checkpointing = Annotated[
         show_default=False,
     ),
 ]
+Optimizer = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="adamw (the default), adamw_8bit, paged_adamw or paged_adamw_8bit.",
+        show_default=False,
+    ),
+]
 
 
 def memory(
@@ -79,6 +88,7 @@ def memory(
     train: Train = None,
     rank: Rank = None,
     checkpointing: Checkpointing = False,
+    optimizer: Optimizer = None,
     budget: Annotated[
         str,
         typer.Option(
@@ -97,7 +107,7 @@ def memory(
     from vlmkit.loading.quiet import quiet
 
     room = None if budget is None else vk.memory.parse_size(budget)
-    use = _use(images, image_size, tokens, new_tokens, batch, train, rank, checkpointing)
+    use = _use(images, image_size, tokens, new_tokens, batch, train, rank, checkpointing, optimizer)
     with quiet():
         ledger = vk.memory.predict(
             name_of(model), plan, revision=revision, trust_remote_code=trust_remote_code, **use
@@ -138,14 +148,15 @@ def fit(
             show_default=False,
         ),
     ] = None,
-    images: Images = 0,
+    images: Images = 1,
     image_size: ImageSize = None,
-    tokens: Tokens = 0,
+    tokens: Tokens = 512,
     new_tokens: NewTokens = 0,
     batch: Batch = 1,
     train: Train = None,
     rank: Rank = None,
     checkpointing: Checkpointing = False,
+    optimizer: Optimizer = None,
     reserve: Annotated[
         str,
         typer.Option(
@@ -161,27 +172,28 @@ def fit(
     json: Json = False,
 ):
     """Which models fit on which graphics cards, under which plans: a table, and a figure if asked
-    for. Without --tokens and --images it is the weights alone that are to fit."""
+    for. With --tokens 0 --images 0 it is the weights alone that are to fit, which is quicker."""
     from vlmkit import fitting
     from vlmkit.loading.quiet import quiet
 
-    use = _use(images, image_size, tokens, new_tokens, batch, train, rank, checkpointing)
+    use = _use(images, image_size, tokens, new_tokens, batch, train, rank, checkpointing, optimizer)
     chosen = {"models": model, "gpus": gpu, "plans": plan}
+    chosen = {name: given for name, given in chosen.items() if given}
     with quiet():
-        table = fitting.fit(
-            **{name: given for name, given in chosen.items() if given}, reserved=reserve, **use
-        )
+        table = fitting.fit(**chosen, reserved=reserve, progress=sys.stderr.isatty(), **use)
     if figure is not None:
         _draw(table, figure)
     if json:
+        table = table.astype(object).where(table.notna(), None)
         print_json(table.to_dict(orient="records"))
     else:
         print(_as_text(table, reserve))
 
 
-def _use(images, image_size, tokens, new_tokens, batch, train, rank, checkpointing):
-    """What `vk.memory.predict` is to be asked, without what says nothing."""
-    use = {
+def _use(images, image_size, tokens, new_tokens, batch, train, rank, checkpointing, optimizer):
+    """What `vk.memory.predict` is to be asked, besides a model and a plan."""
+    given = {} if optimizer is None else {"optimizer": optimizer}
+    return given | {
         "images": images,
         "image_size": _size(image_size),
         "tokens": tokens,
@@ -190,8 +202,6 @@ def _use(images, image_size, tokens, new_tokens, batch, train, rank, checkpointi
         "training": _training(train, rank),
         "checkpointing": checkpointing,
     }
-    silent = {"batch": 1, "image_size": None, "training": None, "checkpointing": False}
-    return {name: value for name, value in use.items() if value != silent.get(name, 0)}
 
 
 def _size(text):
