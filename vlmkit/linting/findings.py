@@ -1,5 +1,6 @@
 """Findings: what a look at a quantisation config found, as data, as a table and as text."""
 
+import html
 import textwrap
 from dataclasses import asdict, dataclass, field
 
@@ -177,15 +178,15 @@ class Findings:
         return "\n\n".join([*parts, *map(str, self.items)])
 
     def _repr_html_(self):
-        import html
-
-        table = self.table()
-        place = table.columns.get_loc("bytes")
-        table.insert(place, "MB", (table.pop("bytes") / MEGABYTE).map("{:.2f}".format))
-        table["parameters"] = table["parameters"].map("{:,}".format)
-        table["component"] = table["component"].fillna("")
-        body = table.to_html(index=False) if self.items else ""
+        lines = [("", "found", "what to do")]
+        lines += [(f"{f.severity}: {f.code}", f.message, f.remedy) for f in self.items]
+        # Sentences on the left, where a notebook puts numbers on the right.
+        cells = (
+            "".join(f'<td style="text-align: left">{html.escape(cell)}</td>' for cell in line)
+            for line in lines
+        )
+        body = "".join(f"<tr>{line}</tr>" for line in cells)
         return (
             f"<p><b>{html.escape(self.title)}</b></p>{self._components_in_megabytes().to_html()}"
-            f"<p>{self.summary}</p>{body}"
+            f"<p>{self.summary}</p>" + (f"<table>{body}</table>" if self.items else "")
         )
