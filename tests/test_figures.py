@@ -244,3 +244,19 @@ def test_accuracy_against_costs_has_a_panel_for_each_cost_and_task():
     # Where both cost the same, one does not hide the other.
     first, second = (bars.lines[0].get_xdata()[0] for bars in axes[1, 0].containers)
     assert first != second
+
+
+def test_accuracy_by_tokens_has_a_line_for_each_connector():
+    points = {
+        ("a", 16): (0.5, 0.4, 0.7),
+        ("a", 4): (0.2, 0.1, 0.3),
+        ("b", 16): (0.9, 0.8, 1.0),
+    }
+    ax = figures.accuracy_by_tokens(points)
+    first, second = (bars.lines[0] for bars in ax.containers)
+    assert first.get_ydata().tolist() == [20, 50] and second.get_ydata().tolist() == [90]
+    assert first.get_xdata().tolist() == pytest.approx([4, 16], rel=0.1)
+    low, high = ax.containers[0].lines[2][0].get_segments()[1][:, 1]
+    assert (low, high) == pytest.approx((40, 70))
+    assert [bars.get_label() for bars in ax.containers] == ["a", "b"]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["4", "16"]

@@ -279,10 +279,14 @@ def error_by_bits(formats, ax=None):
 
     if ax is None:
         _, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    dots = [points[0] for points in formats.values() if isinstance(points, tuple)]
     for label, points in formats.items():
         if isinstance(points, tuple):
+            crowded = any(0 < other - points[0] < 1 for other in dots)  # on the right
+            side = {"ha": "right" if crowded else "left", "va": "bottom" if crowded else "top"}
+            place = (-4, 2) if crowded else (5, -2)
             ax.plot(*points, "o", color=VERMILION)
-            ax.annotate(label, points, (6, -4), textcoords="offset points", fontsize=9, va="top")
+            ax.annotate(label, points, place, textcoords="offset points", fontsize=9, **side)
         else:
             ax.plot(*zip(*points, strict=True), "-s", color=SKY, markersize=4, label=label)
             ax.legend(loc="upper left", frameon=False, fontsize=9)
@@ -344,6 +348,37 @@ def learning(curves, window=30, ax=None):
     return ax
 
 
+def accuracy_by_tokens(points, ax=None):
+    """Right answers against the number of visual tokens, on a logarithmic axis: a line for each
+    connector, with 95% intervals.
+
+    points: {(connector, visual tokens): (accuracy, low, high), from 0 to 1}.
+    """
+    from matplotlib import pyplot as plt
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
+    connectors = dict.fromkeys(connector for connector, _ in points)
+    for number, (connector, (color, mark)) in enumerate(zip(connectors, _MARKS, strict=False)):
+        line = sorted(
+            (tokens, share) for (name, tokens), share in points.items() if name == connector
+        )
+        # Side by side where several have as many tokens.
+        x = [tokens * 1.05 ** (number - (len(connectors) - 1) / 2) for tokens, _ in line]
+        y = [100 * share for _, (share, _, _) in line]
+        below = [100 * (share - low) for _, (share, low, _) in line]
+        above = [100 * (high - share) for _, (share, _, high) in line]
+        ax.errorbar(x, y, [below, above], color=color, marker=mark, label=connector)
+    ticks = sorted({tokens for _, tokens in points})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, ticks, minor=False)
+    ax.minorticks_off()
+    ax.set(xlabel="visual tokens", ylabel="right answers, %", ylim=(0, 100))
+    ax.grid(color="#dddddd")
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
 def accuracy_against(costs, scores, references=None):
     """Right answers of several models against what they cost, with 95% intervals: a panel for each
     cost (down) and each task (across). Returns the array of Axes.
@@ -380,7 +415,7 @@ def accuracy_against(costs, scores, references=None):
                 x = costs.loc[model, cost] + apart * (number - (len(shares) - 1) / 2)
                 interval = [[middle - low], [high - middle]]
                 ax.errorbar(x, middle, interval, color=color, marker=mark, ls="", label=model)
-            ax.set(ylim=(0, 105), xlabel=cost)
+            ax.set(ylim=(-3, 105), xlabel=cost)
             ax.margins(x=0.12)
             ax.grid(color="#dddddd")
             ax.spines[["top", "right"]].set_visible(False)
