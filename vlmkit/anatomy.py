@@ -26,6 +26,20 @@ def unwrapped(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def plain_name(name):
+    """The name that a parameter of a PEFT-adapted model has in the model without adapters."""
+    name = name.removeprefix("base_model.model.")
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def is_adapter(name):
+    """Whether a name is that of a weight that PEFT added."""
+    return any(
+        part in ("modules_to_save", "lora_magnitude_vector") or part.startswith("lora_")
+        for part in name.split(".")
+    )
+
+
 def type_of(model):
     """The `model_type` of a model's config, or None where it has none."""
     return getattr(getattr(unwrapped(model), "config", None), "model_type", None)

@@ -2,7 +2,7 @@
 
 from math import prod
 
-from vlmkit.anatomy import on_meta, shape_of, unwrapped
+from vlmkit.anatomy import is_adapter, on_meta, plain_name, shape_of, unwrapped
 from vlmkit.errors import AuditError
 from vlmkit.formats import BLOCK, FORMATS, format_of_dtype, torch_dtype
 from vlmkit.loading.tables import Audit, Held, Preview
@@ -127,19 +127,3 @@ def format_of(module, leaf):
     if kind == "Params4bit":
         return "4-bit, not quantised yet"
     return format_of_dtype(parameter.dtype)
-
-
-# --- looking through PEFT ---------------------------------------------------------------------
-
-
-def plain_name(name):
-    """The name that a parameter of a PEFT-adapted model has in the model without adapters."""
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
-
-
-def is_adapter(name):
-    """Whether a (plain) name is that of a weight that PEFT added."""
-    return any(
-        part in ("modules_to_save", "lora_magnitude_vector") or part.startswith("lora_")
-        for part in name.split(".")
-    )

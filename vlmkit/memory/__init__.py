@@ -1,0 +1,38 @@
+"""Memory: what a model costs in bytes, predicted from a config, and measured.
+
+vk.memory.predict("pebble", plan)     # a Ledger, without reading a weight
+vk.memory.measure(model)              # a Ledger of what is there, from distinct storages
+vk.memory.compare(predicted, measured)
+"""
+
+from vlmkit.memory.ledger import (
+    BOUNDED,
+    BUFFER,
+    MEGABYTE,
+    STATE,
+    Entry,
+    Ledger,
+    compare,
+)
+from vlmkit.memory.measuring import measure, measure_peak
+from vlmkit.memory.predicting import predict, visual_tokens
+from vlmkit.memory.sizes import Size, parse_size
+from vlmkit.memory.weights import state_tensors, storages_of
+
+__all__ = [
+    "BOUNDED",
+    "BUFFER",
+    "MEGABYTE",
+    "STATE",
+    "Entry",
+    "Ledger",
+    "Size",
+    "compare",
+    "measure",
+    "measure_peak",
+    "parse_size",
+    "predict",
+    "state_tensors",
+    "storages_of",
+    "visual_tokens",
+]

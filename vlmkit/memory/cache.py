@@ -1,0 +1,110 @@
+"""Cache: the keys and values that a decoder keeps of every token it has seen.
+
+A layer keeps, for each token of each sample, `heads x width` keys and as many values. Which layers
+do, in how many heads and how wide is read from the cache that a rehearsal leaves behind, so no name
+in any config has to be known. How long the tensors are follows from the kind of layer:
+
+- full attention: every token so far;
+- a sliding window of w: after the prompt all of it, since transformers keeps a view of the last
+  w - 1 tokens of one long tensor, and with the next token on at most w;
+- cross-attention (Llama 3.2 Vision): the states of the pictures, whatever is said about them.
+"""
+
+import torch
+
+from vlmkit.anatomy import component_finder
+from vlmkit.architectures import CROSS, LANGUAGE
+from vlmkit.memory.ledger import CACHE, Entry
+
+
+def predicted_cache(cache, places, new_tokens):
+    """Entries of `cache`, left by a rehearsal of the prompt, after `new_tokens` more tokens.
+
+    places: see `places_of`.
+    """
+    for layer_idx, component, layer in _layers(cache, places):
+        grows = component != CROSS
+        for key, tensor in _tensors(layer):
+            size = _grown(layer, key, tensor, grows, new_tokens)
+            yield Entry(_name(key, layer_idx), component, CACHE, size)
+
+
+def _grown(layer, key, tensor, grows, new_tokens):
+    """Bytes of one of a layer's tensors after `new_tokens` more."""
+    if key not in ("keys", "values") or not grows:
+        return tensor.untyped_storage().nbytes()
+    length = layer.get_seq_length() + new_tokens
+    if layer.is_sliding and new_tokens:
+        length = min(length, layer.sliding_window)
+    batch, heads, _, width = tensor.shape
+    return batch * heads * length * width * tensor.element_size()
+
+
+def stretch(cache, places, length, rehearsal):
+    """Fill `cache`, left by a rehearsal, as it is when `length` tokens have gone through."""
+    for place, component, shown in list(_layers(cache, places)):
+        layer = cache.layers[place]
+        if getattr(shown, "keys", None) is None:
+            continue
+        most = length if component != CROSS else shown.get_seq_length()
+        if shown.is_sliding:
+            layer.cumulative_length, most = length, min(length, shown.sliding_window - 1)
+        shapes = [(*t.shape[:2], most, t.shape[3]) for t in (shown.keys, shown.values)]
+        dtype = shown.keys.dtype
+        rehearsal.component = component
+        with rehearsal:
+            layer.keys, layer.values = (torch.empty(shape, dtype=dtype) for shape in shapes)
+        rehearsal.component = None
+        layer.dtype, layer.device, layer.is_initialized = dtype, torch.device("cpu"), True
+
+
+def measured_cache(cache, model, storages):
+    """Entries of what `cache` really holds, distinct storages at their full size."""
+    for layer_idx, component, layer in _layers(cache, places_of(model)):
+        for key, tensor in _tensors(layer):
+            entry = storages.entry(_name(key, layer_idx), component, CACHE, tensor)
+            if entry.bytes:
+                yield entry
+
+
+def places_of(model, stand_ins=None):
+    """{place in the cache: (component, place of the layer to read there)} of the layers of `model`.
+
+    stand_ins: {name of a layer left out of a rehearsal: name of one like it}.
+    """
+    component_of = component_finder(model)
+    where = {n: m.layer_idx for n, m in model.named_modules() if hasattr(m, "layer_idx")}
+    places = {}
+    for name, place in where.items():
+        read = place
+        for left_out, shown in (stand_ins or {}).items():
+            if name.startswith(f"{left_out}."):
+                read = where[shown + name[len(left_out) :]]
+        component = component_of(name)
+        if component in (LANGUAGE, CROSS):  # encoders number their layers too, and cache nothing
+            places[place] = component, read  # the attention, which is named after its layer
+    return places
+
+
+def _layers(cache, places):
+    """(place, component, cache layer) of a transformers cache."""
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        raise TypeError(f"{type(cache).__name__} is not a cache of transformers with layers")
+    for place in range(max(len(layers), len(places))):
+        component, read = places.get(place, (LANGUAGE, place))
+        if read < len(layers):
+            yield place, component, layers[read]
+
+
+def _tensors(layer):
+    """(attribute, tensor) of all that a cache layer holds."""
+    for key, value in vars(layer).items():
+        values = value.values() if isinstance(value, dict) else value
+        for item in values if isinstance(values, (list, tuple)) else [values]:
+            if isinstance(item, torch.Tensor) and item.numel():
+                yield key, item
+
+
+def _name(key, place):
+    return f"{key.strip('_').replace('_', ' ')} of layer {place}"

@@ -1,0 +1,49 @@
+"""bitsandbytes' kernels for the CPU, written out as the tensor operations that they are made of.
+
+A rehearsal (`vlmkit.memory.shapes`) sees the tensors between operations and not those within one.
+Within these are a whole weight in 16 bits and activations in several formats, and on the way to a
+peak they count. Each is what bitsandbytes 0.50 does in `backends/default/ops.py`, less the values:
+no activation is taken for an outlier of LLM.int8, which only the values could tell.
+"""
+
+import torch
+
+
+def gemm_4bit(x, packed, shape, absmax, blocksize, kind, bias=None, absmax_8bit=None,
+              absmax_code=None, absmax_offset=None):  # fmt: skip
+    """y = x W^T + b, with W dequantised as a whole."""
+    ops = torch.ops.bitsandbytes
+    if absmax_8bit is not None:
+        absmax = ops.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32)
+        absmax = absmax + absmax_offset
+    weight = ops.dequantize_4bit(packed, absmax, blocksize, kind, shape, x.dtype)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def int8_vectorwise_quant(x, threshold=0.0):
+    """Rows of x in int8, and their scales."""
+    outliers = x.abs() >= threshold if threshold else None
+    scales = torch.max(x.abs(), dim=1).values.float()
+    rows = torch.round(x * (127.0 / scales.unsqueeze(-1))).to(torch.int8)
+    return rows, scales, None if outliers is None else scales.new_empty(0, dtype=torch.int64)
+
+
+def int8_scaled_mm(x, weight, x_scales, scales, bias=None, dtype=None):
+    """int8 products in int32, then scaled in float32."""
+    products = torch._int_mm(x, weight.t())
+    y = products * (x_scales.reshape(-1, 1) * scales.reshape(1, -1)) * 6.2e-05
+    if bias is not None:
+        y += bias
+    return y.to(dtype or torch.float16)
+
+
+def int8_mixed_scaled_mm(x, x_rows, weight, x_scales, scales, outliers=None, bias=None):
+    y = int8_scaled_mm(x_rows, weight, x_scales, scales, bias, x.dtype)
+    return y, x.new_empty(0)
+
+
+WRITTEN_OUT = {
+    f"bitsandbytes.{function.__name__}.default": function
+    for function in (gemm_4bit, int8_vectorwise_quant, int8_scaled_mm, int8_mixed_scaled_mm)
+}
+"""Name of the operator -> the function to run in its place."""

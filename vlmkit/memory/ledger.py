@@ -1,0 +1,155 @@
+"""Ledgers: bytes by component and by kind, what they add up to, and two of them side by side."""
+
+from dataclasses import dataclass, field
+
+from vlmkit import COMPONENTS
+from vlmkit.layout import KINDS
+
+MEGABYTE = 10**6
+
+STATE, BUFFER = "quantisation state", "buffer"
+ADAPTER, UPCAST = "adapter", "float32 upcast"
+GRADIENT, OPTIMIZER = "gradient", "optimizer state"
+CACHE, INPUT, ACTIVATION = "kv cache", "input", "activation"
+ROUNDING, UNUSED = "allocator rounding", "allocator unused"
+ALL_KINDS = (
+    *KINDS, STATE, BUFFER, ADAPTER, UPCAST, GRADIENT, OPTIMIZER, CACHE, INPUT, ACTIVATION,
+    ROUNDING, UNUSED,
+)  # fmt: skip
+"""What bytes are, in the order of tables: the kinds of parameters, and what comes beside them."""
+
+BOUNDED = (ACTIVATION, ROUNDING, UNUSED)
+"""Kinds that a prediction gives within some per cent. It gives the others to the byte."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Bytes of one tensor's storage: whose, of which component (None: unknown), of which kind."""
+
+    name: str
+    component: str
+    kind: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Bytes of a model, and of what it needs to run or to be trained.
+
+    `total`, `by_component`, `by_kind` (dicts of bytes), `entries`, and `notes`: how what is not
+    obvious was counted, a sentence each.
+    """
+
+    title: str
+    entries: tuple = field(repr=False)
+    notes: tuple = field(default=(), repr=False)
+
+    @property
+    def total(self):
+        """All bytes."""
+        return sum(entry.bytes for entry in self.entries)
+
+    @property
+    def by_component(self):
+        """Bytes of each component that has any, in the order of `vlmkit.COMPONENTS`."""
+        return _sums(self.entries, "component", COMPONENTS)
+
+    @property
+    def by_kind(self):
+        """Bytes of each kind: linear weights, embeddings, quantisation state, kv cache, …"""
+        return _sums(self.entries, "kind", ALL_KINDS)
+
+    @property
+    def bounded(self):
+        """Bytes that are bounded and not exact: activations, and what an allocator adds."""
+        return sum(entry.bytes for entry in self.entries if entry.kind in BOUNDED)
+
+    def table(self):
+        """A pandas DataFrame of bytes: a row per component, a column per kind, and the sums."""
+        import pandas as pd
+
+        kinds = list(self.by_kind)
+        rows = {
+            component or "unknown": [
+                sum(e.bytes for e in self.entries if (e.component, e.kind) == (component, kind))
+                for kind in kinds
+            ]
+            for component in self.by_component
+        }
+        table = pd.DataFrame.from_dict(rows, orient="index", columns=kinds)
+        table["total"] = table.sum(axis=1)
+        table.loc["total"] = table.sum(axis=0)
+        return table
+
+    def __str__(self):
+        head = f"{self.title}: {self.total / MEGABYTE:.2f} MB (1 MB = 10^6 bytes)"
+        return "\n".join([head, _in_megabytes(self.table()).to_string(), *self._remarks()])
+
+    def _repr_html_(self):
+        size = f"{self.total / MEGABYTE:.2f} MB (1 MB = 10<sup>6</sup> bytes)"
+        remarks = "".join(f"<br>{remark}" for remark in self._remarks())
+        table = _in_megabytes(self.table()).to_html()
+        return f"<p><b>{self.title}</b>: {size}{remarks}</p>{table}"
+
+    def _remarks(self):
+        bounded = [kind for kind in self.by_kind if kind in BOUNDED]
+        if bounded:
+            yield f"Bounded, not exact: {', '.join(bounded)}. The rest is to the byte."
+        yield from self.notes
+
+
+def _sums(entries, what, order):
+    sums = {}
+    for entry in entries:
+        key = getattr(entry, what)
+        sums[key] = sums.get(key, 0) + entry.bytes
+    return {key: sums[key] for key in (*order, None) if key in sums}
+
+
+def _in_megabytes(table):
+    return (table / MEGABYTE).map("{:.3f}".format)
+
+
+def compare(predicted, measured):
+    """Two Ledgers side by side: a pandas DataFrame with a row per component and kind.
+
+    The columns are the bytes `predicted` and `measured`, their `difference` (measured less
+    predicted: the residual, which a perfect prediction has none of), and `because`: what a row that
+    differs is made of, as the names of its largest entries.
+    """
+    import pandas as pd
+
+    sides = [_by_row(predicted), _by_row(measured)]
+    components = (*COMPONENTS, None)
+    keys = sorted(
+        sides[0].keys() | sides[1].keys(),
+        key=lambda key: (components.index(key[0]), ALL_KINDS.index(key[1])),
+    )
+    rows = []
+    for key in keys:
+        ours, theirs = (side.get(key, {}) for side in sides)
+        a, b = sum(ours.values()), sum(theirs.values())
+        rows.append((a, b, b - a, _residual(ours, theirs) if a != b else ""))
+    index = pd.MultiIndex.from_tuples(
+        [(component or "unknown", kind) for component, kind in keys], names=["component", "kind"]
+    )
+    return pd.DataFrame(
+        rows, index=index, columns=["predicted", "measured", "difference", "because"]
+    )
+
+
+def _by_row(ledger):
+    rows = {}
+    for entry in ledger.entries:
+        row = rows.setdefault((entry.component, entry.kind), {})
+        row[entry.name] = row.get(entry.name, 0) + entry.bytes
+    return rows
+
+
+def _residual(ours, theirs, most=3):
+    """The entries that differ most between two {name: bytes}, in words."""
+    gaps = {name: theirs.get(name, 0) - ours.get(name, 0) for name in {**ours, **theirs}}
+    gaps = sorted((item for item in gaps.items() if item[1]), key=lambda item: -abs(item[1]))
+    words = [f"{name} {gap:+,}" for name, gap in gaps[:most]]
+    more = f" and {len(gaps) - most} more" if len(gaps) > most else ""
+    return ", ".join(words) + more

@@ -1,0 +1,156 @@
+"""Steps: the entries that a prompt and a training step add to those of the weights."""
+
+import re
+from dataclasses import dataclass
+
+from vlmkit.anatomy import component_finder, plain_name
+from vlmkit.architectures import LANGUAGE, VISION
+from vlmkit.finetuning import adapted
+from vlmkit.memory.cache import predicted_cache, stretch
+from vlmkit.memory.inputs import batch_of
+from vlmkit.memory.ledger import ACTIVATION, INPUT, Entry
+from vlmkit.memory.running import Stage
+from vlmkit.memory.shadow import prepare_kbit, shadow
+from vlmkit.memory.training import (
+    adapter_entries,
+    gradient_entries,
+    optimizer_entries,
+    paged_bytes,
+    step_bytes,
+    upcast_entries,
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained. what: {component: None, "full" or a LoRA}."""
+
+    what: dict
+    checkpointing: bool
+    optimizer: str
+    prepare_kbit: bool
+
+
+def prompt(model, layout, demand):
+    """(entries, notes) of a prompt, and of the tokens that follow it: inputs, keys and values, and
+    activations.
+
+    model: on the meta device, to be used up.
+    """
+    stage = Stage(shadow(model, layout))
+    inputs = _inputs(stage, demand)
+    cache, peak = stage.prefill(inputs)
+    places = stage.places
+    kept = tuple(predicted_cache(cache, places, demand.new_tokens))
+    total = sum(entry.bytes for entry in kept)
+    beside = {}
+    for entry in kept:
+        beside[entry.component] = beside.get(entry.component, 0) + entry.bytes
+    need = max(0, sum(peak.values()) - total)
+    if demand.new_tokens:
+        before = demand.length + demand.new_tokens - 1
+        stretch(cache, places, before, stage.rehearsal)
+        _, later = stage.decode(cache, demand.batch, before)
+        if sum(later.values()) - total > need:
+            peak, need = later, sum(later.values()) - total
+    entries = [
+        *_input_entries(inputs),
+        *kept,
+        *_activations(peak, beside, need, "the forward pass"),
+    ]
+    return entries, []
+
+
+def training_step(model, build, layout, demand, how, whole=True):
+    """(entries, notes) of a training step: adapters, upcasts, gradients and optimizer states and,
+    if `whole`, its inputs and activations.
+
+    model: on the meta device, to be used up. build: a function that makes another like it.
+    """
+    notes = []
+    for short in (True, False):
+        before = {}
+        model = shadow(model, layout)
+        if how.prepare_kbit:
+            before = prepare_kbit(model)
+        component_of = component_finder(model)
+        upcasts = list(upcast_entries(model, before, component_of))
+        model = adapted(model, how.what)
+        if how.checkpointing:
+            model.activation_checkpointing_enable()
+        stage = Stage(model, short)
+        inputs = _inputs(stage, demand)
+        learnt, peak = stage.train(inputs, inputs["input_ids"])
+        if stage.complete:
+            break
+        model = build()
+    component_of = component_finder(model)
+    parameters = {
+        name: (p.numel(), p.element_size())
+        for name, p in model.named_parameters()
+        if name in learnt
+    }
+    gradients = list(gradient_entries(learnt, component_of))
+    entries = [
+        *adapter_entries(model, component_of),
+        *upcasts,
+        *gradients,
+        *optimizer_entries(how.optimizer, parameters, component_of),
+    ]
+    if whole:
+        entries += _input_entries(inputs)
+        entries += _step_activations(peak, gradients, parameters, how.optimizer, component_of)
+    notes += _unlearnt(model, learnt)
+    paged = paged_bytes(how.optimizer, parameters)
+    if paged:
+        notes.append(f"{paged / 10**6:,.1f} MB of the optimizer's states are paged.")
+    return entries, notes
+
+
+def _inputs(stage, demand):
+    return batch_of(
+        stage.config, demand.pictures, demand.tokens, demand.batch, stage.pixels, demand.sizes
+    )
+
+
+def _input_entries(inputs):
+    for name, tensor in inputs.items():
+        component = VISION if tensor.is_floating_point() else LANGUAGE
+        size = tensor.numel() * tensor.element_size()
+        yield Entry(name, component, INPUT, size)
+
+
+def _activations(peak, beside, need, name):
+    """Entries of `need` bytes in all, shared out by component as what is live at the `peak` less
+    what other entries count already (`beside`). Both are {component: bytes}."""
+    own = {c: max(0, size - beside.get(c, 0)) for c, size in peak.items()}
+    whole, shared = sum(own.values()), 0
+    for component in own if need else ():
+        share = need * (shared + own[component]) // whole - need * shared // whole
+        shared += own[component]
+        if share:
+            yield Entry(name, component, ACTIVATION, share)
+
+
+def _step_activations(peak, gradients, parameters, optimizer, component_of):
+    """Entries of what a step holds at its peak beyond the gradients that there are at its end."""
+    beyond = sum(peak.values()) - sum(entry.bytes for entry in gradients)
+    stepping = step_bytes(optimizer, parameters)
+    if stepping > beyond:  # the peak is when the optimizer is at its largest parameter
+        largest = max(parameters, key=lambda name: parameters[name][0] * parameters[name][1])
+        return [Entry("the optimizer's step", component_of(largest), ACTIVATION, stepping)]
+    live = {c: size for c, size in peak.items() if not isinstance(c, tuple)}
+    return list(_activations(live, {}, max(0, beyond), "the training step"))
+
+
+def _unlearnt(model, learnt):
+    """A sentence that names the trained parameters that get no gradient, if there are any."""
+    names = [n for n, p in model.named_parameters() if p.requires_grad and n not in learnt]
+    if names:
+        # Layers are named as wholes: the path as far as its last number.
+        places = dict.fromkeys(re.sub(r"(.*\.\d+)\..*", r"\1", plain_name(name)) for name in names)
+        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        yield (
+            f"{len(names)} trained parameters never get a gradient: those of "
+            f"{', '.join(list(places)[:3])}{more}."
+        )
