@@ -103,6 +103,7 @@ def test_a_model_that_is_not_there():
 def test_it_is_a_widget_that_is_shown(explorer):
     bundle = explorer._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert base64.b64decode(bundle["image/png"]).startswith(b"\x89PNG")
     assert bundle["text/plain"] == "MemoryExplorer('pebble')"
 
 

@@ -15,6 +15,7 @@ from vlmkit.errors import DependencyError, VlmkitError
 from vlmkit.figures import bytes_by_component
 from vlmkit.finetuning import LoRA
 from vlmkit.formats import FORMATS
+from vlmkit.loading.quiet import quiet
 from vlmkit.memory import predict
 from vlmkit.memory.ledger import ACTIVATION, ADAPTER, CACHE, GRADIENT, INPUT, OPTIMIZER, UPCAST
 from vlmkit.plan import Plan
@@ -61,7 +62,7 @@ class MemoryExplorer(widgets.VBox):
         self._known = {}
         has = [c for c, part in anatomy(name).parts.items() if part.parameters]
         start = Plan.recommended()
-        wide = {"style": {"description_width": "8em"}, "layout": {"width": "22em"}}
+        wide = {"style": {"description_width": "9em"}, "layout": {"width": "23em"}}
         self.plan = {
             component: widgets.Dropdown(
                 options=list(FORMATS), value=start[component], description=component, **wide
@@ -96,14 +97,15 @@ class MemoryExplorer(widgets.VBox):
         images, tokens, rank = (c.value for c in (self.images, self.tokens, self.rank))
         key = (plan, images, tokens, rank)
         if key not in self._known:  # some seconds for a model of billions
-            self._known[key] = predict(
-                self.name,
-                plan,
-                images=images,
-                image_size=self.image_size if images else None,
-                tokens=tokens,
-                training={"language_model": LoRA(r=rank)} if rank else None,
-            )
+            with quiet():
+                self._known[key] = predict(
+                    self.name,
+                    plan,
+                    images=images,
+                    image_size=self.image_size if images else None,
+                    tokens=tokens,
+                    training={"language_model": LoRA(r=rank)} if rank else None,
+                )
         return self._known[key]
 
     def _turned(self, change):
@@ -125,7 +127,15 @@ class MemoryExplorer(widgets.VBox):
         figure = Figure(figsize=(8, 1.2 + 0.42 * len(bars)), layout="constrained")
         self.axes = bytes_by_component(bars, ax=figure.subplots())
         self.ledger = ledger
-        self._picture.value = _image(figure, _in_words(bars))
+        self._png = _png(figure)
+        text = html.escape(_in_words(bars))
+        self._picture.value = (
+            f'<img style="max-width: 100%" alt="{text}" src="data:image/png;base64,{self._png}"/>'
+        )
+
+    def _repr_mimebundle_(self, **kwargs):
+        """As every widget, and as a picture for pages that show none."""
+        return {**super()._repr_mimebundle_(**kwargs), "image/png": self._png}
 
 
 def parts_of(ledger):
@@ -146,9 +156,8 @@ def _in_words(bars):
     return "; ".join(f"{label}: {total:,.2f} MB" for label, total in totals.items())
 
 
-def _image(figure, text):
-    """A figure as HTML, with `text` as its alternative text."""
+def _png(figure):
+    """A figure as PNG, in base64."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}"/>'
+    return base64.b64encode(file.getvalue()).decode()

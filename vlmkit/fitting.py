@@ -13,6 +13,7 @@ from itertools import product
 from vlmkit.catalog import NAMES
 from vlmkit.catalog.gpus import GPUS
 from vlmkit.errors import SizeError
+from vlmkit.loading.quiet import quiet
 from vlmkit.memory import parse_size, predict
 from vlmkit.plan import Plan
 
@@ -66,7 +67,8 @@ def fit(
     for (model, x), (plan, chosen) in tqdm(pairs, disable=not progress, unit="plan"):
         needed, why = None, ""
         try:
-            needed = predict(x, chosen, tokens=tokens, images=images, **use).total
+            with quiet():
+                needed = predict(x, chosen, tokens=tokens, images=images, **use).total
         except SizeError as error:
             errors.append(error)
             why = str(error)

@@ -174,13 +174,11 @@ def fit(
     """Which models fit on which graphics cards, under which plans: a table, and a figure if asked
     for. With --tokens 0 --images 0 it is the weights alone that are to fit, which is quicker."""
     from vlmkit import fitting
-    from vlmkit.loading.quiet import quiet
 
     use = _use(images, image_size, tokens, new_tokens, batch, train, rank, checkpointing, optimizer)
     chosen = {"models": model, "gpus": gpu, "plans": plan}
     chosen = {name: given for name, given in chosen.items() if given}
-    with quiet():
-        table = fitting.fit(**chosen, reserved=reserve, progress=sys.stderr.isatty(), **use)
+    table = fitting.fit(**chosen, reserved=reserve, progress=sys.stderr.isatty(), **use)
     if figure is not None:
         _draw(table, figure)
     if json:

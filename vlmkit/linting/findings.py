@@ -2,7 +2,7 @@
 
 import html
 import textwrap
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from vlmkit import COMPONENTS
 
@@ -49,7 +49,7 @@ class Finding:
         return "\n".join([head, *lines])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Findings:
     """What `vk.lint` found: `for finding in findings`, `.errors`, `.warnings`, `.notes`, `.ok`.
 
@@ -58,7 +58,7 @@ class Findings:
 
     title: str
     items: tuple
-    fates: tuple = field(repr=False)
+    fates: tuple
 
     def __iter__(self):
         return iter(self.items)
@@ -176,6 +176,8 @@ class Findings:
     def __str__(self):
         parts = [self.title, self._components_in_megabytes().to_string(), self.summary]
         return "\n\n".join([*parts, *map(str, self.items)])
+
+    __repr__ = __str__
 
     def _repr_html_(self):
         lines = [("", "found", "what to do")]
