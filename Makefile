@@ -4,7 +4,7 @@
 #   TORCH_INDEX     one more package index to look for PyTorch in, e.g. one with CPU or CUDA builds
 #   LAB_ARGS        options for JupyterLab, e.g. --no-browser
 #   PYTEST_ARGS     options for pytest, e.g. -x
-#   BENCHMARK_ARGS  options for the benchmark, e.g. --n=100
+#   BENCHMARK_ARGS  options for a benchmark, e.g. --n=100
 
 LAB_ARGS ?=
 PYTEST_ARGS ?=
@@ -20,10 +20,10 @@ nbval := --nbval --nbval-current-env --nbval-cell-timeout=300 notebooks
 as_root := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-all lint format benchmark-pebble clean
+.PHONY: help setup lab test test-all lint format benchmark-pebble benchmark-connectors clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-18s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-22s %s\n", $$1, $$2}'
 
 setup: ## create .venv and install into it; every target below begins with this
 	@sh scripts/set_up.sh
@@ -51,6 +51,9 @@ format: setup ## put code and notebooks into that style
 
 benchmark-pebble: setup ## measure the bundled model on questions that it has never seen
 	$(quietly) $(python) benchmarks/pebble.py $(BENCHMARK_ARGS)
+
+benchmark-connectors: setup ## train chapter 02's connectors for longer, and record what they give
+	$(quietly) $(python) benchmarks/connectors.py $(BENCHMARK_ARGS)
 
 clean: ## remove .venv, caches and builds; the next call makes them again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

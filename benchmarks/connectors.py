@@ -4,17 +4,18 @@
     python benchmarks/connectors.py --device cuda
     python benchmarks/connectors.py --steps 100 50 --repeats 1 --n 40 --output trial.csv   # a trial
 
-The connectors are those of notebooks/02_connectors.ipynb: its cells with the tag "connector" are
-run. Each is trained as there, from several seeds; and each, with several numbers of visual tokens,
-for more steps with both ends frozen and after that together with the language model. Scores are
-exact match on fresh questions, equally many a task.
+The connectors are the classes that notebooks/02_connectors.ipynb defines. Each is trained as there,
+from several seeds; and each, with several numbers of visual tokens, for more steps with both ends
+frozen, and after that together with the language model. Scores are exact match on fresh questions,
+equally many a task.
 
-The result is notebooks/data/02_connectors.csv, a row per run and task, which the chapter shows. It
-is written after every run, and a run that is in it already, for the same weights of pebble, is not
-repeated: what was stopped continues.
+The result is notebooks/data/02_connectors.csv, a row per run, stage and task, which the chapter
+shows. It is written after every run, and a run that is in it already, for the same weights of
+pebble, is not repeated: what was stopped continues.
 """
 
 import argparse
+import ast
 import csv
 import dataclasses
 import hashlib
@@ -34,14 +35,14 @@ AS_THERE = {
 }
 MORE = {
     ("MLP", 49): lambda made: made["MLP"](),
-    ("pixel shuffle", 49): lambda made: made["PixelShuffle"](side=1),
     ("pixel shuffle", 16): lambda made: made["PixelShuffle"](side=2),
-    ("pixel shuffle", 4): lambda made: made["PixelShuffle"](side=4),
-    ("patch merger", 49): lambda made: made["PatchMerger"](side=1),
     ("patch merger", 16): lambda made: made["PatchMerger"](side=2),
-    ("resampler", 49): lambda made: made["Resampler"](side=7),
     ("resampler", 16): lambda made: made["Resampler"](side=4),
     ("resampler", 4): lambda made: made["Resampler"](side=2),
+    ("resampler", 49): lambda made: made["Resampler"](side=7),
+    ("pixel shuffle", 4): lambda made: made["PixelShuffle"](side=4),
+    ("pixel shuffle", 49): lambda made: made["PixelShuffle"](side=1),
+    ("patch merger", 49): lambda made: made["PatchMerger"](side=1),
 }
 
 
@@ -82,14 +83,18 @@ def main(argv=None):
 
 
 def connectors_of(notebook):
-    """What the cells of the notebook with the tag "connector" define, by name."""
+    """The classes and functions that the notebook's cells define, by name, and nothing else run."""
     import nbformat
     import torch
 
+    code = [cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
+    defined = [
+        node
+        for node in ast.parse("\n".join(code)).body
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef))
+    ]
     made = {"math": math, "torch": torch, "nn": torch.nn, "F": torch.nn.functional}
-    for cell in nbformat.read(notebook, as_version=4).cells:
-        if "connector" in cell.metadata.get("tags", ()):
-            exec(cell.source, made)
+    exec(compile(ast.Module(defined, type_ignores=[]), str(notebook), "exec"), made)
     return made
 
 
@@ -138,10 +143,10 @@ class Bench:
             curve = connecting.fit(model, processor.tokenizer, stage, tokens, self.device)
             # The median step: what another process does to a machine for a minute is no cost.
             seconds = stage.steps * curve["seconds"].diff().median()
-            scores = connecting.score(
-                model, processor.tokenizer, self.rows, tokens, self.device
-            ).by_task
-            for task, found in scores.iterrows():
+            scores = connecting.score(model, processor.tokenizer, self.rows, tokens, self.device)
+            shares = scores.by_task
+            shares.loc["all"] = (scores.n, scores.accuracy, *scores.interval)
+            for task, share in shares.iterrows():
                 self.results.append(
                     {
                         "weights": self.weights,
@@ -155,12 +160,12 @@ class Bench:
                         "device": self.device,
                         "seconds": round(seconds, 1),
                         "task": task,
-                        "n": int(found["n"]),
-                        "right": round(found["n"] * found["accuracy"]),
+                        "n": int(share["n"]),
+                        **share[["accuracy", "low", "high"]].round(4),
                     }
                 )
-            shares = ", ".join(f"{t} {share:.1%}" for t, share in scores["accuracy"].items())
-            print(f"{run}, {name}, {tokens} tokens, seed {seed}, {stage.name}: {shares}")
+            said = ", ".join(f"{task} {share:.1%}" for task, share in shares["accuracy"].items())
+            print(f"{run}, {name}, {tokens} tokens, seed {seed}, {stage.name}: {said}", flush=True)
         self.write()
 
     def write(self):
