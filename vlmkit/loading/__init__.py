@@ -8,17 +8,8 @@ transformers' own BitsAndBytesConfig, and the checkpoint's AutoProcessor.
 
 import os
 
-from vlmkit.anatomy import on_meta, shape_of
-from vlmkit.checkpoints import (
-    NO_LONGER_SAVED,
-    PEBBLE,
-    brief,
-    check_weights,
-    find,
-    read_config,
-)
-from vlmkit.errors import CheckpointError
-from vlmkit.formats import torch_dtype
+from vlmkit.anatomy import on_meta
+from vlmkit.checkpoints import PEBBLE, check_weights, find, read_config
 from vlmkit.loading.audit import audit, audit_layout, plan_of, preview
 from vlmkit.loading.boundaries import join_dtypes
 from vlmkit.loading.cpu import guard_against_cpu_traps
@@ -27,6 +18,7 @@ from vlmkit.loading.processors import load_processor
 from vlmkit.loading.quiet import quiet
 from vlmkit.loading.saving import save
 from vlmkit.loading.tables import Audit, Preview
+from vlmkit.loading.weights import load_weights
 from vlmkit.plan import Plan
 from vlmkit.stored import layout_of
 
@@ -65,79 +57,12 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
         meta = on_meta(config, trust_remote_code=trust_remote_code)
         layout = layout_of(folder, config, meta, plan)
         check_formats(layout, device)
-        quantization_config = layout.quantization_config()
+        layout.quantization_config()  # what cannot be expressed is said before a file is read
         check_weights(folder)
         # The processor before the weights: it is quick, and most of what can be missing is its.
         loaded_processor = load_processor(folder, trust_remote_code) if processor else None
-        model = _load_weights(
-            folder, config, layout, quantization_config, device, trust_remote_code
-        )
-        _round_to_layout(model, layout)
+        model = load_weights(folder, config, layout, device, trust_remote_code)
         guard_against_cpu_traps(model)
         join_dtypes(model, layout)
     audit_layout(model, layout)
     return model.eval(), loaded_processor
-
-
-def _load_weights(folder, config, layout, quantization_config, device, trust_remote_code):
-    from transformers import AutoModelForImageTextToText
-
-    kwargs = {"quantization_config": quantization_config} if quantization_config else {}
-    if getattr(config, "quantization_config", None):  # quantised already: nothing is quantised now
-        config.quantization_config = quantization_config and quantization_config.to_dict()
-        kwargs = {"config": config}
-    try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=torch_dtype(layout.load_dtype),  # one for all that is float, see load_dtype
-            device_map={"": device},
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # so that they are listed, for _require_complete
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **kwargs,
-        )
-    except Exception as error:  # of many kinds: what the files can have wrong has no end
-        raise CheckpointError(
-            f"{folder}: transformers could not load the weights: {brief(error)}"
-        ) from error
-    _require_complete(folder, model, info, layout)
-    return model
-
-
-def _require_complete(folder, model, info, layout):
-    # transformers does not compare the shapes of weights that it quantises.
-    wrong = {str(key[0]) for key in info["mismatched_keys"]}
-    wrong |= {
-        row.name for row in layout.rows if shape_of(model.get_parameter(row.name)) != row.shape
-    }
-    # What is missing would have been filled with random numbers, which is worse than an error.
-    missing = sorted(info["missing_keys"])
-    unexpected = sorted(k for k in info["unexpected_keys"] if not NO_LONGER_SAVED.search(k))
-    for problem, keys in (
-        ("lacks weights that the model has", missing),
-        ("holds weights that the model has no place for", unexpected),
-        ("holds weights of another shape than the model's", sorted(wrong)),
-    ):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise CheckpointError(
-                f"{folder} {problem}: {', '.join(keys[:3])}{more}. Its config.json and its weights "
-                "do not belong together, or a file is incomplete."
-            )
-
-
-def _round_to_layout(model, layout):
-    """Give each parameter the dtype of its row, where the checkpoint was read in a wider one."""
-    text = model.config.get_text_config()
-    for row in layout.rows:
-        parameter = model.get_parameter(row.name)
-        dtype = torch_dtype(row.format)
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            state.dtype = dtype  # what it dequantises to
-        elif parameter.is_floating_point() and parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
-    model.config.dtype = text.dtype = torch_dtype(layout.plan["language_model"])
-    if hasattr(model.config, "vision_config"):
-        model.config.vision_config.dtype = torch_dtype(layout.plan["vision_encoder"])
