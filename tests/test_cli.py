@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -164,10 +165,16 @@ def printed(capsys):
 
 
 def test_memory_as_text_and_as_json(capsys):
-    ledger = vk.memory.predict(NAME, PLAN)
-    assert run("memory", NAME, "--plan", PLAN) == 0
-    assert capsys.readouterr().out == f"{ledger}\n"
-    assert run("memory", NAME, "--plan", PLAN, "--json") == 0
+    words = ["memory", NAME, "--plan", PLAN, "--tokens", 32, "--train", "lora", "--rank", 4]
+    training = {"language_model": vk.LoRA(r=4)}
+    ledger = vk.memory.predict(NAME, PLAN, tokens=32, training=training)
+    assert run(*words) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    for kind, size in ledger.by_kind.items():
+        (line,) = (line for line in out.splitlines() if re.match(rf"{kind}( \*)?  ", line))
+        assert line.endswith(f" {size / 10**6:,.3f}"), line
+    assert run(*words, "--json") == 0
     document = printed(capsys)
     assert document["total"] == ledger.total
     assert document["by_component"] == ledger.by_component
@@ -214,7 +221,7 @@ def test_fit_as_text_as_json_and_drawn(tmp_path, capsys):
         ("nf4", "T4", True),
         ("nf4", "3 GB", True),
     ]
-    assert rows[0]["needed"] == vk.memory.predict(NAME, "bf16").total
+    assert rows[0]["needed"] == vk.memory.predict(NAME, "bf16", allocator="cuda").total
     assert rows[1]["usable"] == 2_500_000_000
 
 

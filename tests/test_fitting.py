@@ -1,5 +1,7 @@
 """What fits on which card: needed as predicted, usable as stated."""
 
+from functools import partial
+
 import matplotlib
 
 matplotlib.use("agg")
@@ -16,6 +18,7 @@ from vlmkit.errors import FinetuningError, PlanError, SizeError
 from vlmkit.fitting import PLANS, fit, summary
 
 WEIGHTS = {"tokens": 0, "images": 0}
+predict = partial(vk.memory.predict, allocator="cuda")
 QWEN, SMOL = "Qwen/Qwen2-VL-2B-Instruct", "HuggingFaceTB/SmolVLM-256M-Instruct"
 
 
@@ -27,7 +30,7 @@ def table():
 def test_a_row_for_each_model_plan_and_card(table):
     assert len(table) == 2 * len(PLANS) * len(GPUS)
     for (model, plan), own in table.groupby(["model", "plan"]):
-        assert set(own["needed"]) == {vk.memory.predict(model, PLANS[plan]).total}
+        assert set(own["needed"]) == {predict(model, PLANS[plan]).total}
         assert list(own["gpu"]) == list(GPUS)
     assert (table["memory"] == [GPUS[gpu].bytes for gpu in table["gpu"]]).all()
     assert (table["usable"] == table["memory"] - 10**9).all()
@@ -36,7 +39,7 @@ def test_a_row_for_each_model_plan_and_card(table):
 
 
 def test_it_fits_to_the_byte():
-    needed = vk.memory.predict("pebble", "bf16").total
+    needed = predict("pebble", "bf16").total
     found = fit(
         ["pebble"], ["bf16"], [needed + 10**6, needed + 10**6 - 1], reserved="1 MB", **WEIGHTS
     )
@@ -49,13 +52,13 @@ def test_configs_plans_and_sizes_of_ones_own():
     found = fit({"my model": config}, plans, ["12 GB", "12 GiB", 12 * 10**9], **WEIGHTS)
     assert set(found["model"]) == {"my model"} and list(dict.fromkeys(found["plan"])) == [*plans]
     assert found["memory"].tolist() == [12 * 10**9, 12 * 2**30, 12 * 10**9] * 2
-    assert found["needed"].iloc[0] == vk.memory.predict(config, plans["mine"]).total
+    assert found["needed"].iloc[0] == predict(config, plans["mine"]).total
 
 
 def test_what_the_model_is_to_do_counts():
     use = {"tokens": 64, "images": 2, "training": {"projector": "full"}}
     found = fit(["pebble"], ["bf16"], ["8 GB"], **use)
-    assert found["needed"].item() == vk.memory.predict("pebble", "bf16", **use).total
+    assert found["needed"].item() == predict("pebble", "bf16", **use).total
 
 
 def test_a_model_without_room_for_so_many_tokens_is_said_to_have_none():
@@ -96,7 +99,7 @@ def test_cards_grow_and_have_a_source():
 def test_summary_says_what_is_left(table):
     wide = summary(table)
     assert list(wide.columns) == ["needs", *dict.fromkeys(f"{g.gigabytes}" for g in GPUS.values())]
-    needed = vk.memory.predict(QWEN, "bf16").total / 10**9
+    needed = predict(QWEN, "bf16").total / 10**9
     assert wide.loc[(QWEN, "bf16"), "needs"] == f"{needed:.1f}"
     assert wide.loc[(QWEN, "bf16"), "8"] == f"{7 - needed:.1f}"
     small = summary(fit([QWEN], ["bf16"], ["4 GB"], **WEIGHTS))
@@ -111,7 +114,7 @@ def test_the_figure_shows_what_is_needed_and_where_cards_end(table):
         "Qwen2-VL-2B-Instruct",
     ]
     for plan, line in marks.items():
-        needed = [vk.memory.predict(name, PLANS[plan]).total / 10**9 for name in (SMOL, QWEN)]
+        needed = [predict(name, PLANS[plan]).total / 10**9 for name in (SMOL, QWEN)]
         assert list(line.get_xdata()) == pytest.approx(needed)
         assert list(line.get_ydata()) == [0, 1]
     looks = {(line.get_marker(), colors.to_hex(line.get_color())) for line in marks.values()}

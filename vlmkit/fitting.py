@@ -37,6 +37,7 @@ def fit(
     *,
     tokens=512,
     images=1,
+    allocator="cuda",
     reserved=RESERVED,
     progress=False,
     **use,
@@ -49,6 +50,7 @@ def fit(
     tokens, images, use: what the model is to do, as `vk.memory.predict` takes it: image_size,
         batch, new_tokens, training, … With tokens=0 and images=0 it is the weights alone that are
         to fit.
+    allocator: "cuda" counts what PyTorch's caching allocator rounds up to; None leaves it out.
     reserved: a size, off every card's memory.
     progress: whether to show a bar; a model of billions takes some seconds a plan.
 
@@ -68,7 +70,10 @@ def fit(
         needed, why = None, ""
         try:
             with quiet():
-                needed = predict(x, chosen, tokens=tokens, images=images, **use).total
+                ledger = predict(
+                    x, chosen, tokens=tokens, images=images, allocator=allocator, **use
+                )
+            needed = ledger.total
         except SizeError as error:
             errors.append(error)
             why = str(error)

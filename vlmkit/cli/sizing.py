@@ -89,6 +89,14 @@ def memory(
     rank: Rank = None,
     checkpointing: Checkpointing = False,
     optimizer: Optimizer = None,
+    allocator: Annotated[
+        str,
+        typer.Option(
+            metavar="cuda",
+            help="Count what PyTorch's allocator for that device rounds up to, too.",
+            show_default=False,
+        ),
+    ] = None,
     budget: Annotated[
         str,
         typer.Option(
@@ -110,12 +118,17 @@ def memory(
     use = _use(images, image_size, tokens, new_tokens, batch, train, rank, checkpointing, optimizer)
     with quiet():
         ledger = vk.memory.predict(
-            name_of(model), plan, revision=revision, trust_remote_code=trust_remote_code, **use
+            name_of(model),
+            plan,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            allocator=allocator,
+            **use,
         )
     if json:
         print_json(_document(ledger, room))
     else:
-        print(ledger)
+        print(_ledger_as_text(ledger))
         if room is not None:
             print(_verdict(ledger, room))
     return int(room is not None and ledger.total > room)
@@ -224,6 +237,18 @@ def _training(text, rank):
     pairs = (item.partition("=") for item in filter(None, text.split(",")))
     ways = {"lora": lora, "none": None}
     return {part.strip(): ways.get(way.strip(), way.strip()) for part, _, way in pairs}
+
+
+def _ledger_as_text(ledger):
+    """A ledger as a terminal has room for: a row for each kind of bytes."""
+    from vlmkit.memory import BOUNDED, MEGABYTE
+
+    table = (ledger.table().T / MEGABYTE).map("{:,.3f}".format)
+    table = table.rename(index={kind: f"{kind} *" for kind in BOUNDED})
+    lines = [f"{ledger.title}, in MB (1 MB = 10^6 bytes)", "", table.to_string()]
+    if ledger.bounded:
+        lines.append("* bounded, not exact; the rest is to the byte")
+    return "\n".join([*lines, *([""] if ledger.notes else []), *ledger.notes])
 
 
 def _document(ledger, room):
