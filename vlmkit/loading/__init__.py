@@ -7,11 +7,13 @@ transformers' own BitsAndBytesConfig, and the checkpoint's AutoProcessor.
 """
 
 import os
+from functools import partial
 
 from vlmkit.anatomy import on_meta
 from vlmkit.checkpoints import PEBBLE, check_weights, find, read_config
 from vlmkit.loading.audit import audit, audit_layout, plan_of, preview
 from vlmkit.loading.boundaries import join_dtypes
+from vlmkit.loading.cache import entry_for
 from vlmkit.loading.cpu import guard_against_cpu_traps
 from vlmkit.loading.devices import check_formats, resolve_device
 from vlmkit.loading.processors import load_processor
@@ -43,7 +45,8 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
     trust_remote_code: whether Python code that comes with the checkpoint may run.
 
     The plan is resolved to full module names on the meta device before any weight is read. All or
-    nothing: if anything is wrong, nothing is returned.
+    nothing: if anything is wrong, nothing is returned. If the environment variable VLMKIT_CACHE
+    names a folder, what is quantised is kept there for the next time (see vlmkit.loading.cache).
 
     Raises PlanError (the plan does not fit the model or the device), CheckpointError (files
     missing, damaged or refused), AnatomyError (not a VLM, or parts of it unknown), AuditError
@@ -61,8 +64,18 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
         check_weights(folder)
         # The processor before the weights: it is quick, and most of what can be missing is its.
         loaded_processor = load_processor(folder, trust_remote_code) if processor else None
-        model = load_weights(folder, config, layout, device, trust_remote_code)
-        guard_against_cpu_traps(model)
-        join_dtypes(model, layout)
+        entry = entry_for(folder, config, layout, device)
+        kept = entry and entry.read(partial(_built, layout, device, trust_remote_code))
+        model = kept or _built(layout, device, trust_remote_code, folder, config)
+    if entry and not kept:
+        entry.write(model)
+    return model, loaded_processor
+
+
+def _built(layout, device, trust_remote_code, folder, config):
+    """The model in `folder`, ready for use, and audited."""
+    model = load_weights(folder, config, layout, device, trust_remote_code)
+    guard_against_cpu_traps(model)
+    join_dtypes(model, layout)
     audit_layout(model, layout)
-    return model.eval(), loaded_processor
+    return model.eval()
