@@ -269,6 +269,21 @@ def _meta(folder):
     return vk.anatomy.on_meta(vk.checkpoints.read_config(folder))
 
 
+@pytest.mark.parametrize("skip", [None, ["visual", "vision_tower", "cross_attn", "lm_head"]])
+@pytest.mark.parametrize("name", [vk.catalog.NAMES[i] for i in (0, 1, 6, 8)])
+def test_the_plans_in_the_remedies_keep_what_they_say(name, skip):
+    findings = vk.lint(name, bits(skip, "nf4-dq"))
+    plans = [
+        (f, re.search(r"vk\.Plan\(.*\)", f.remedy)[0]) for f in findings if "vk.Plan(" in f.remedy
+    ]
+    assert plans
+    meta = vk.anatomy.on_meta(vk.checkpoints.read_config(vk.catalog.folder_of(name)))
+    for finding, code in plans:
+        quantized = eval(code, {"vk": vk}).resolve(meta).quantized
+        assert quantized and set(quantized.values()) == {"nf4-dq"}
+        assert not set(finding.modules) & set(quantized)
+
+
 def test_fused_experts_stay(folders):
     findings = vk.lint(folders("qwen3_vl_moe"), bits(["lm_head"]))
     (experts,) = (f for f in findings if f.code == "experts-kept")

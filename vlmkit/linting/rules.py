@@ -48,7 +48,7 @@ def unusable_patterns(case):
                 "unusable-pattern",
                 f"{pattern!r} is {why}: loading fails with it. What follows is as if it were "
                 "not there.",
-                f"Write a full module name, such as {case.names_for(case.layers[:1])[0]!r}.",
+                f"Write a full module name, such as {case.starts[0]!r}.",
             )
 
 
