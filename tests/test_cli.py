@@ -103,6 +103,8 @@ def test_anatomy(llava, capsys):
         (["memory", "pebble", "--budget", "8 apples"], "'8 apples'"),
         (["memory", "pebble", "--budget", "-8 GB"], "'-8 GB'"),
         (["memory", "pebble", "--rank", "4"], "--train"),
+        (["memory", "pebble", "--train", "full", "--rank", "4"], "--train"),
+        (["memory", "pebble", "--train", "visionencoder=full"], "'vision_encoder'"),
         (["fit", "--model", "pebble", "--gpu", "RTX 4091"], "'RTX 4090'"),
         (["fit", "--model", "pebble", "--figure", "/nowhere/a.png"], "/nowhere/a.png"),
         (["fit", "--model", "pebble", "--figure", "a.words"], "words"),

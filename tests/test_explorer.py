@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import vlmkit as vk
-from vlmkit.errors import CheckpointError
+from vlmkit.errors import CheckpointError, SizeError
 from vlmkit.explorer import MemoryExplorer, parts_of
 from vlmkit.finetuning import LoRA
 
@@ -98,6 +98,13 @@ def test_what_cannot_be_is_said_and_the_last_picture_stays():
 def test_a_model_that_is_not_there():
     with pytest.raises(CheckpointError, match="nowhere"):
         vk.explorer.memory("nowhere")
+
+
+@pytest.mark.parametrize("use", [{"images": -1}, {"tokens": 1.5}, {"tokens": 10**6}])
+def test_numbers_that_cannot_be(use):
+    with pytest.raises(SizeError):
+        vk.explorer.memory("pebble", **use)
+    assert vk.explorer.memory("pebble", images=17).images.value == 17
 
 
 def test_it_is_a_widget_that_is_shown(explorer):

@@ -11,7 +11,7 @@ import html
 import io
 
 from vlmkit.anatomy import anatomy
-from vlmkit.errors import DependencyError, VlmkitError
+from vlmkit.errors import DependencyError, SizeError, VlmkitError
 from vlmkit.figures import bytes_by_component
 from vlmkit.finetuning import LoRA
 from vlmkit.formats import FORMATS
@@ -45,9 +45,13 @@ def memory(name="pebble", *, images=0, tokens=0, image_size=None):
     name: "pebble", a folder, a hub id, a model of the catalog, or a transformers config.
     images, tokens: to begin with. image_size: (width, height) of each image, in pixels.
 
-    Returns a MemoryExplorer. Raises DependencyError without ipywidgets, and what `vk.anatomy` and
-    `vk.memory.predict` raise; what is turned to later and cannot be is said in the widget.
+    Returns a MemoryExplorer. Raises DependencyError without ipywidgets, SizeError for numbers that
+    cannot be, and what `vk.anatomy` and `vk.memory.predict` raise; what is turned to later and
+    cannot be is said in the widget.
     """
+    for what, number in (("images", images), ("tokens", tokens)):
+        if type(number) is not int or number < 0:  # a slider would move it into its range
+            raise SizeError(f"{what} is a whole number from 0 on, not {number!r}")
     return MemoryExplorer(name, images, tokens, image_size)
 
 
@@ -70,7 +74,7 @@ class MemoryExplorer(widgets.VBox):
             for component in has
         }
         slow = {"continuous_update": False, **wide}
-        self.images = widgets.IntSlider(images, 0, 16, description="images", **slow)
+        self.images = widgets.IntSlider(images, 0, max(16, images), description="images", **slow)
         self.tokens = widgets.IntSlider(
             tokens, 0, max(8192, tokens), 64, description="tokens of text", **slow
         )

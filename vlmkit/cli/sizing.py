@@ -225,9 +225,9 @@ def _size(text):
 
 
 def _training(text, rank):
+    if rank is not None and "lora" not in (text or ""):
+        raise typer.BadParameter("--rank is that of adapters: say so with --train lora")
     if text is None:
-        if rank is not None:
-            raise typer.BadParameter("--rank is of adapters: say which with --train lora")
         return None
     import vlmkit as vk
 
