@@ -172,7 +172,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant, loaded
     assert all(torch.equal(found[n], wanted[n]) for n in wanted)
 
 
-def test_checkpointing_by_its_name_of_before_transformers_5_23(loaded):
+def test_checkpointing_by_its_older_name(loaded):
     model, batch = loaded("pebble")
     model = add_adapters(model, language_model=vk.LoRA())
     wanted = gradients(model, batch)

@@ -6,8 +6,6 @@ A component is frozen (None, or left out), trained in full ("full"), or given lo
 LoRA).
 """
 
-import warnings
-
 from vlmkit.errors import FinetuningError
 from vlmkit.finetuning.adapters import LoRA, Target, adapted, parse, targets
 
@@ -33,7 +31,4 @@ def add_adapters(model, **training):
             "the model has adapters already. To start anew, take them off (model.unload()) or "
             "merge them in (model.merge_and_unload()), and give what that returns."
         )
-    with warnings.catch_warnings():
-        # peft 0.21 asks transformers for it by the name of before 5.23
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-        return adapted(model, training).train()
+    return adapted(model, training).train()

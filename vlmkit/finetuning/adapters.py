@@ -7,6 +7,7 @@ device, before anything is changed.
 
 import difflib
 import re
+import warnings
 from dataclasses import dataclass
 
 from vlmkit import COMPONENTS
@@ -214,4 +215,7 @@ def _with_adapters(model, loras):
         alpha_pattern={name: lora.scale for name, lora in rest if lora.scale != first.scale},
     )
     on_meta = next(model.parameters()).is_meta
-    return get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers about checkpointing by its older name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        return get_peft_model(model, config, low_cpu_mem_usage=on_meta)
