@@ -16,6 +16,7 @@ from vlmkit.errors import PlanError
 
 BLOCK = 64  # weights that share one absmax in the 4-bit formats (QLoRA, arXiv 2305.14314, sec. 3)
 NESTED_BLOCK = 256  # absmax values that share one absmax under double quantisation
+NESTED_CELLS = 2**16  # bitsandbytes looks 8-bit codes up in a table of so many entries on a CPU
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,9 @@ def quantize(weight, name):
     if name.endswith("-dq"):
         nested_code = torch.tensor(dynamic_code(), device=weight.device)
         offset = absmax.mean()
-        index, nested_absmax = _quantize_blocks(absmax - offset, nested_code, NESTED_BLOCK)
+        index, nested_absmax = _quantize_blocks(
+            absmax - offset, nested_code, NESTED_BLOCK, cells=NESTED_CELLS
+        )
         state = {
             "absmax": index.to(torch.uint8),
             "code": code,
@@ -182,15 +185,22 @@ def _quantize_rows(weight):
     return Packed("int8", tuple(weight.shape), data, {"row_absmax": row_absmax})
 
 
-def _quantize_blocks(values, code, block):
-    """Index into `code` of each value over its block's largest magnitude, and those magnitudes."""
+def _quantize_blocks(values, code, block, cells=None):
+    """Index into `code` of each value over its block's largest magnitude, and those magnitudes.
+
+    cells: round to one of so many evenly spaced values from -1 to 1 before looking for the code.
+    """
     import torch
 
     n = values.numel()
     blocks = torch.nn.functional.pad(values, (0, -n % block)).reshape(-1, block)
     absmax = blocks.abs().amax(dim=1)
-    scaled = blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]
-    return _nearest(scaled.clamp(-1, 1).reshape(-1)[:n], code), absmax
+    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)
+    if cells:
+        half = (cells - 1) / 2
+        scaled = ((scaled + 1) * half + 0.5).floor() / half - 1
+        scaled[absmax == 0] = -1  # bitsandbytes gives them the first code; times zero, any will do
+    return _nearest(scaled.reshape(-1)[:n], code), absmax
 
 
 def _nearest(values, code):
