@@ -50,8 +50,9 @@ def save(model, processor, path, *, overwrite=False):
     """
     if hasattr(model, "peft_config"):
         raise CheckpointError(
-            "the model has PEFT adapters: save those with model.save_pretrained(path), or merge "
-            "them first (model.merge_and_unload()) and save what that returns."
+            "the model has PEFT adapters. Save them with model.save_pretrained(path), which leaves "
+            "out a component that was trained in full; save that with vk.save(model.unload(), ...). "
+            "Or merge the adapters and save all: vk.save(model.merge_and_unload(), ...)."
         )
     layout = plan_of(model).resolve(on_meta(model.config, trust_remote_code=True))
     audit_layout(model, layout)
