@@ -51,7 +51,7 @@ def save(model, processor, path, *, overwrite=False):
     if hasattr(model, "peft_config"):
         raise CheckpointError(
             "the model has PEFT adapters. Save them with model.save_pretrained(path), which leaves "
-            "out a component that was trained in full; save that with vk.save(model.unload(), ...). "
+            "out a component that was trained in full; vk.save(model.unload(), ...) keeps that one. "
             "Or merge the adapters and save all: vk.save(model.merge_and_unload(), ...)."
         )
     layout = plan_of(model).resolve(on_meta(model.config, trust_remote_code=True))
