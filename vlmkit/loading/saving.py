@@ -50,9 +50,9 @@ def save(model, processor, path, *, overwrite=False):
     """
     if hasattr(model, "peft_config"):
         raise CheckpointError(
-            "the model has PEFT adapters. Save them with model.save_pretrained(path), which leaves "
-            "out a component that was trained in full; vk.save(model.unload(), ...) keeps that one. "
-            "Or merge the adapters and save all: vk.save(model.merge_and_unload(), ...)."
+            "the model has PEFT adapters. Merge them and save all: "
+            "vk.save(model.merge_and_unload(), ...). Or use model.save_pretrained(path), "
+            "which leaves out a component trained in full; vk.save(model.unload(), ...) keeps that."
         )
     layout = plan_of(model).resolve(on_meta(model.config, trust_remote_code=True))
     audit_layout(model, layout)
