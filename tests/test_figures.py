@@ -247,15 +247,12 @@ def test_accuracy_against_costs_has_a_panel_for_each_cost_and_task():
 
 
 def test_accuracy_by_tokens_has_a_line_for_each_connector():
-    points = {
-        ("a", 16): (0.5, 0.4, 0.7),
-        ("a", 4): (0.2, 0.1, 0.3),
-        ("b", 16): (0.9, 0.8, 1.0),
-    }
-    ax = figures.accuracy_by_tokens(points)
+    rows = [("a", 16, 0.5, 0.4, 0.7), ("a", 4, 0.2, 0.1, 0.3), ("b", 16, 0.9, 0.8, 1.0)]
+    columns = ["connector", "visual_tokens", "accuracy", "low", "high"]
+    ax = figures.accuracy_by_tokens(pd.DataFrame(rows, columns=columns))
     first, second = (bars.lines[0] for bars in ax.containers)
-    assert first.get_ydata().tolist() == [20, 50] and second.get_ydata().tolist() == [90]
-    assert first.get_xdata().tolist() == pytest.approx([4, 16], rel=0.1)
+    assert (first.get_ydata() == [20, 50]).all() and (second.get_ydata() == [90]).all()
+    assert first.get_xdata() == pytest.approx([4, 16], rel=0.1)
     low, high = ax.containers[0].lines[2][0].get_segments()[1][:, 1]
     assert (low, high) == pytest.approx((40, 70))
     assert [bars.get_label() for bars in ax.containers] == ["a", "b"]

@@ -298,7 +298,7 @@ def error_by_bits(formats, ax=None):
 
 
 # Told apart by shape as well, since they are drawn on top of each other.
-_MARKS = tuple(zip((VERMILION, SKY, BLACK, GREY), "os^D", strict=True))
+_MARKS = tuple(zip((VERMILION, SKY, BLACK, GREY, "#F0E442"), "os^Dv", strict=True))
 
 
 def patches(image, grid, block=1, ax=None):
@@ -337,7 +337,8 @@ def learning(curves, window=30, ax=None):
 
     if ax is None:
         _, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    for (label, curve), (color, mark) in zip(curves.items(), _MARKS, strict=False):
+    for number, (label, curve) in enumerate(curves.items()):
+        color, mark = _MARKS[number % len(_MARKS)]
         smooth = 100 * curve["right"].rolling(window).mean()
         every = max(1, len(curve) // 8)
         ax.plot(curve["seconds"], smooth, color=color, marker=mark, markevery=every, label=label)
@@ -348,30 +349,28 @@ def learning(curves, window=30, ax=None):
     return ax
 
 
-def accuracy_by_tokens(points, ax=None):
+def accuracy_by_tokens(table, ax=None):
     """Right answers against the number of visual tokens, on a logarithmic axis: a line for each
     connector, with 95% intervals.
 
-    points: {(connector, visual tokens): (accuracy, low, high), from 0 to 1}.
+    table: DataFrame with columns connector, visual_tokens, and accuracy, low and high from 0 to 1.
     """
     from matplotlib import pyplot as plt
 
     if ax is None:
         _, ax = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
-    connectors = dict.fromkeys(connector for connector, _ in points)
-    for number, (connector, (color, mark)) in enumerate(zip(connectors, _MARKS, strict=False)):
-        line = sorted(
-            (tokens, share) for (name, tokens), share in points.items() if name == connector
-        )
+    lines = list(table.groupby("connector", sort=False))
+    for number, (connector, line) in enumerate(lines):
+        line = line.sort_values("visual_tokens")
+        color, mark = _MARKS[number % len(_MARKS)]
         # Side by side where several have as many tokens.
-        x = [tokens * 1.05 ** (number - (len(connectors) - 1) / 2) for tokens, _ in line]
-        y = [100 * share for _, (share, _, _) in line]
-        below = [100 * (share - low) for _, (share, low, _) in line]
-        above = [100 * (high - share) for _, (share, _, high) in line]
-        ax.errorbar(x, y, [below, above], color=color, marker=mark, label=connector)
-    ticks = sorted({tokens for _, tokens in points})
+        x = line["visual_tokens"] * 1.05 ** (number - (len(lines) - 1) / 2)
+        below, above = line["accuracy"] - line["low"], line["high"] - line["accuracy"]
+        intervals = [100 * below, 100 * above]
+        ax.errorbar(x, 100 * line["accuracy"], intervals, color=color, marker=mark, label=connector)
+    ticks = sorted(set(table["visual_tokens"]))
     ax.set_xscale("log", base=2)
-    ax.set_xticks(ticks, ticks, minor=False)
+    ax.set_xticks(ticks, ticks)
     ax.minorticks_off()
     ax.set(xlabel="visual tokens", ylabel="right answers, %", ylim=(0, 100))
     ax.grid(color="#dddddd")
