@@ -15,7 +15,7 @@ python := .venv/bin/python
 quietly := env -u VLMKIT_MODEL -u VLMKIT_CACHE -u MPLBACKEND HF_HUB_OFFLINE=1
 pytest := $(quietly) $(python) -m pytest $(PYTEST_ARGS)
 # A notebook runs in this environment's own kernel, and must give the outputs stored in it.
-nbval := --nbval --nbval-current-env --nbval-cell-timeout=300 notebooks
+nbval := --nbval --nbval-current-env --nbval-cell-timeout=600 notebooks
 # Jupyter refuses to run as root, the usual user of a container, unless it is told to.
 as_root := $(if $(filter 0,$(shell id -u)),--allow-root)
 
