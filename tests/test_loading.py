@@ -1,5 +1,6 @@
 """Loading under a plan: what is asked is what is there, and bad input says what is wrong."""
 
+import gc
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import vlmkit as vk
-from vlmkit.errors import AuditError, PlanError
+from vlmkit.errors import AuditError, CheckpointError, PlanError
 from vlmkit.loading import cpu, join_dtypes
 
 MIXED = [
@@ -330,3 +331,17 @@ def test_mistaken_plans_stop_before_anything_is_read(llava):
     twice = vk.Plan().override(r"layers\.0\.", "nf4").override(r"language_model\.layers", "int8")
     with pytest.raises(PlanError, match="contradicts itself about model.language_model.layers.0"):
         vk.load(llava, twice)
+
+
+def test_garbage_is_collected_again_after_a_load_and_after_a_failure(llava, tmp_path):
+    vk.load(llava, processor=False)
+    assert gc.isenabled()
+    with pytest.raises(CheckpointError):
+        vk.load(tmp_path, processor=False)
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        vk.load(llava, processor=False)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
