@@ -83,8 +83,9 @@ def test_processor_and_connector_agree_on_any_square_number(pebble, side):
 
 
 def test_a_connector_that_does_not_fit_is_refused(pebble):
-    with pytest.raises(vk.VlmkitError, match="take 9 or 16"):
-        connecting.connect(*pebble, Pool(4), 10)
+    for impossible in (10, 0, -1, 121):
+        with pytest.raises(vk.VlmkitError, match="Possible are 1, 4, 9, 16, 25, 36, 49"):
+            connecting.connect(*pebble, Pool(4), impossible)
     with pytest.raises(vk.VlmkitError, match=r"makes \(1, 16, 192\); needed is \(1, 25, 192\)"):
         connecting.connect(*pebble, Pool(4), 25)
     with pytest.raises(vk.VlmkitError, match=r"makes \(1, 49, 128\)"):

@@ -1,5 +1,6 @@
 """Another connector in the place of pebble's projector: put in, trained, scored.
 
+    model, processor = vk.load("pebble", vk.Plan.uniform("fp32"))
     match_size(connector, model)
     connected, its_processor = connect(model, processor, connector, visual_tokens=16)
     curve = fit(connected, processor.tokenizer, FIRST_STAGE, visual_tokens=16)
@@ -46,13 +47,15 @@ def connect(model, processor, connector, visual_tokens):
     visual_tokens: a square number, since the processor counts an image's tokens by rows and
     columns. Raises VlmkitError where it is none, or not what the connector makes of a picture.
     """
-    side = math.isqrt(visual_tokens)
-    if side**2 != visual_tokens:
-        raise VlmkitError(
-            f"{visual_tokens} visual tokens are no square, and LlavaProcessor counts an image's "
-            f"tokens as rows times columns: take {side**2} or {(side + 1) ** 2}."
-        )
     vision = model.config.vision_config
+    pixels = vision.image_size
+    sides = [side for side in range(1, 11) if pixels // (pixels // side) == side]
+    if visual_tokens not in [side**2 for side in sides]:
+        raise VlmkitError(
+            f"{visual_tokens} visual tokens a picture are not possible: LlavaProcessor counts rows "
+            f"times columns. Possible are {', '.join(str(side**2) for side in sides)}."
+        )
+    side = math.isqrt(visual_tokens)
     features = torch.zeros(1, batches.PATCHES, vision.hidden_size)
     with torch.no_grad():
         made, needed = connector(features).shape, model.config.text_config.hidden_size
@@ -66,7 +69,7 @@ def connect(model, processor, connector, visual_tokens):
     model.set_attn_implementation("eager")
     model.model.multi_modal_projector = connector
     model.config.image_seq_length = visual_tokens
-    processor.patch_size = vision.image_size // side  # read for nothing else than that count
+    processor.patch_size = pixels // side  # read for nothing else than that count
     return model, processor
 
 
