@@ -1,13 +1,14 @@
-"""Chapter 02 with more time: the connectors of the notebook, trained longer and more than once.
+"""Chapter 02 with more time: the connectors of the notebook, trained for longer.
 
-    python benchmarks/connectors.py                      # all of it, about an hour on two CPU cores
+    python benchmarks/connectors.py                      # the recorded runs, about an hour on two cores
     python benchmarks/connectors.py --device cuda
     python benchmarks/connectors.py --steps 100 50 --repeats 1 --n 40 --output trial.csv   # a trial
 
-The connectors are the classes that notebooks/02_connectors.ipynb defines. Each is trained as there,
-from several seeds; and each, with several numbers of visual tokens, for more steps with both ends
-frozen, and after that together with the language model. Scores are exact match on fresh questions,
-equally many a task.
+The connectors are the classes that notebooks/02_connectors.ipynb defines. Each is trained for more
+steps than there with both ends frozen, and after that together with the language model; the
+resampler with several numbers of visual tokens. With --repeats each is also trained as there, from
+several seeds, which is not recorded yet. Scores are exact match on fresh questions, equally many a
+task.
 
 The result is notebooks/data/02_connectors.csv, a row per run, stage and task, which the chapter
 shows. It is written after every run, and a run that is in it already, for the same weights of
@@ -40,9 +41,6 @@ MORE = {
     ("resampler", 16): lambda made: made["Resampler"](side=4),
     ("resampler", 4): lambda made: made["Resampler"](side=2),
     ("resampler", 49): lambda made: made["Resampler"](side=7),
-    ("pixel shuffle", 4): lambda made: made["PixelShuffle"](side=4),
-    ("pixel shuffle", 49): lambda made: made["PixelShuffle"](side=1),
-    ("patch merger", 49): lambda made: made["PatchMerger"](side=1),
 }
 
 
@@ -58,7 +56,7 @@ def main(argv=None):
         metavar=("FIRST", "SECOND"),
         help="of the longer runs: connector alone, then with the language model (2000 1000)",
     )
-    parser.add_argument("--repeats", type=int, default=3, help="seeds of the short runs (3)")
+    parser.add_argument("--repeats", type=int, default=0, help="short runs, as many seeds (0)")
     parser.add_argument("--n", type=int, default=2000, help="questions, of four tasks (2000)")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args(argv)
