@@ -1,6 +1,6 @@
 """Chapter 02 with more time: the connectors of the notebook, trained for longer.
 
-    python benchmarks/connectors.py                      # the recorded runs, about an hour on two cores
+    python benchmarks/connectors.py                     # the recorded runs, an hour on two cores
     python benchmarks/connectors.py --device cuda
     python benchmarks/connectors.py --steps 100 50 --repeats 1 --n 40 --output trial.csv   # a trial
 
