@@ -137,16 +137,19 @@ def _finite(largest):
 def _in_threads(work, items):
     """`work(some of the items)` until all are done, in as many threads as torch is set to use."""
     threads = torch.get_num_threads()
-    shares = [items[i::threads] for i in range(min(threads, len(items)))]
-    if len(shares) < 2:
+    if threads == 1 or not items:
         return work(items)
+    shares = [items[i::threads] for i in range(min(threads, len(items)))]
     # By itself torch would share each operation among its threads and let them wait for one another
     # after each, which takes longer than the work where another program is using a core.
+    torch.set_num_threads(1)  # here, and in the threads that begin from now on
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        if len(shares) == 1:
+            return work(items)
+        with ThreadPoolExecutor(len(shares)) as pool:
             list(pool.map(work, shares))
     finally:
-        torch.set_num_threads(threads)  # set for a thread, it is also what later threads begin with
+        torch.set_num_threads(threads)
 
 
 # --- in bitsandbytes' place -------------------------------------------------------------------

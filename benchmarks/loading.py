@@ -1,0 +1,283 @@
+"""How long loading takes, and how much memory: vlmkit against transformers' own call.
+
+    python benchmarks/loading.py                            # about ten minutes, 4 GB of disk
+    python benchmarks/loading.py --repeats 1                # quicker
+    python benchmarks/loading.py --model FOLDER             # another checkpoint
+    python benchmarks/loading.py --markdown table.md        # write the tables there too
+
+The checkpoint is a LLaVA of 970 M parameters with random weights, in bf16, made for the occasion.
+The "plain call" is `from_pretrained(quantization_config=BitsAndBytesConfig(...))` with the very
+config that vlmkit makes of the plan. Each measurement is a process of its own, which imports
+everything first; they take turns, and the median is shown with the least and the most. Memory is
+the peak of what a process holds beyond the imports and no file backs (RssAnon: on Linux only).
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+PLAN = "recommended"
+READ, FILLING = "reading the files", "vlmkit, filling its cache"
+PLAIN, VLMKIT, CACHED = "plain call", "vlmkit", "vlmkit, from its cache"
+LOADS = (
+    ("bf16", PLAIN),
+    ("bf16", VLMKIT),
+    (PLAN, PLAIN),
+    (PLAN, VLMKIT),
+    (PLAN, CACHED),
+)
+SIDE = 4096  # of the square weight for the quantiser alone
+MEGABYTE, GIGABYTE = 10**6, 10**9
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Measure loading against transformers' own call.")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a checkpoint in bf16")
+    parser.add_argument("--repeats", type=int, default=5, help="of every measurement (5)")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there too")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # what a process of its own is to do
+    args = parser.parse_args(argv)
+    if args.measure:
+        print(json.dumps(MEASURES[args.measure](args.model)))
+        return 0
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["VLMKIT_CACHE"] = str(Path(scratch, "cache"))
+        folder = args.model or Path(scratch, "model")
+        if not args.model:
+            print("making the checkpoint", file=sys.stderr)
+            _measured("make", folder)
+        text = _report(folder, args.repeats)
+    print(text)
+    if args.markdown:
+        args.markdown.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def _report(folder, repeats):
+    filling = _measured(f"{PLAN}/{FILLING}", folder)
+    cases = [READ, *("/".join(load) for load in LOADS)]
+    found = {case: [] for case in cases}
+    rates = []
+    for repeat in range(repeats):
+        print(f"repeat {repeat + 1} of {repeats}", file=sys.stderr)
+        for case in cases:
+            found[case].append(_measured(case, folder))
+        rates.append(_measured("quantisers", folder))
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    read = median(run["seconds"] for run in found[READ])
+    lines = [
+        _machine(),
+        "",
+        f"A checkpoint of {size / GIGABYTE:.2f} GB, in memory already; to read its files takes "
+        f"{_spread(run['seconds'] for run in found[READ])} s.",
+        "",
+        "| plan | load | seconds | to the plain call | to reading the files | peak MB | model MB |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for plan, load in LOADS:
+        runs = found[f"{plan}/{load}"]
+        seconds = median(run["seconds"] for run in runs)
+        plain = median(run["seconds"] for run in found[f"{plan}/{PLAIN}"])
+        lines.append(
+            f"| {plan} | {load} | {_spread(run['seconds'] for run in runs)} "
+            f"| {_ratio(plain, seconds)} | {seconds / read:.1f} "
+            f"| {_spread((run['peak'] for run in runs), '.0f')} | {runs[0]['model']:.0f} |"
+        )
+    lines += [
+        "",
+        f"The load that filled the cache took {filling['seconds']:.1f} s, and at its peak "
+        f"{filling['peak']:.0f} MB.",
+        "",
+        f"| quantiser, {SIDE} × {SIDE} bf16 | threads | bitsandbytes, s per GB | vlmkit, s per GB "
+        "| times faster |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for kind, threads in (key.split() for key in rates[0]):
+        both = [run[f"{kind} {threads}"] for run in rates]
+        theirs, ours = zip(*both, strict=True)
+        lines.append(
+            f"| {kind} | {threads} | {_spread(theirs)} | {_spread(ours)} "
+            f"| {_spread((a / b for a, b in both), '.1f')} |"
+        )
+    return "\n".join(lines)
+
+
+def _spread(values, form=".2f"):
+    """The median of `values`, and in brackets the least and the most."""
+    values = sorted(values)
+    return f"{median(values):{form}} [{values[0]:{form}}, {values[-1]:{form}}]"
+
+
+def _ratio(plain, seconds):
+    return f"{seconds / plain:.2f} ×" if seconds > plain / 2 else f"1/{plain / seconds:.1f}"
+
+
+def _machine():
+    """The machine and the versions, in a sentence."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        name = next((line.split(": ")[1] for line in lines if "model name" in line), name)
+    packages = ("torch", "transformers", "bitsandbytes")
+    return (
+        f"{os.cpu_count()} cores of {name}, {platform.system()}, Python "
+        f"{platform.python_version()}, {', '.join(f'{p} {version(p)}' for p in packages)}."
+    )
+
+
+# --- in a process of its own ------------------------------------------------------------------
+
+
+def _measured(what, folder):
+    """What this script prints when it is run with `--measure what`."""
+    command = [sys.executable, __file__, "--measure", what, "--model", folder]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _make(folder):
+    import torch
+    from transformers import (
+        AutoModelForImageTextToText,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+    )
+
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_hidden_layers=12,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            vocab_size=32064,
+        ),
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="500MB")
+
+
+def _read(folder):
+    room = bytearray(2**24)
+    start = time.perf_counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(room):
+                pass
+    return {"seconds": time.perf_counter() - start}
+
+
+def _load(folder, plan, load):
+    import torch
+    import transformers
+
+    import vlmkit as vk
+    from vlmkit.anatomy import on_meta
+    from vlmkit.checkpoints import read_config
+    from vlmkit.loading.quiet import quiet
+
+    with quiet():  # imports bitsandbytes, too
+        layout = vk.Plan.parse(plan).resolve(on_meta(read_config(folder)))
+        config = layout.quantization_config()
+    if load != CACHED and load != FILLING:
+        del os.environ["VLMKIT_CACHE"]
+    with quiet(), _Memory() as memory:
+        start = time.perf_counter()
+        if load == PLAIN:
+            kwargs = {"quantization_config": config} if config else {}
+            model = transformers.AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=torch.bfloat16, **kwargs
+            )
+        else:
+            model, _ = vk.load(folder, plan, processor=False, device="cpu")
+        seconds = time.perf_counter() - start
+    size = vk.memory.measure(model).total / MEGABYTE
+    return {"seconds": seconds, "peak": memory.peak, "model": size}
+
+
+def _quantisers(_):
+    import torch
+
+    from vlmkit.loading.quantizing import quantize_4bit
+    from vlmkit.loading.quiet import quiet
+
+    with quiet():
+        weight = (torch.randn(SIDE, SIDE) * 0.02).bfloat16()
+    rates = {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for kind in ("nf4", "fp4"):
+            theirs = _time(
+                lambda kind=kind: torch.ops.bitsandbytes.quantize_4bit(
+                    weight, 64, kind, torch.uint8
+                )
+            )
+            ours = _time(lambda kind=kind: quantize_4bit(weight, kind))
+            rates[f"{kind} {threads}"] = [s / (weight.nbytes / GIGABYTE) for s in (theirs, ours)]
+    return rates
+
+
+def _time(work, times=3):
+    """Seconds that `work` takes: the median of three, after a first time that is not counted."""
+    work()
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds)
+
+
+class _Memory:
+    """The peak of this process's anonymous memory within a block, in MB beyond what there was."""
+
+    def __enter__(self):
+        self.before = self.most = _anonymous()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def _watch(self):
+        while not self.over.wait(0.005):
+            self.most = max(self.most, _anonymous())
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+        self.peak = max(self.most, _anonymous()) - self.before
+
+
+def _anonymous():
+    """MB of this process's memory that no file backs."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024 / MEGABYTE
+
+
+MEASURES = {"make": _make, READ: _read, "quantisers": _quantisers}
+for _plan, _how in (*LOADS, (PLAN, FILLING)):
+    MEASURES[f"{_plan}/{_how}"] = lambda folder, plan=_plan, how=_how: _load(folder, plan, how)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
