@@ -2,8 +2,9 @@
 
 A rehearsal (`vlmkit.memory.shapes`) sees the tensors between operations and not those within one.
 Within these are a whole weight in 16 bits and activations in several formats, and on the way to a
-peak they count. Each is what bitsandbytes 0.50 does in `backends/default/ops.py`, less the values:
-no activation is taken for an outlier of LLM.int8, which only the values could tell.
+peak they count, and so do the copies that PyTorch makes where it multiplies numbers of two kinds.
+Each is what bitsandbytes 0.50 does in `backends/default/ops.py`, less the values: no activation is
+taken for an outlier of LLM.int8, which only the values could tell.
 """
 
 import torch
@@ -24,14 +25,14 @@ def int8_vectorwise_quant(x, threshold=0.0):
     """Rows of x in int8, and their scales."""
     outliers = x.abs() >= threshold if threshold else None
     scales = torch.max(x.abs(), dim=1).values.float()
-    rows = torch.round(x * (127.0 / scales.unsqueeze(-1))).to(torch.int8)
+    rows = torch.round(x.float() * (127.0 / scales.unsqueeze(-1))).to(torch.int8)
     return rows, scales, None if outliers is None else scales.new_empty(0, dtype=torch.int64)
 
 
 def int8_scaled_mm(x, weight, x_scales, scales, bias=None, dtype=None):
     """int8 products in int32, then scaled in float32."""
     products = torch._int_mm(x, weight.t())
-    y = products * (x_scales.reshape(-1, 1) * scales.reshape(1, -1)) * 6.2e-05
+    y = (x_scales.reshape(-1, 1) * scales.reshape(1, -1)) * products.float() * 6.2e-05
     if bias is not None:
         y += bias
     return y.to(dtype or torch.float16)

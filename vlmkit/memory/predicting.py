@@ -1,5 +1,7 @@
 """Predicting: the ledger of a model, a prompt and a training step that are not there yet."""
 
+import gc
+from contextlib import contextmanager
 from pathlib import Path
 
 from vlmkit.anatomy import on_meta
@@ -7,6 +9,7 @@ from vlmkit.checkpoints import find
 from vlmkit.errors import FinetuningError
 from vlmkit.finetuning import parse
 from vlmkit.formats import torch_dtype
+from vlmkit.memory.allocator import overhead
 from vlmkit.memory.demand import demand_of, smallest
 from vlmkit.memory.ledger import Ledger
 from vlmkit.memory.processors import settings_of
@@ -52,7 +55,9 @@ def predict(
     batch: samples.
     training: what is trained, as `vlmkit.finetuning.parse` reads it: a dictionary such as
         {"projector": "full", "language_model": vk.LoRA(r=16)}, "lora" or "full".
-    checkpointing: whether layers are run once more going backward, in place of keeping everything.
+    checkpointing: whether layers are run once more going backward, in place of keeping everything,
+        as `model.activation_checkpointing_enable()` has it. That gives gradients to the input of
+        every part, so that a frozen vision encoder is gone through backward as well.
     optimizer: "adamw", "adamw_8bit", "paged_adamw" or "paged_adamw_8bit".
     prepare_kbit: whether `peft.prepare_model_for_kbit_training` makes float32 of what is not
         quantised.
@@ -65,38 +70,51 @@ def predict(
     Raises CheckpointError, AnatomyError and PlanError as `vk.load` does, SizeError and ImageError
     for sizes that cannot be or do not fit the model, FinetuningError for training that cannot be.
     """
-    config, layout = planned(
-        x, plan, loadable=False, revision=revision, trust_remote_code=trust_remote_code
-    )
     _require_sense(training, new_tokens, checkpointing, prepare_kbit)
-    folder = _folder_of(x, revision)
-    demand = demand_of(config, folder, tokens, new_tokens, images, image_size, batch)
+    check_optimizer(optimizer)
+    with _uncollected():
+        config, layout = planned(
+            x, plan, loadable=False, revision=revision, trust_remote_code=trust_remote_code
+        )
+        folder = _folder_of(x, revision)
+        demand = demand_of(config, folder, tokens, new_tokens, images, image_size, batch)
 
-    def build():
-        # Some buffers follow the dtype that a model is built in: build it as loading will.
-        return on_meta(config, torch_dtype(layout.load_dtype), trust_remote_code)
+        def build():
+            # Some buffers follow the dtype that a model is built in: build it as loading will.
+            return on_meta(config, torch_dtype(layout.load_dtype), trust_remote_code)
 
-    model = build()
-    entries, notes = list(predicted_weights(model, layout)), list(demand.notes)
-    more = (), ()
-    if training is not None or demand:
-        from vlmkit.memory.running import uncollected
-        from vlmkit.memory.steps import Training, prompt, training_step
+        model = build()
+        entries, notes = list(predicted_weights(model, layout)), list(demand.notes)
+        more = (), ()
+        if training is not None:
+            from vlmkit.memory.steps import Training, training_step
 
-        with uncollected():
-            if training is None:
-                more = prompt(model, layout, demand)
-            else:
-                how = Training(training, checkpointing, check_optimizer(optimizer), prepare_kbit)
-                batch = demand or smallest(config, folder)
-                more = training_step(model, build, layout, batch, how, whole=bool(demand))
-    entries += more[0]
-    notes += more[1]
+            how = Training(training, checkpointing, optimizer, prepare_kbit)
+            seen = demand or smallest(config, folder)
+            more = training_step(model, build, layout, seen, how, whole=bool(demand))
+        elif demand:
+            from vlmkit.memory.steps import prompt
+
+            more = prompt(model, layout, demand)
+        entries += more[0]
+        notes += more[1]
     if allocator is not None:
-        from vlmkit.memory.allocator import overhead
-
         entries += overhead(allocator, entries)
     return Ledger(f"predicted for {type(model).__name__}", tuple(entries), tuple(notes))
+
+
+@contextmanager
+def _uncollected():
+    """Without Python's garbage collector: what a rehearsal lets go is then let go by reference
+    counts alone, as its sums expect, and a large model's many objects are not gone through again
+    and again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def visual_tokens(x, image_size, *, alone=True, revision=None, trust_remote_code=False):

@@ -1,12 +1,12 @@
 """Repeats: of many layers that are alike, a few are rehearsed.
 
 A decoder of forty layers does forty times the same to memory. In a rehearsal
-(`vlmkit.memory.shapes`) the first two layers of a kind are run and the last two, and those between
-hand on what they are given. What they would have kept is counted all the same: going forward, as
-much as the second layer kept; going backward, as much comes or goes as with the last but one. What
-a layer needs for a moment is seen in those that are run: along a stack memory grows or shrinks
-steadily, so that its peak is at one of the ends. The tests hold the result against that of running
-every layer.
+(`vlmkit.memory.shapes`) layers of a kind are run until two in a row have kept the same, and so are
+the last ones; those between hand on a tensor like the one that they are given. What they would have
+kept is counted all the same: going forward, as much as their kind was seen to keep; going backward,
+as much comes or goes as with two of the last. What a layer needs for a moment is seen in those that
+are run: along a stack memory grows or shrinks steadily, so that its peak is at one of the ends. The
+tests hold the result against that of running every layer.
 """
 
 import weakref
@@ -14,30 +14,48 @@ import weakref
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-ENDS = 2
-"""Layers of a kind that are run at each end of a stack."""
+LAST, LAST_IN_TRAINING = 1, 4
+"""How many layers of a kind are run at the end of a stack. In training the very last may not be
+gone through backward (LLaVA reads the features before it), and the first that is may be unlike the
+others."""
 PLACE = "layer_idx"
 """The attribute that says which of its kind a layer is, and nothing about what it does."""
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
 
 class Shortened:
-    """A model in a rehearsal whose stacks of layers are run at their ends only.
+    """A model in a rehearsal whose stacks of layers are not run in full.
 
+    model: on the meta device. Its tensors are emptied here, those of a layer not before it is run.
     complete: whether the layers left out have given back, going backward, what they kept. If not,
-        no layer like them went through a backward pass, and all have to be run.
-    stand_ins: {full name of a layer left out: that of a layer that is run and is like it}. A layer
+        layers like them were not seen to, and all have to be run.
+    stand_ins: {full name of a layer left out: that of a layer that was run and is like it}. A layer
         left out gets no gradients and writes nothing into a cache.
     """
 
     def __init__(self, rehearsal, model):
         self.rehearsal = rehearsal
-        self.waiting, self.failed, self.stand_ins = 0, False, {}
-        inside = []
+        self.waiting, self.failed, self.stand_ins, self.counted = 0, False, {}, []
+        self.stacks = {}
         for name, layers in model.named_modules():
-            if isinstance(layers, torch.nn.ModuleList) and not name.startswith(tuple(inside)):
-                inside.append(f"{name}.")
-                _Stack(self, name, layers)
+            inside = tuple(f"{outer}." for outer in self.stacks)
+            if isinstance(layers, torch.nn.ModuleList) and not name.startswith(inside):
+                self.stacks[name] = _Stack(self, name, layers)
+        rehearsal.empty(model, but=self.stacks)
+
+    def restart(self):
+        """Forget what was seen, and what layers left out count for, before another run."""
+        for parts in self.counted:
+            self.rehearsal.shift({component: -size for component, size in parts.items()})
+        self.waiting, self.failed, self.counted = 0, False, []
+        self.stand_ins.clear()
+        for stack in self.stacks.values():
+            stack.restart()
+
+    def count(self, parts):
+        """Count bytes by component for a layer that is left out."""
+        self.rehearsal.shift(parts)
+        self.counted.append(parts)
 
     @property
     def complete(self):
@@ -48,45 +66,49 @@ class _Stack:
     """Layers that call one another in order, and what each kind of them does to memory."""
 
     def __init__(self, whole, name, layers):
-        self.whole, self.rehearsal = whole, whole.rehearsal
+        self.whole, self.rehearsal, self.name = whole, whole.rehearsal, name
         self.kinds = [_kind(layer) for layer in layers]
+        self.emptied = set()
+        self.restart()
+        for place, layer in enumerate(layers):
+            layer.forward = self._forward(place, layer, layer.forward)
+
+    def restart(self):
         self.records = {kind: _Record() for kind in self.kinds}
         # The layer that was called last, and the one that the backward pass has reached, with the
-        # bytes that were live.
+        # bytes that were live then.
         self.called = self.reached = (None, None)
-        self.second, self.last_but_one, self.left_out = set(), set(), set()
-        for kind in self.records:
-            same = [place for place, other in enumerate(self.kinds) if other == kind]
-            if len(same) > 2 * ENDS:
-                self.second.add(same[1])
-                self.last_but_one.add(same[-2])
-                self.left_out.update(same[ENDS:-ENDS])
-                for place in same[ENDS:-ENDS]:
-                    whole.stand_ins[f"{name}.{place}"] = f"{name}.{same[1]}"
-        for place, layer in enumerate(layers if self.left_out else ()):
-            layer.forward = self._forward(place, layer.forward)
 
-    def _forward(self, place, run):
-        record = self.records[self.kinds[place]]
+    def _forward(self, place, layer, run):
+        later = self.kinds[place + 1 :].count(self.kinds[place])
 
         def forward(*args, **kwargs):
             self._arrive(place)
+            record = self.records[self.kinds[place]]
             hidden = args[0] if args else next(iter(kwargs.values()))
-            if place not in self.left_out or record.kept is None:
-                output = run(*args, **kwargs)
-                self._look_at(place, hidden, output)
-                return output
-            self.rehearsal.shift(record.kept)
-            self.whole.waiting += hidden.requires_grad
-            leaves, structure = record.output
-            hidden = _LeftOut.apply(hidden, self, place)
-            return tree_unflatten([hidden if leaf else None for leaf in leaves], structure)
+            if record.kept is not None:
+                training = torch.is_grad_enabled() and hidden.requires_grad
+                if later >= (LAST_IN_TRAINING if training else LAST):
+                    return self._left_out(place, record, hidden)
+            if place not in self.emptied:
+                self.rehearsal.empty(layer)
+                self.emptied.add(place)
+            output = run(*args, **kwargs)
+            self._look_at(place, record, hidden, output)
+            return output
 
         return forward
 
-    def _look_at(self, place, hidden, output):
+    def _left_out(self, place, record, hidden):
+        self.whole.stand_ins[f"{self.name}.{place}"] = f"{self.name}.{record.place}"
+        self.whole.count(record.kept)
+        self.whole.waiting += hidden.requires_grad
+        leaves, structure = record.output
+        hidden = _LeftOut.apply(hidden, self, place)
+        return tree_unflatten([hidden if leaf else None for leaf in leaves], structure)
+
+    def _look_at(self, place, record, hidden, output):
         """Note what a layer of this kind returns, and listen for its backward pass."""
-        record = self.records[self.kinds[place]]
         leaves, structure = tree_flatten(output)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if len(tensors) != 1 or any(leaf is not None for leaf in leaves if leaf is not tensors[0]):
@@ -99,42 +121,52 @@ class _Stack:
             tensors[0].register_hook(lambda gradient: self.reach(place))
 
     def _arrive(self, place):
+        """The layer at `place` is called: what the one before it kept is known now."""
         before, then = self.called
         self.called = place, self.rehearsal.now()
-        record = self.records[self.kinds[before]] if before is not None else None
-        if record and before in self.second and before == place - 1 and record.output:
-            hidden = record.hidden()
-            # A layer left out makes a tensor like this one, and keeps the one that it is given.
-            record.keeps_hidden = hidden is not None
-            record.kept = self.rehearsal.since(then)
-            if hidden is not None:
-                record.kept[record.component] -= hidden.nbytes()
+        if place == 0 or before != place - 1 or f"{self.name}.{before}" in self.whole.stand_ins:
+            return
+        record = self.records[self.kinds[before]]
+        if record.output is None or record.kept is not None:
+            return
+        hidden = record.hidden()
+        kept = self.rehearsal.since(then)
+        if hidden is not None:  # which a layer left out keeps by itself
+            kept[record.component] -= hidden.nbytes()
+        seen = {c: size for c, size in kept.items() if size}, hidden is not None
+        if seen == record.seen:
+            record.kept, record.keeps_hidden, record.place = *seen, before
+        record.seen = seen
 
     def reach(self, place):
         """The backward pass has come to the layer at `place`."""
         after, then = self.reached
-        if after in self.last_but_one and after == place + 1:
-            self.records[self.kinds[after]].given_back = self.rehearsal.since(then)
         self.reached = place, self.rehearsal.now()
+        if after == place + 1 and f"{self.name}.{after}" not in self.whole.stand_ins:
+            record = self.records[self.kinds[after]]
+            record.given_back.append(self.rehearsal.since(then))
 
     def give_back(self, place, hidden):
-        record = self.records[self.kinds[place]]
+        """The backward pass has come to a layer that was left out."""
         self.reach(place)
         self.whole.waiting -= 1
-        if record.given_back is None:
+        record = self.records[self.kinds[place]]
+        if len(record.given_back) < 2 or record.given_back[-1] != record.given_back[-2]:
             self.whole.failed = True
             return
-        self.rehearsal.shift(record.given_back)
+        self.whole.count(record.given_back[-1])
         if hidden:
-            self.rehearsal.shift({record.component: hidden[0].untyped_storage().nbytes()})
+            self.whole.count({record.component: hidden[0].untyped_storage().nbytes()})
 
 
 class _Record:
-    """What layers of one kind do: bytes by component that are kept, and given back going backward;
-    what is returned; and whether the input is kept, which a layer left out does by itself."""
+    """What layers of one kind do: bytes by component that they keep, and that come or go going
+    backward; what they return; whether the input is among what is kept."""
 
-    kept = given_back = output = hidden = component = None
-    keeps_hidden = False
+    def __init__(self):
+        self.seen = self.kept = self.output = self.hidden = self.component = self.place = None
+        self.keeps_hidden = False
+        self.given_back = []
 
 
 class _LeftOut(torch.autograd.Function):

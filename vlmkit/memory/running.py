@@ -4,9 +4,7 @@ Everything here happens in a rehearsal (`vlmkit.memory.shapes`): transformers' o
 PyTorch's own autograd, peft's own adapters, and no data.
 """
 
-import gc
 import logging
-from contextlib import contextmanager
 
 import torch
 
@@ -16,20 +14,6 @@ from vlmkit.errors import AnatomyError
 from vlmkit.memory.cache import places_of
 from vlmkit.memory.repeats import Shortened
 from vlmkit.memory.shapes import Rehearsal
-
-
-@contextmanager
-def uncollected():
-    """Without Python's garbage collector: what a rehearsal lets go is then let go by reference
-    counts alone, as its sums expect, and a large model's many objects are not gone through again
-    and again."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 class Stage:
@@ -43,8 +27,9 @@ class Stage:
         self.model = model
         self.rehearsal = Rehearsal()
         self.short = Shortened(self.rehearsal, model) if short else None
-        self.rehearsal.empty(model, but=self.stand_ins)
         self.rehearsal.watch(model)
+        if not short:
+            self.rehearsal.empty(model)
 
     @property
     def config(self):
@@ -90,17 +75,25 @@ class Stage:
 
     def _forward(self, model, **inputs):
         self.model.eval()
-        self.rehearsal.restart()
+        self._restart()
         with self.rehearsal, torch.no_grad():
             output = self._run(model, inputs)
         # BLIP-2 hands on the output of its language model as it is.
         cache = getattr(output, "language_model_outputs", output).past_key_values
         return cache, _named(self.rehearsal.by_component)
 
+    def _restart(self):
+        if self.short:
+            self.short.restart()
+        self.rehearsal.restart()
+
     def _run(self, model, inputs):
         log = logging.getLogger("torch._subclasses.fake_tensor")
         level = log.level
         log.setLevel(logging.CRITICAL)  # what it reports is said below, in a sentence
+        for value in inputs.values():
+            if isinstance(value, torch.Tensor):
+                self.rehearsal.know(value)
         try:
             return model(**inputs)
         except Exception as error:  # an architecture that looks at values, in ways of its own
@@ -114,24 +107,24 @@ class Stage:
             log.setLevel(level)
 
     def train(self, inputs, labels):
-        """Run a forward and a backward pass. Returns {parameter name: bytes of its gradient}, and
-        bytes by component at the peak, those of gradients under ("gradient", component)."""
+        """Run a forward and a backward pass.
+
+        Returns {parameter name: bytes of its gradient}, bytes by component at the peak (those of
+        gradients under ("gradient", component)), and the bytes that are live in the end.
+        """
         component_of = component_finder(self.model)
-        handles = []
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 owner = "gradient", component_of(name)
-                handles.append(parameter.register_post_accumulate_grad_hook(self._labelling(owner)))
+                parameter.register_post_accumulate_grad_hook(self._labelling(owner))
         self.model.train()
-        self.rehearsal.restart()
+        self._restart()
         with self.rehearsal:
             loss = self._run(self.model, {**inputs, "labels": labels, "use_cache": False}).loss
             self.rehearsal.component = LANGUAGE
             loss.backward()
             self.rehearsal.component = None
-        for handle in handles:
-            handle.remove()
-        return self._learnt(), _named(self.rehearsal.by_component)
+        return self._learnt(), _named(self.rehearsal.by_component), self.rehearsal.live
 
     def _labelling(self, owner):
         return lambda parameter: self.rehearsal.relabel(parameter.grad, owner)

@@ -15,6 +15,7 @@ def shadow(model, layout):
     """`model`, on the meta device, with the layers and dtypes that `layout` gives it. In place."""
     # `vlmkit.loading` builds on this package, so it is asked for only here.
     from vlmkit.loading.boundaries import join_dtypes
+    from vlmkit.loading.cpu import guard_against_cpu_traps
 
     for row in layout.rows:
         if FORMATS[row.format].quantized:
@@ -26,6 +27,7 @@ def shadow(model, layout):
     formats = set(layout.quantized.values())
     model.is_loaded_in_8bit = "int8" in formats  # what peft looks at
     model.is_loaded_in_4bit = bool(formats - {"int8"})
+    guard_against_cpu_traps(model)
     join_dtypes(model, layout)
     return model
 
@@ -49,7 +51,6 @@ def _quantized(linear, name):
     else:
         dtype = torch_dtype(name)
         layer = Linear4bit(*size, bias, compute_dtype=dtype, device="meta")
-        layer.support_avx512bf16_for_cpu = False  # as vlmkit.loading.cpu sets it
         blocks = ceil(n / BLOCK)
         state = QuantState(
             empty(blocks), linear.weight.shape, empty(16), BLOCK, name.removesuffix("-dq"), dtype
@@ -60,7 +61,7 @@ def _quantized(linear, name):
             state.state2 = QuantState(inner, code=empty(256), blocksize=NESTED_BLOCK)
             state.state2.dtype, state.nested = torch.float32, True
         weight = torch.nn.Parameter(empty(ceil(n / 2), 1, dtype=torch.uint8), False)
-        weight.quant_state, weight.bnb_quantized = state, True
+        weight.quant_state, weight.bnb_quantized, weight.blocksize = state, True, BLOCK
         weight.compress_statistics, weight.quant_type = state.nested, state.quant_type
     layer.weight = weight
     if bias:

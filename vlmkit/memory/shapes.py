@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from vlmkit.anatomy import component_finder
@@ -43,9 +43,9 @@ INDEXING = (
 )
 DEVICE = torch.ops.prim.device.default
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-SMALL, LARGE = 2**10, 2**20
-"""Elements of a tensor that is computed with at once, and of one that is a shape even where it
-could be computed."""
+SMALL, LARGE = 2**10, 2**25
+"""Elements up to which a tensor is computed with at once, and bytes from which on a result is a
+shape even where it could be computed."""
 
 
 class Rehearsal(TorchDispatchMode):
@@ -86,15 +86,16 @@ class Rehearsal(TorchDispatchMode):
         """Replace all tensors of `model`, on the meta device, by tensors without data on the CPU,
         except below the modules that `but` names. They count as there before the run."""
         memo, but = {}, tuple(f"{name}." for name in but)
-        for name, module in model.named_modules():
-            if f"{name}.".startswith(but):
-                continue
-            for tensors in (module._parameters, module._buffers, module.__dict__):
-                for key, value in list(tensors.items()):
-                    if isinstance(value, torch.Tensor):
-                        tensors[key] = self._emptied(value, memo)
-            for owner in (getattr(module, "weight", None), getattr(module, "state", None)):
-                self._empty_state(owner, memo)
+        with _disable_current_modes():  # this one, where a layer is emptied just before it is run
+            for name, module in model.named_modules():
+                if f"{name}.".startswith(but):
+                    continue
+                for tensors in (module._parameters, module._buffers, module.__dict__):
+                    for key, value in list(tensors.items()):
+                        if isinstance(value, torch.Tensor):
+                            tensors[key] = self._emptied(value, memo)
+                for owner in (getattr(module, "weight", None), getattr(module, "state", None)):
+                    self._empty_state(owner, memo)
         return model
 
     def _empty_state(self, owner, memo):
@@ -111,19 +112,23 @@ class Rehearsal(TorchDispatchMode):
             new = FakeTensor(self.fake, tensor.detach(), torch.device("cpu"))
             if isinstance(tensor, torch.nn.Parameter):
                 new.requires_grad_(tensor.requires_grad)
-                new.__dict__.update(
-                    tensor.__dict__, _is_param=True
-                )  # what nn.Parameter is known by
-            self._known[new.untyped_storage()._cdata] = None
+                # The attribute is what makes a tensor an nn.Parameter.
+                new.__dict__.update(tensor.__dict__, _is_param=True)
+                for hook in (tensor._post_accumulate_grad_hooks or {}).values():
+                    new.register_post_accumulate_grad_hook(hook)
+            self.know(new)
             memo[id(tensor)] = new, tensor  # the old one too, so that its id is not given again
         return memo[id(tensor)][0]
 
     def tensor(self, shape, dtype):
         """A tensor of `shape` without data, which counts as there before the run."""
         with self.fake:
-            new = torch.empty(shape, dtype=dtype)
-        self._known[new.untyped_storage()._cdata] = None
-        return new
+            return self.know(torch.empty(shape, dtype=dtype))
+
+    def know(self, tensor):
+        """Count `tensor` as there before the run. Returns it."""
+        self._known[tensor.untyped_storage()._cdata] = None
+        return tensor
 
     # --- the run ---------------------------------------------------------------------------------
 
@@ -156,7 +161,8 @@ class Rehearsal(TorchDispatchMode):
                 shape = self._shape_of(function, args, kwargs)
             except (DataDependentOutputException, DynamicOutputShapeException):
                 return function(*args, **kwargs)
-            if any(isinstance(t, torch.Tensor) and t.numel() > LARGE for t in tree_leaves(shape)):
+            made = [t for t in tree_leaves(shape) if isinstance(t, torch.Tensor)]
+            if any(t.numel() * t.element_size() > LARGE for t in made):
                 return shape
         return function(*args, **kwargs)
 

@@ -80,7 +80,7 @@ def training_step(model, build, layout, demand, how, whole=True):
             model.activation_checkpointing_enable()
         stage = Stage(model, short)
         inputs = _inputs(stage, demand)
-        learnt, peak = stage.train(inputs, inputs["input_ids"])
+        learnt, peak, left = stage.train(inputs, inputs["input_ids"])
         if stage.complete:
             break
         model = build()
@@ -99,7 +99,8 @@ def training_step(model, build, layout, demand, how, whole=True):
     ]
     if whole:
         entries += _input_entries(inputs)
-        entries += _step_activations(peak, gradients, parameters, how.optimizer, component_of)
+        stepping = left + step_bytes(how.optimizer, parameters)
+        entries += _step_activations(peak, stepping, gradients, parameters, component_of)
     notes += _unlearnt(model, learnt)
     paged = paged_bytes(how.optimizer, parameters)
     if paged:
@@ -132,15 +133,16 @@ def _activations(peak, beside, need, name):
             yield Entry(name, component, ACTIVATION, share)
 
 
-def _step_activations(peak, gradients, parameters, optimizer, component_of):
-    """Entries of what a step holds at its peak beyond the gradients that there are at its end."""
-    beyond = sum(peak.values()) - sum(entry.bytes for entry in gradients)
-    stepping = step_bytes(optimizer, parameters)
-    if stepping > beyond:  # the peak is when the optimizer is at its largest parameter
+def _step_activations(peak, stepping, gradients, parameters, component_of):
+    """Entries of what a step holds at most beyond the gradients that there are at its end: at the
+    `peak` of the two passes, or when the optimizer is at its largest parameter (`stepping`)."""
+    there = sum(entry.bytes for entry in gradients)
+    if stepping > sum(peak.values()):
         largest = max(parameters, key=lambda name: parameters[name][0] * parameters[name][1])
-        return [Entry("the optimizer's step", component_of(largest), ACTIVATION, stepping)]
+        component = component_of(largest)
+        return [Entry("the optimizer's step", component, ACTIVATION, stepping - there)]
     live = {c: size for c, size in peak.items() if not isinstance(c, tuple)}
-    return list(_activations(live, {}, max(0, beyond), "the training step"))
+    return list(_activations(live, {}, sum(peak.values()) - there, "the training step"))
 
 
 def _unlearnt(model, learnt):

@@ -5,6 +5,7 @@ Adapters, gradients and the states of the optimizer. What a step holds for a whi
 """
 
 import difflib
+from itertools import pairwise
 from math import ceil
 
 from vlmkit.anatomy import is_adapter, plain_name
@@ -86,11 +87,15 @@ def paged_bytes(optimizer, parameters):
 
 
 def step_bytes(optimizer, parameters):
-    """Bytes that the optimizer's step needs for a moment, beside the states: PyTorch's AdamW makes
-    two tensors of the size of the parameter that it is at, bitsandbytes' none."""
-    if optimizer != "adamw" or not parameters:
+    """Bytes that the optimizer's step needs for a moment, beside the states.
+
+    PyTorch's AdamW goes through the parameters one by one: for each it makes two tensors of its
+    size, while the one that it was left with before is still there. bitsandbytes' makes none.
+    """
+    if optimizer != "adamw":
         return 0
-    return 2 * max(elements * width for elements, width in parameters.values())
+    sizes = [elements * width for elements, width in parameters.values()]
+    return max((before + 2 * size for before, size in pairwise([0, *sizes])), default=0)
 
 
 def measured_optimizer(optimizer, model, component_of, storages):
