@@ -200,7 +200,7 @@ def _load(folder, plan, load):
         layout = vk.Plan.parse(plan).resolve(on_meta(read_config(folder)))
         config = layout.quantization_config()
     if load != CACHED and load != FILLING:
-        del os.environ["VLMKIT_CACHE"]
+        os.environ.pop("VLMKIT_CACHE", None)
     with quiet(), _Memory() as memory:
         start = time.perf_counter()
         if load == PLAIN:
