@@ -16,6 +16,8 @@ against the architecture's forward pass, and put its paths into `tests/data/arch
 test compares them with what the rules say.
 """
 
+from functools import lru_cache
+
 from vlmkit import COMPONENTS
 
 VISION, PROJECTOR, CROSS, LANGUAGE, OTHER = COMPONENTS
@@ -154,6 +156,7 @@ NOT_VLMS = {"evolla": "reads proteins", "mistral4": "reads text alone"}
 _TABLES = {model_type: RULES | rules for model_type, rules in OWN_RULES.items()}
 
 
+@lru_cache(2**14)  # anatomy, layout and audit ask for the same paths
 def decide(path, model_type=None):
     """Component of `path`, a full module or parameter name, and the part of it that decided.
 

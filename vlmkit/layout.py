@@ -140,14 +140,15 @@ def resolve(plan, model):
     """The Layout of `plan` on `model`, which is on the meta device. See `Plan.resolve`."""
     found = anatomy_of(model).require_known()
     kept = _never_converted(model)
-    linears = {name: True for name, module in model.named_modules() if is_linear(module)}
+    modules = dict(model.named_modules())
+    linears = {name: True for name, module in modules.items() if is_linear(module)}
     linear = linears.keys() - kept.keys()
     overrides = _Overrides(plan)
     rows = []
     for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition(".")
         component = found.component_of(name)
-        owner = model.get_submodule(module)
+        owner = modules[module]
         kind = kind_of(model, owner, leaf)
         asked, named = overrides.format_for(module), True
         if asked is None:

@@ -55,12 +55,13 @@ def audit_layout(model, layout):
         for name in parameters.keys() - rows.keys() - adapters
     ]
     sizes = storages_of(model)
+    modules = dict(model.named_modules())
     held = []
     for row in layout.rows:
         if row.name not in parameters:
             continue
         full, parameter = parameters[row.name]
-        module = model.get_submodule(full.rpartition(".")[0])
+        module = modules[full.rpartition(".")[0]]
         found = format_of(module, full.rpartition(".")[2])
         held.append(Held(row, found, prod(shape_of(parameter)), sizes[full].bytes))
         wrong = _difference(row, found, module)
@@ -87,7 +88,7 @@ def _difference(row, found, module):
             return f"{found} in blocks of {state.blocksize}, not {BLOCK}"
         if module.compute_dtype != torch_dtype(row.format):
             return f"computes in {module.compute_dtype}, not {torch_dtype(row.format)}"
-    shape = shape_of(module.get_parameter(row.name.rpartition(".")[2]))
+    shape = shape_of(getattr(module, row.name.rpartition(".")[2]))
     return None if shape == row.shape else f"has shape {shape}, not {row.shape}"
 
 

@@ -27,7 +27,7 @@ from vlmkit.formats import BLOCK, FP4, NF4
 
 OPERATOR = "bitsandbytes::quantize_4bit"
 CELLS = 1024  # from 0 to 1; FP4's closest midpoints are 1/384 apart. A power of two: see _cell_of
-CHUNK = 2**17  # weights worked on at once, few enough that what is between stays in the cache
+CHUNK = 2**18  # weights worked on at once, few enough that what is between stays in the cache
 TINY = 1e-38  # the least that bitsandbytes divides by: a block of zeros has a scale, too
 
 

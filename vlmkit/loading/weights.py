@@ -27,11 +27,12 @@ def load_weights(folder, config, layout, device, trust_remote_code=False):
     kwargs = {"quantization_config": quantization_config} if quantization_config else {}
     if getattr(config, "quantization_config", None):  # quantised already: nothing is quantised now
         config.quantization_config = quantization_config and quantization_config.to_dict()
-        kwargs = {"config": config}
+        kwargs = {}
     try:
         with show_progress(layout, folder), _quantizer(layout):
             model, info = AutoModelForImageTextToText.from_pretrained(
                 folder,
+                config=config,
                 dtype=torch_dtype(layout.load_dtype),  # one for all that is float, see load_dtype
                 device_map={"": device},
                 use_safetensors=True,
