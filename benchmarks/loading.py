@@ -7,12 +7,14 @@
 
 The checkpoint is a LLaVA of 970 M parameters with random weights, in bf16, made for the occasion.
 The "plain call" is `from_pretrained(quantization_config=BitsAndBytesConfig(...))` with the very
-config that vlmkit makes of the plan. Each measurement is a process of its own, which imports
-everything first; they take turns, and the median is shown with the least and the most. Memory is
-the peak of what a process holds beyond the imports and no file backs (RssAnon: on Linux only).
+config that vlmkit makes of the plan. Each measurement is a process of its own, which imports the
+packages, loads the model, and loads it again; they take turns, and the median is shown with the
+least and the most. Memory is the peak of what a process holds in its first load beyond the imports
+and no file backs (RssAnon: on Linux only).
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -45,9 +48,10 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=5, help="of every measurement (5)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there too")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # what a process of its own is to do
+    parser.add_argument("--config", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.measure:
-        print(json.dumps(MEASURES[args.measure](args.model)))
+        print(json.dumps(MEASURES[args.measure](args.model, args.config)))
         return 0
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["VLMKIT_CACHE"] = str(Path(scratch, "cache"))
@@ -63,6 +67,7 @@ def main(argv=None):
 
 
 def _report(folder, repeats):
+    config = _measured("config", folder)
     filling = _measured(f"{PLAN}/{FILLING}", folder)
     cases = [READ, *("/".join(load) for load in LOADS)]
     found = {case: [] for case in cases}
@@ -70,7 +75,7 @@ def _report(folder, repeats):
     for repeat in range(repeats):
         print(f"repeat {repeat + 1} of {repeats}", file=sys.stderr)
         for case in cases:
-            found[case].append(_measured(case, folder))
+            found[case].append(_measured(case, folder, config))
         rates.append(_measured("quantisers", folder))
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     read = median(run["seconds"] for run in found[READ])
@@ -80,16 +85,17 @@ def _report(folder, repeats):
         f"A checkpoint of {size / GIGABYTE:.2f} GB, in memory already; to read its files takes "
         f"{_spread(run['seconds'] for run in found[READ])} s.",
         "",
-        "| plan | load | seconds | to the plain call | to reading the files | peak MB | model MB |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| plan | load | seconds | to the plain call | to reading the files | again | to the plain "
+        "call | peak MB | model MB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for plan, load in LOADS:
-        runs = found[f"{plan}/{load}"]
-        seconds = median(run["seconds"] for run in runs)
-        plain = median(run["seconds"] for run in found[f"{plan}/{PLAIN}"])
+        runs, plain = found[f"{plan}/{load}"], found[f"{plan}/{PLAIN}"]
         lines.append(
             f"| {plan} | {load} | {_spread(run['seconds'] for run in runs)} "
-            f"| {_ratio(plain, seconds)} | {seconds / read:.1f} "
+            f"| {_ratio(runs, plain, 'seconds')} "
+            f"| {median(run['seconds'] for run in runs) / read:.1f} "
+            f"| {_spread(run['again'] for run in runs)} | {_ratio(runs, plain, 'again')} "
             f"| {_spread((run['peak'] for run in runs), '.0f')} | {runs[0]['model']:.0f} |"
         )
     lines += [
@@ -117,8 +123,9 @@ def _spread(values, form=".2f"):
     return f"{median(values):{form}} [{values[0]:{form}}, {values[-1]:{form}}]"
 
 
-def _ratio(plain, seconds):
-    return f"{seconds / plain:.2f} ×" if seconds > plain / 2 else f"1/{plain / seconds:.1f}"
+def _ratio(runs, plain, what):
+    ratio = median(run[what] for run in runs) / median(run[what] for run in plain)
+    return f"{ratio:.2f} ×" if ratio > 0.5 else f"1/{1 / ratio:.1f}"
 
 
 def _machine():
@@ -138,14 +145,15 @@ def _machine():
 # --- in a process of its own ------------------------------------------------------------------
 
 
-def _measured(what, folder):
+def _measured(what, folder, config=None):
     """What this script prints when it is run with `--measure what`."""
     command = [sys.executable, __file__, "--measure", what, "--model", folder]
+    command += ["--config", json.dumps(config)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _make(folder):
+def _make(folder, _):
     import torch
     from transformers import (
         AutoModelForImageTextToText,
@@ -177,7 +185,7 @@ def _make(folder):
     model.save_pretrained(folder, max_shard_size="500MB")
 
 
-def _read(folder):
+def _read(folder, _):
     room = bytearray(2**24)
     start = time.perf_counter()
     for path in sorted(folder.glob("*.safetensors")):
@@ -187,35 +195,52 @@ def _read(folder):
     return {"seconds": time.perf_counter() - start}
 
 
-def _load(folder, plan, load):
-    import torch
-    import transformers
-
+def _config(folder, _):
+    """The BitsAndBytesConfig of the plan, as a dictionary."""
     import vlmkit as vk
     from vlmkit.anatomy import on_meta
     from vlmkit.checkpoints import read_config
+
+    return vk.Plan.parse(PLAN).resolve(on_meta(read_config(folder))).quantization_config().to_dict()
+
+
+def _load(folder, config, plan, load):
+    import torch
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    import vlmkit as vk
     from vlmkit.loading.quiet import quiet
 
-    with quiet():  # imports bitsandbytes, too
-        layout = vk.Plan.parse(plan).resolve(on_meta(read_config(folder)))
-        config = layout.quantization_config()
+    kwargs = {}
+    if plan == PLAN and load == PLAIN:
+        kwargs = {"quantization_config": BitsAndBytesConfig.from_dict(config)}
     if load != CACHED and load != FILLING:
         os.environ.pop("VLMKIT_CACHE", None)
-    with quiet(), _Memory() as memory:
-        start = time.perf_counter()
+
+    def work():
         if load == PLAIN:
-            kwargs = {"quantization_config": config} if config else {}
-            model = transformers.AutoModelForImageTextToText.from_pretrained(
+            return AutoModelForImageTextToText.from_pretrained(
                 folder, dtype=torch.bfloat16, **kwargs
             )
-        else:
-            model, _ = vk.load(folder, plan, processor=False, device="cpu")
-        seconds = time.perf_counter() - start
-    size = vk.memory.measure(model).total / MEGABYTE
-    return {"seconds": seconds, "peak": memory.peak, "model": size}
+        return vk.load(folder, plan, processor=False, device="cpu")[0]
+
+    with quiet():  # imports bitsandbytes, too
+        with _Memory() as memory:
+            model, seconds = _timed(work)
+        size = vk.memory.measure(model).total / MEGABYTE
+        del model
+        gc.collect()
+        _, again = _timed(work)
+    return {"seconds": seconds, "again": again, "peak": memory.peak, "model": size}
 
 
-def _quantisers(_):
+def _timed(work):
+    start = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - start
+
+
+def _quantisers(*_):
     import torch
 
     from vlmkit.loading.quantizing import quantize_4bit
@@ -240,12 +265,7 @@ def _quantisers(_):
 def _time(work, times=3):
     """Seconds that `work` takes: the median of three, after a first time that is not counted."""
     work()
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return median(seconds)
+    return median(_timed(work)[1] for _ in range(times))
 
 
 class _Memory:
@@ -274,9 +294,9 @@ def _anonymous():
     return int(status.split("RssAnon:")[1].split()[0]) * 1024 / MEGABYTE
 
 
-MEASURES = {"make": _make, READ: _read, "quantisers": _quantisers}
+MEASURES = {"make": _make, READ: _read, "config": _config, "quantisers": _quantisers}
 for _plan, _how in (*LOADS, (PLAN, FILLING)):
-    MEASURES[f"{_plan}/{_how}"] = lambda folder, plan=_plan, how=_how: _load(folder, plan, how)
+    MEASURES[f"{_plan}/{_how}"] = partial(_load, plan=_plan, load=_how)
 
 
 if __name__ == "__main__":
