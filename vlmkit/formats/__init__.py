@@ -1,0 +1,44 @@
+"""Number formats: what a weight costs in bytes, exactly, and how it is rounded.
+
+    FORMATS["nf4"].nbytes((4096, 4096))            # 9,437,248: packed weights, absmax, code
+    packed = quantize(weight, "nf4")               # the reference, in a few lines of PyTorch
+    weight_again = dequantize(packed)
+
+    rounding("int3-g32-asym").rounded(weight)      # for experiments: rounded, in its own dtype
+
+exact.py        the formats that a model can be loaded in, byte for byte as bitsandbytes has them
+reference.py    how these round a weight
+experiments.py   formats for experiments, int2 to int8 among them, and their spelling
+"""
+
+from vlmkit.formats.exact import (
+    BLOCK,
+    FORMATS,
+    NESTED_BLOCK,
+    NESTED_CELLS,
+    Format,
+    format_named,
+    format_of_dtype,
+    torch_dtype,
+)
+from vlmkit.formats.reference import FP4, NF4, Packed, dequantize, dynamic_code, quantize
+from vlmkit.formats.experiments import Rounding, rounding
+
+__all__ = [
+    "BLOCK",
+    "FORMATS",
+    "FP4",
+    "NESTED_BLOCK",
+    "NESTED_CELLS",
+    "NF4",
+    "Format",
+    "Packed",
+    "Rounding",
+    "dequantize",
+    "dynamic_code",
+    "format_named",
+    "format_of_dtype",
+    "quantize",
+    "rounding",
+    "torch_dtype",
+]

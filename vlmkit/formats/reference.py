@@ -1,0 +1,147 @@
+"""The reference: how the formats of `exact.py` round a weight, in a few lines of PyTorch.
+
+Written to be read; the tests hold it against bitsandbytes byte for byte.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from vlmkit.errors import PlanError
+from vlmkit.formats.exact import BLOCK, NESTED_BLOCK, NESTED_CELLS, format_named, torch_dtype
+
+# The 16 values are quantiles of a standard normal distribution, scaled to [-1, 1], with an exact
+# zero (QLoRA, appendix E). They are in order, so a value's code is its place.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+# In order of the bit pattern, which is not the order of the values.
+FP4 = tuple(v / 12 for v in (0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantised tensor. `state` holds the tensors that dequantising needs besides `data`."""
+
+    format: str
+    shape: tuple
+    data: object
+    state: dict
+
+    @property
+    def nbytes(self):
+        return sum(t.numel() * t.element_size() for t in (self.data, *self.state.values()))
+
+
+def quantize(weight, name):
+    """Round `weight` (a float tensor of shape (rows, columns)) to the quantised format `name`.
+
+    Returns a Packed. Raises PlanError if `name` is not a quantised format.
+    """
+    kind = format_named(name)
+    if not kind.quantized:
+        raise PlanError(f"{name} is a float format: use weight.to({torch_dtype(name)})")
+    if name == "int8":
+        return _quantize_rows(weight)
+    import torch
+
+    code = torch.tensor(NF4 if name.startswith("nf4") else FP4, device=weight.device)
+    index, absmax = quantize_blocks(weight.reshape(-1).float(), code, BLOCK)
+    if index.numel() % 2:
+        # the last byte's spare half holds what the value 0 rounds to
+        index = torch.cat([index, _nearest(index.new_zeros(1).float(), code)])
+    packed = (index[::2] << 4 | index[1::2]).to(torch.uint8)
+    state = {"absmax": absmax, "code": code}
+    if name.endswith("-dq"):
+        state = {"code": code} | quantize_scales(absmax)
+    return Packed(name, tuple(weight.shape), packed, state)
+
+
+def dequantize(packed):
+    """The float32 tensor that a Packed stands for."""
+    import torch
+
+    if packed.format == "int8":
+        return packed.data * packed.state["row_absmax"][:, None] / 127
+    n = prod(packed.shape)
+    state = packed.state
+    absmax = dequantize_scales(state) if "offset" in state else state["absmax"]
+    index = torch.stack([packed.data >> 4, packed.data & 15], dim=1).reshape(-1)[:n]
+    scales = absmax.repeat_interleave(BLOCK)[:n]
+    return (state["code"][index.long()] * scales).reshape(packed.shape)
+
+
+def quantize_scales(absmax):
+    """Double quantisation (QLoRA, sec. 3): scales of blocks, their mean taken off, rounded to 8
+    bits in blocks of their own. A state for `dequantize_scales`."""
+    import torch
+
+    code = torch.tensor(dynamic_code(), device=absmax.device)
+    offset = absmax.mean()
+    index, nested_absmax = quantize_blocks(absmax - offset, code, NESTED_BLOCK, cells=NESTED_CELLS)
+    return {
+        "absmax": index.to(torch.uint8),
+        "nested_absmax": nested_absmax,
+        "nested_code": code,
+        "offset": offset,
+    }
+
+
+def dequantize_scales(state):
+    """The float32 scales that a state of `quantize_scales` stands for."""
+    absmax = state["absmax"]
+    scales = state["nested_absmax"].repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
+    return state["nested_code"][absmax.long()] * scales + state["offset"]
+
+
+def _quantize_rows(weight):
+    """LLM.int8 (arXiv 2208.07339, sec. 2.1): each row divided by its largest magnitude."""
+    import torch
+
+    weight = weight.to(torch.float16)  # the format is defined on fp16 weights
+    row_absmax = weight.abs().amax(dim=1).float()
+    data = torch.round(weight * (127.0 / row_absmax[:, None])).to(torch.int8)
+    return Packed("int8", tuple(weight.shape), data, {"row_absmax": row_absmax})
+
+
+def quantize_blocks(values, code, block, cells=None):
+    """Index into `code` of each value over its block's largest magnitude, and those magnitudes.
+
+    cells: round to one of so many evenly spaced values from -1 to 1 before looking for the code.
+    """
+    import torch
+
+    n = values.numel()
+    blocks = torch.nn.functional.pad(values, (0, -n % block)).reshape(-1, block)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)
+    if cells:
+        half = (cells - 1) / 2
+        scaled = ((scaled + 1) * half + 0.5).floor() / half - 1
+        scaled[absmax == 0] = -1  # bitsandbytes gives them the first code; times zero, any will do
+    return _nearest(scaled.reshape(-1)[:n], code), absmax
+
+
+def _nearest(values, code):
+    """Index of the entry of `code` nearest to each value; on a tie, the smaller entry."""
+    import torch
+
+    order = torch.argsort(code, stable=True)
+    ordered = code[order]
+    return order[torch.bucketize(values, (ordered[:-1] + ordered[1:]) / 2)]
+
+
+def dynamic_code():
+    """The 256 values that double quantisation rounds scales to: for each power of ten from 1e-6
+    to 1, twice as many steps as for the one below (8-bit dynamic tree quantisation, arXiv
+    1511.04561; used for the scales by QLoRA, sec. 3)."""
+    import torch
+
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
+        values += middles.tolist() + (-middles).tolist()
+    return sorted(values)
