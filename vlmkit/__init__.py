@@ -56,6 +56,7 @@ _MODULES = (
     "memory",
     "pebble",
     "plan",
+    "sensitivity",
     "tasks",
 )
 

@@ -38,6 +38,10 @@ class FinetuningError(VlmkitError, ValueError):
     """What is to be trained does not exist, or cannot be trained in that way."""
 
 
+class SensitivityError(VlmkitError, ValueError):
+    """What is to be quantised in an experiment is not there, or the experiment can show nothing."""
+
+
 class DependencyError(VlmkitError, ImportError):
     """A package that something needs, and the rest of vlmkit does not, is not installed."""
 

@@ -4,6 +4,8 @@ asking.py   one question or a batch of them, from pictures and text to the answe
 scores.py   exact match, its interval, and the tables by task and by kind of question
 """
 
+import contextlib
+
 from vlmkit.errors import QuestionError, TaskError, VlmkitError
 from vlmkit.evaluation.asking import TooLong, answers, ask, check_processor, check_question
 from vlmkit.evaluation.scores import Scores, compared, normalise, wilson
@@ -37,33 +39,60 @@ def evaluate(model, processor, dataset, *, batch_size=64, max_new_tokens=None, p
     it faster: padding is masked. Raises `TaskError` where a column is missing, and the errors of
     `ask` with the number of the row.
     """
-    import pandas as pd
     from tqdm import tqdm
 
+    check(processor, dataset, batch_size)
+    if max_new_tokens is None:
+        max_new_tokens = room_for_answers(processor, dataset)
+    predicted = [None] * len(dataset)
+    with tqdm(total=len(dataset), disable=not progress, unit="question") as bar:
+        for rows, images, questions in batches(dataset, batch_size):
+            with naming_rows(rows):
+                found = answers(model, processor, images, questions, max_new_tokens=max_new_tokens)
+            for row, answer in zip(rows, found, strict=True):
+                predicted[row] = answer
+            bar.update(len(rows))
+    return scored(dataset, predicted)
+
+
+def check(processor, dataset, batch_size):
+    """Raise the errors of `evaluate` for what can be told before a question is asked."""
     check_processor(processor)
     _check_dataset(dataset)
     if type(batch_size) is not int or batch_size < 1:
         raise TaskError(f"batch_size is a whole number from 1; it is {batch_size!r}.")
-    if max_new_tokens is None:
-        expected = processor.tokenizer(_column(dataset, "answer"), add_special_tokens=False)
-        max_new_tokens = 8 + max(len(ids) for ids in expected["input_ids"])
-    predicted = [None] * len(dataset)
-    with tqdm(total=len(dataset), disable=not progress, unit="question") as bar:
-        # A window of rows is held at a time: a dataset of photographs need not fit in memory.
-        for start in range(0, len(dataset), 8 * batch_size):
-            rows = range(start, min(start + 8 * batch_size, len(dataset)))
-            read = {row: _read_row(dataset[row], row) for row in rows}
-            for batch in _batches(read, batch_size):
-                images, questions = zip(*(read[row] for row in batch), strict=True)
-                try:
-                    found = answers(
-                        model, processor, images, questions, max_new_tokens=max_new_tokens
-                    )
-                except TooLong as error:
-                    raise QuestionError(f"Row {batch[error.prompt]}: {error}") from error
-                for row, answer in zip(batch, found, strict=True):
-                    predicted[row] = answer
-                bar.update(len(batch))
+
+
+def room_for_answers(processor, dataset):
+    """How many tokens `evaluate` lets an answer have: 8 more than the longest expected one."""
+    expected = processor.tokenizer(_column(dataset, "answer"), add_special_tokens=False)
+    return 8 + max(len(ids) for ids in expected["input_ids"])
+
+
+def batches(dataset, batch_size):
+    """The batches in which `evaluate` asks: (row numbers, images of each, question of each)."""
+    # A window of rows is held at a time: a dataset of photographs need not fit in memory.
+    for start in range(0, len(dataset), 8 * batch_size):
+        rows = range(start, min(start + 8 * batch_size, len(dataset)))
+        read = {row: _read_row(dataset[row], row) for row in rows}
+        for batch in _batches(read, batch_size):
+            images, questions = zip(*(read[row] for row in batch), strict=True)
+            yield batch, images, questions
+
+
+@contextlib.contextmanager
+def naming_rows(rows):
+    """Within it, the error of a prompt that does not fit says which row of the dataset it is."""
+    try:
+        yield
+    except TooLong as error:
+        raise QuestionError(f"Row {rows[error.prompt]}: {error}") from error
+
+
+def scored(dataset, predicted):
+    """`Scores` of the answers `predicted`, a text for each row of `dataset`."""
+    import pandas as pd
+
     table = pd.DataFrame({name: _column(dataset, name) for name in ("question", "answer")})
     table["predicted"] = predicted
     table["correct"] = table["answer"].map(normalise) == table["predicted"].map(normalise)

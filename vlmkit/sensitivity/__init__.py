@@ -1,0 +1,37 @@
+"""Sensitivity: what breaks when a component loses bits, measured.
+
+    vk.sensitivity.sweep(model, processor, dataset, formats=["int4", "int2"], scopes=["projector"])
+
+    with vk.sensitivity.quantised(model, "language_model:0", "int3-g32"):
+        vk.ask(model, processor, image, question)
+
+scopes.py       which weights: components, kinds of layer, single layers, patterns, random ones
+swapping.py     rounding them in place, and putting the original back bit for bit
+forcing.py      the logits of answers known beforehand
+baseline.py     the unquantised model's answers, and what a changed model's differ in
+statistics.py   intervals and tests for pairs
+sweeping.py     all of it for many scopes and formats, as a table
+records.py      the file that a stopped sweep continues from
+"""
+
+from vlmkit.sensitivity.baseline import Baseline, Outcome
+from vlmkit.sensitivity.scopes import chosen, layers, random_weights
+from vlmkit.sensitivity.statistics import mcnemar, needed, paired_interval
+from vlmkit.sensitivity.swapping import Swap, quantised
+from vlmkit.sensitivity.sweeping import by_kind, measured, sweep
+
+__all__ = [
+    "Baseline",
+    "Outcome",
+    "Swap",
+    "by_kind",
+    "chosen",
+    "layers",
+    "mcnemar",
+    "measured",
+    "needed",
+    "paired_interval",
+    "quantised",
+    "random_weights",
+    "sweep",
+]
