@@ -167,8 +167,7 @@ class Rehearsal(TorchDispatchMode):
         return function(*args, **kwargs)
 
     def _shape_of(self, function, args, kwargs):
-        with self.fake:
-            return function(*args, **kwargs)
+        return self.fake.dispatch(function, (), args, kwargs)
 
     def _see(self, storage):
         key = storage._cdata

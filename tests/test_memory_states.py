@@ -1,0 +1,101 @@
+"""What is there between passes, to the byte: keys and values, adapters, gradients, optimizer states.
+
+Every family of `families.py`, and three hundred configs that Hypothesis draws.
+"""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from families import FAMILIES, inputs
+
+import vlmkit as vk
+from vlmkit.finetuning import add_adapters
+from vlmkit.memory import Ledger, compare, measure, predict
+from vlmkit.memory.demand import demand_of
+from vlmkit.memory.inputs import batch_of
+from vlmkit.memory.ledger import CACHE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "adamw_8bit": bnb.optim.AdamW8bit,
+    "paged_adamw": bnb.optim.PagedAdamW,
+    "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+}
+WAYS = {
+    "LoRA on nf4": ("recommended", {"language_model": vk.LoRA()}, "adamw"),
+    "full": ("bf16", None, "adamw"),
+    "full, 8 bits": ("bf16", None, "adamw_8bit"),
+    "two ways": (
+        "recommended",
+        {"projector": "full", "language_model": vk.LoRA(r=4, modules="mlp")},
+        "paged_adamw",
+    ),
+    "two LoRAs on nf4-dq": (
+        "nf4-dq",
+        {
+            "vision_encoder": vk.LoRA(r=8, alpha=4),
+            "language_model": vk.LoRA(2, modules="attention"),
+        },
+        "paged_adamw_8bit",
+    ),
+    "LoRA on int8": ("int8", {"language_model": vk.LoRA(r=8)}, "adamw_8bit"),
+}
+NAMES = list(WAYS)
+SOME = {(family, NAMES[i % len(NAMES)]) for i, family in enumerate(FAMILIES)}
+
+
+CASES = [
+    (name, way) if (name, way) in SOME else pytest.param(name, way, marks=pytest.mark.slow)
+    for name in FAMILIES
+    for way in WAYS
+]
+
+
+def no_difference(predicted, measured):
+    table = compare(predicted, measured)
+    assert not table["difference"].any(), table[table["difference"] != 0].to_string()
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name, way", CASES)
+def test_between_two_steps(name, way, family):
+    plan, training, optimizer = WAYS[way]
+    folder = family(name)
+    model, _ = vk.load(folder, plan, processor=False)
+    training = training or dict.fromkeys(vk.anatomy(model).by_component, "full")
+    predicted = predict(folder, plan, training=training, optimizer=optimizer)
+    model = add_adapters(model, **training)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    stepper = OPTIMIZERS[optimizer](trained, lr=1e-4)
+    tensors = inputs(model)
+    model(**tensors, labels=tensors["input_ids"], use_cache=False).loss.backward()
+    stepper.step()
+    no_difference(predicted, measure(model, stepper))
+
+
+def cache_of(ledger):
+    return Ledger("", tuple(entry for entry in ledger.entries if entry.kind == CACHE))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_keys_and_values(name, family):
+    """After the prompt, and after twenty tokens more. Gemma 3's window of 16 is passed by both."""
+    folder = family(name)
+    model, _ = vk.load(folder, "bf16", processor=False)
+    demand = {"tokens": 30, "images": 1, "image_size": (16, 16), "batch": 2}
+    made = demand_of(model.config, folder, **demand)
+    tensors = batch_of(model.config, made.pictures, 30, 2, torch.randn, made.sizes)
+    with torch.no_grad():
+        output = model(**tensors, use_cache=True)
+    cache = getattr(output, "language_model_outputs", output).past_key_values
+    no_difference(
+        cache_of(predict(folder, "bf16", **demand)), cache_of(measure(model, cache=cache))
+    )
+    more = {"max_new_tokens": 21, "min_new_tokens": 21, "do_sample": False}  # the last is not fed
+    cache = model.generate(**tensors, **more, return_dict_in_generate=True).past_key_values
+    no_difference(
+        cache_of(predict(folder, "bf16", new_tokens=20, **demand)),
+        cache_of(measure(model, cache=cache)),
+    )
