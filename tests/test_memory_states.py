@@ -1,6 +1,5 @@
-"""What is there between passes, to the byte: keys and values, adapters, gradients, optimizer states.
-
-Every family of `families.py`, and three hundred configs that Hypothesis draws.
+"""What is there between passes, to the byte, for every family of `families.py`: keys and values,
+adapters, gradients, and the states of optimizers, all of which have been through a step on the CPU.
 """
 
 import bitsandbytes as bnb
