@@ -37,12 +37,13 @@ ELSEWHERE = {
 }
 
 
-def config_of(name):
-    """The config of the medium model of the family `name`."""
+def config_of(name, layers=LAYERS):
+    """The config of the medium model of the family `name`, with a decoder of so many layers."""
     family = _FAMILIES[name]
     fields = copy.deepcopy(family.config)
     text, vision = fields["text_config"], fields["vision_config"]
     text |= {key: value for key, value in TEXT.items() if key in text}
+    text["num_hidden_layers"] = layers
     vision |= {key: value for key, value in VISION.items() if key in vision}
     vision |= _widths(name, vision)
     if "image_size" in vision:
@@ -76,9 +77,9 @@ def _widths(name, vision):
     return {"hidden_size": 128, heads: 4, **wide}
 
 
-def save(name, folder):
+def save(name, folder, layers=LAYERS):
     """Save a medium checkpoint of the family `name` in `folder`. Returns the folder, as a Path."""
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config_of(name), dtype=torch.bfloat16)
+    model = AutoModelForImageTextToText.from_config(config_of(name, layers), dtype=torch.bfloat16)
     model.save_pretrained(folder)
     return Path(folder)
