@@ -15,6 +15,7 @@ from vlmkit.anatomy import on_meta
 from vlmkit.checkpoints import check_weights, find, read_config, weight_files
 from vlmkit.errors import CheckpointError, PlanError
 from vlmkit.formats import FORMATS
+from vlmkit.layout import layout_for
 from vlmkit.plan import DEFAULT, Plan
 
 _FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
@@ -34,34 +35,35 @@ def planned(x, plan=None, *, loadable=True, revision=None, trust_remote_code=Fal
         return config, Plan.parse(plan).resolve(on_meta(config, None, trust_remote_code))
     folder = find(x, revision=revision, weights=False)
     config = read_config(folder, trust_remote_code=trust_remote_code)
-    model = on_meta(config, trust_remote_code=trust_remote_code)
     if plan is not None and not loadable:
-        return config, Plan.parse(plan).resolve(model)
+        return config, layout_for(config, Plan.parse(plan), trust_remote_code)
     if getattr(config, "quantization_config", None) and not list(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{x} is quantised already. What it holds is read from its weight files, and they are "
             "not here. What it would cost under a plan, vk.memory.predict(name, plan) tells."
         )
-    return config, layout_of(folder, config, model, plan)
+    return config, layout_of(folder, config, plan, trust_remote_code)
 
 
-def layout_of(folder, config, model, plan=None):
+def layout_of(folder, config, plan=None, trust_remote_code=False):
     """The Layout under which the checkpoint in `folder` is to be loaded.
 
-    config: the checkpoint's. model: the same, on the meta device. plan: a Plan, or None for the
-        recommended one, or for the formats that the checkpoint holds if it is quantised already.
+    config: the checkpoint's.
+    plan: a Plan, or None for the recommended one, or for the formats that the checkpoint holds if
+        it is quantised already.
 
     Raises CheckpointError if it is quantised by something other than bitsandbytes, and PlanError
     if `plan` asks for other quantised formats than it holds.
     """
     if not getattr(config, "quantization_config", None):
-        return Plan.parse(plan).resolve(model)
+        return layout_for(config, Plan.parse(plan), trust_remote_code)
     method = _method(config.quantization_config)
     if method not in _METHODS:
         raise CheckpointError(
             f"{folder} holds weights quantised by {method}, which vlmkit does not read. Load the "
             "checkpoint that they were made from, under a plan."
         )
+    model = on_meta(config, trust_remote_code=trust_remote_code)
     stored = stored_formats(folder, model)
     if plan is None:
         return plan_of_formats(stored, model).resolve(model)

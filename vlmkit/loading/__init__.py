@@ -11,7 +11,6 @@ import gc
 import os
 from functools import partial
 
-from vlmkit.anatomy import on_meta
 from vlmkit.checkpoints import PEBBLE, check_weights, find, read_config
 from vlmkit.loading.audit import audit, audit_layout, plan_of, preview
 from vlmkit.loading.boundaries import join_dtypes
@@ -59,8 +58,7 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
     with quiet(), _no_collections():
         folder = find(name, revision=revision, trust_remote_code=trust_remote_code)
         config = read_config(folder, trust_remote_code=trust_remote_code)
-        meta = on_meta(config, trust_remote_code=trust_remote_code)
-        layout = layout_of(folder, config, meta, plan)
+        layout = layout_of(folder, config, plan, trust_remote_code)
         check_formats(layout, device)
         layout.quantization_config()  # what cannot be expressed is said before a file is read
         check_weights(folder)
@@ -88,9 +86,9 @@ def _no_collections():
 
 
 def _built(layout, device, trust_remote_code, folder, config):
-    """The model in `folder`, ready for use, and audited."""
+    """The model in `folder`, in eval mode as transformers leaves it, ready for use, and audited."""
     model = load_weights(folder, config, layout, device, trust_remote_code)
     guard_against_cpu_traps(model)
     join_dtypes(model, layout)
     audit_layout(model, layout)
-    return model.eval()
+    return model

@@ -6,7 +6,8 @@ from vlmkit.anatomy import is_adapter, on_meta, plain_name, shape_of, unwrapped
 from vlmkit.errors import AuditError
 from vlmkit.formats import BLOCK, FORMATS, format_of_dtype, torch_dtype
 from vlmkit.loading.tables import Audit, Held, Preview
-from vlmkit.memory import storages_of
+from vlmkit.memory import state_tensors
+from vlmkit.memory.weights import Storages
 from vlmkit.plan import Plan
 from vlmkit.stored import plan_of_formats, planned
 
@@ -46,7 +47,11 @@ def audit(model, plan):
 
 def audit_layout(model, layout):
     """Compare every parameter of `model` with its row in `layout`. See `audit`."""
-    parameters = {plain_name(name): (name, p) for name, p in model.named_parameters()}
+    modules = dict(model.named_modules())
+    parameters = {}
+    for full, parameter in model.named_parameters():
+        module, _, leaf = full.rpartition(".")
+        parameters[plain_name(full)] = modules[module], leaf, parameter
     adapters = {name for name in parameters if is_adapter(name)}
     rows = {row.name: row for row in layout.rows}
     problems = [f"{name}: not in the loaded model" for name in rows.keys() - parameters.keys()]
@@ -54,17 +59,16 @@ def audit_layout(model, layout):
         f"{name}: loaded, and not in the architecture"
         for name in parameters.keys() - rows.keys() - adapters
     ]
-    sizes = storages_of(model)
-    modules = dict(model.named_modules())
-    held = []
+    storages, held = Storages(), []
     for row in layout.rows:
         if row.name not in parameters:
             continue
-        full, parameter = parameters[row.name]
-        module = modules[full.rpartition(".")[0]]
-        found = format_of(module, full.rpartition(".")[2])
-        held.append(Held(row, found, prod(shape_of(parameter)), sizes[full].bytes))
-        wrong = _difference(row, found, module)
+        module, leaf, parameter = parameters[row.name]
+        found, shape = format_of(module, leaf), shape_of(parameter)
+        tensors = (parameter, *state_tensors(module, parameter))
+        size = sum(storages.entry(row.name, row.component, row.kind, t).bytes for t in tensors)
+        held.append(Held(row, found, prod(shape), size))
+        wrong = _difference(row, found, shape, module)
         if wrong:
             problems.append(f"{row.name}: {wrong}")
     if problems:
@@ -77,7 +81,7 @@ def audit_layout(model, layout):
     return Audit(layout.plan, tuple(held))
 
 
-def _difference(row, found, module):
+def _difference(row, found, shape, module):
     """What is wrong with the parameter of `row`, in words; None if nothing is."""
     if found != row.format:
         means = "" if row.asked == row.format else f", which for {row.kind} weights is {row.format}"
@@ -88,7 +92,6 @@ def _difference(row, found, module):
             return f"{found} in blocks of {state.blocksize}, not {BLOCK}"
         if module.compute_dtype != torch_dtype(row.format):
             return f"computes in {module.compute_dtype}, not {torch_dtype(row.format)}"
-    shape = shape_of(getattr(module, row.name.rpartition(".")[2]))
     return None if shape == row.shape else f"has shape {shape}, not {row.shape}"
 
 

@@ -22,6 +22,9 @@ def join_dtypes(model, layout):
     modules that got them."""
     from torch.nn import ModuleDict, ModuleList
 
+    outside = FORMATS[layout.plan["language_model"]].companion
+    if layout.floats == {outside}:  # one float format: nothing to join
+        return []
     below, own, torn = _float_formats(layout)
     joined = []
     component_of = component_finder(model)
@@ -57,7 +60,7 @@ def join_dtypes(model, layout):
                                 if next(iter(below.get(path, ())), None) == inside])  # fmt: skip
 
     # Whatever contains several components works in the language model's format.
-    visit("", model, FORMATS[layout.plan["language_model"]].companion)
+    visit("", model, outside)
     return joined
 
 
