@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from families import FAMILIES
+from test_families import PLANS as FAMILY_PLANS
 
 import vlmkit as vk
 from vlmkit.memory import compare, measure, predict
@@ -36,6 +38,16 @@ def test_other_families(family, plan, request):
     model, _ = vk.load(folder, plan, processor=False)
     found = compare(predict(folder, plan), measure(model))
     assert not found["difference"].any(), found
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_matrix(name, family):
+    """Every family of `families.py` under every plan that loading is tested with."""
+    for plan in FAMILY_PLANS.values():
+        model, _ = vk.load(family(name), plan, processor=False)
+        found = compare(predict(family(name), plan), measure(model))
+        assert not found["difference"].any(), found
 
 
 @pytest.mark.parametrize("plan", ["bf16", "fp16", "nf4", "vision_encoder=fp32,language_model=nf4"])

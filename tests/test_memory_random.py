@@ -35,7 +35,7 @@ def models(draw):
     text |= {
         "hidden_size": heads * width,
         "intermediate_size": draw(st.integers(1, 300)),
-        "num_hidden_layers": draw(st.integers(1, 7)),
+        "num_hidden_layers": draw(st.integers(1, 4)),
         "num_attention_heads": heads,
         "num_key_value_heads": draw(st.sampled_from([k for k in (1, 2, 3) if heads % k == 0])),
         "vocab_size": draw(st.integers(40, 300)),
@@ -47,12 +47,12 @@ def models(draw):
     if "sliding_window" in text:
         text["sliding_window"] = draw(st.integers(2, 40))
     if name == "mllama":  # whose first layer is never one of cross-attention alone
-        text["num_hidden_layers"] = draw(st.integers(2, 7))
+        text["num_hidden_layers"] = draw(st.integers(2, 4))
         text["cross_attention_layers"] = [draw(st.integers(1, text["num_hidden_layers"] - 1))]
     if name == "qwen2_vl":
         vision["hidden_size"] = text["hidden_size"]
     vision |= {
-        key: draw(st.integers(1, 5)) for key in ("num_hidden_layers", "depth") if key in vision
+        key: draw(st.integers(1, 4)) for key in ("num_hidden_layers", "depth") if key in vision
     }
     if "intermediate_size" in vision:
         vision["intermediate_size"] = draw(st.integers(1, 200))
