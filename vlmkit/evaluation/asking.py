@@ -56,7 +56,11 @@ def answers(model, processor, images, questions, *, max_new_tokens):
     Raises as `ask` does, and `TooLong` with the number of the prompt that does not fit.
     """
     inputs = prepared(model, processor, images, questions, max_new_tokens)
-    tokens = generated(model, processor, inputs, max_new_tokens)
+    return texts_of(processor, inputs, generated(model, processor, inputs, max_new_tokens))
+
+
+def texts_of(processor, inputs, tokens):
+    """The answers in what `generate` returned for `inputs`, as text."""
     # A decoder's output starts with its prompt, an encoder-decoder's does not.
     prompt = inputs["input_ids"]
     if tokens.shape[1] >= prompt.shape[1] and tokens[:, : prompt.shape[1]].equal(prompt):

@@ -3,15 +3,18 @@
 Greedy decoding gives the unquantised model's answer again exactly where each of its tokens is the
 most probable one after those before it, and one forward pass over prompt and answer tells that for
 all of them. Where it is not, the first other token mostly settles that the new answer is wrong. The
-few questions that are left are asked with `vk.evaluate`, so that right and wrong come out as there.
+few questions that are left are asked as `vk.evaluate` asks them, in the batches that it makes, so
+that right and wrong come out as there.
 """
 
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from vlmkit.evaluation import batches, evaluate, naming_rows, normalise, scored
-from vlmkit.evaluation.asking import generated, in_evaluation_mode, prepared
-from vlmkit.sensitivity.forcing import logits_by_steps, logits_of_answers
+from vlmkit.evaluation import batches, naming_rows, normalise, scored
+from vlmkit.evaluation.asking import generated, in_evaluation_mode, prepared, texts_of
+from vlmkit.sensitivity.forcing import logits_by_steps, logits_of_answers, rows_of
+from vlmkit.sensitivity.replaying import Replays
 
 AGREEMENT = 0.99
 """Share of the unquantised model's own tokens that one forward pass has to give again for it to be
@@ -52,7 +55,7 @@ class Baseline:
         import torch
 
         self.model, self.processor, self.dataset = model, processor, dataset
-        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.max_new_tokens = max_new_tokens
         self.ends = _ends(model)
         self.batches, texts, self.noise, agreed = [], [None] * len(dataset), 0.0, []
         for rows, images, questions in batches(dataset, batch_size):
@@ -64,6 +67,9 @@ class Baseline:
                 texts[row] = text
             self.noise = max(self.noise, noise)
             agreed.append(agrees)
+        first = self.batches[0]
+        self.replays = Replays(model)
+        self.replays.trace(lambda: self._one_pass(first.inputs, first.tokens))
         self.one_pass = bool(torch.cat(agreed).float().mean() >= AGREEMENT)
         self.scores = scored(dataset, texts)
         self.expected = [normalise(answer) for answer in self.scores.answers["answer"]]
@@ -101,8 +107,11 @@ class Baseline:
         texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def compare(self, *, as_asked=False):
+    def compare(self, changed=None, *, as_asked=False):
         """The Outcome of the model as it is now, changed.
+
+        changed: the parameters that are, if no others are: what they do not reach is computed once
+        for all comparisons. They must be changed when this is called.
 
         as_asked: ask every question as `vk.evaluate` does, which is slower and the only way where
         an answer depends on what it is computed together with.
@@ -111,56 +120,67 @@ class Baseline:
 
         correct = np.zeros(len(self.dataset), dtype=bool)
         kl = np.zeros(len(self.dataset))
-        asked = []
-        whole = as_asked or not self.one_pass
-        with in_evaluation_mode(self.model):
-            read = self._each(lambda batch: self._read(batch, whole))
+        whole, asked = as_asked or not self.one_pass, 0
+        with in_evaluation_mode(self.model), self._replayed(changed):
+            read = self._each(lambda number: self._read(number, whole))
         for batch, (right, divergence) in zip(self.batches, read, strict=True):
             kl[batch.rows] = divergence
-            correct[batch.rows] = [bool(one) for one in right]
-            asked += [row for row, one in zip(batch.rows, right, strict=True) if one is None]
-        if whole:
-            asked = list(range(len(self.dataset)))
-        if asked:
-            correct[asked] = self._ask(asked)
-        return Outcome(correct, kl, len(asked))
+            still_open = [place for place, one in enumerate(right) if one is None]
+            asked += len(still_open)
+            for place, one in zip(still_open, self._ask(batch, still_open), strict=True):
+                right[place] = one
+            correct[batch.rows] = right
+        return Outcome(correct, kl, asked)
 
-    def _ask(self, rows):
-        subset = [self.dataset[row] for row in rows]
-        if len(rows) == len(self.dataset):
-            subset = self.dataset
-        scores = evaluate(
-            self.model,
-            self.processor,
-            subset,
-            batch_size=self.batch_size,
-            max_new_tokens=self.max_new_tokens,
-        )
-        return scores.answers["correct"].to_numpy()
+    def _replayed(self, changed):
+        if changed is None or not self.one_pass:
+            return contextlib.nullcontext()
+        return self.replays.without(changed)
+
+    def _ask(self, batch, places):
+        """Whether the answers to some questions of a batch are right, generated with the padding
+        that they have in it: what an answer is padded with can decide between two tokens that are
+        all but equally probable, what it is batched with does not."""
+        if not places:
+            return []
+        inputs = rows_of(batch.inputs, places)
+        whole = inputs is None
+        inputs = batch.inputs if whole else inputs
+        tokens = generated(self.model, self.processor, inputs, self.max_new_tokens)
+        texts = texts_of(self.processor, inputs, tokens)
+        texts = [texts[place] for place in places] if whole else texts
+        rows = [batch.rows[place] for place in places]
+        return [
+            normalise(text) == self.expected[row] for row, text in zip(rows, texts, strict=True)
+        ]
 
     def _each(self, work):
         """`work` of every batch. On a CPU a batch a core at a time: half a batch on each core
         would leave them waiting for each other after every layer."""
         import torch
 
-        workers = min(torch.get_num_threads(), len(self.batches))
+        numbers = range(len(self.batches))
+        workers = min(torch.get_num_threads(), len(numbers))
         if workers < 2 or self.model.device.type != "cpu":
-            return [work(batch) for batch in self.batches]
+            return [work(number) for number in numbers]
         before = torch.get_num_threads()
+        torch.set_num_threads(1)
         try:
             with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as p:
-                return list(p.map(work, self.batches))
+                return list(p.map(work, numbers))
         finally:
             torch.set_num_threads(before)
 
-    def _read(self, batch, whole):
+    def _read(self, number, whole):
         """(for each row whether its answer is right, or None where that is open; its divergence)"""
         import torch
 
+        batch = self.batches[number]
         if whole:
             logits = logits_by_steps(self.model, self.processor, batch.inputs, batch.tokens)
         else:
-            logits = logits_of_answers(self.model, batch.inputs, batch.tokens)
+            with self.replays.batch(number):
+                logits = logits_of_answers(self.model, batch.inputs, batch.tokens)
         logits = logits[batch.own].float()
         q, p = logits.log_softmax(-1), batch.logits.float().log_softmax(-1)
         each = (p.exp() * (p - q)).sum(-1)

@@ -36,7 +36,7 @@ def logits_of_answers(model, inputs, answers):
     """Logits of each token of `answers`, (batch, tokens, vocabulary), from one forward pass."""
     import torch
 
-    with torch.inference_mode():
+    with torch.no_grad():
         kept = {"logits_to_keep": answers.shape[1] + 1} if _keeps_logits(model) else {}
         logits = model(**extended(model, inputs, answers), use_cache=False, **kept).logits
     return logits[:, -answers.shape[1] - 1 : -1]
@@ -78,3 +78,24 @@ def logits_by_steps(model, processor, inputs, answers):
         return_dict_in_generate=True,
     )
     return torch.stack(result.logits, dim=1)
+
+
+def rows_of(inputs, rows):
+    """The inputs of some rows of a batch, padded as they were; None where it cannot be told which
+    part of a tensor belongs to which row.
+
+    A tensor of images has as many for each row, unless it says that they differ in size.
+    """
+    import torch
+
+    count = inputs["input_ids"].shape[0]
+    for name in ("image_grid_thw", "image_sizes"):
+        if name in inputs and len(inputs[name].unique(dim=0)) > 1:
+            return None
+    found = {}
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor) or len(value) % count:
+            return None
+        shares = value.reshape(count, len(value) // count, *value.shape[1:])
+        found[name] = shares[rows].flatten(0, 1)
+    return found

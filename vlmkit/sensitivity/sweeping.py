@@ -112,9 +112,9 @@ def measured(baseline, swap):
     """One row of `sweep`, without its names: the model of a Baseline with a Swap in it."""
     with swap:
         # One scale for all that a layer is given depends on what is asked together.
-        outcome = baseline.compare(
-            as_asked=swap.format.activations and swap.format.share == "tensor"
-        )
+        together = swap.format.activations and swap.format.share == "tensor"
+        parameters = [weight.parameter for weight in swap.chosen.weights]
+        outcome = baseline.compare(parameters, as_asked=together)
     before = baseline.scores.answers["correct"].to_numpy()
     answers = baseline.scores.answers
     kinds = [
