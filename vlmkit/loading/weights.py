@@ -1,6 +1,7 @@
 """Weights: from a checkpoint's files into a model, complete, and in the formats of a layout."""
 
 import contextlib
+import os
 from math import isfinite
 
 from vlmkit.anatomy import shape_of
@@ -28,12 +29,14 @@ def load_weights(folder, config, layout, device, trust_remote_code=False):
     if getattr(config, "quantization_config", None):  # quantised already: nothing is quantised now
         config.quantization_config = quantization_config and quantization_config.to_dict()
         kwargs = {}
+    dtype = torch_dtype(layout.load_dtype)  # one for all that is float, see load_dtype
+    mapped = device.type == "cpu" and config.dtype == dtype
     try:
-        with show_progress(layout, folder), _quantizer(layout):
+        with show_progress(layout, folder), _quantizer(layout), _threads(wanted=not mapped):
             model, info = AutoModelForImageTextToText.from_pretrained(
                 folder,
                 config=config,
-                dtype=torch_dtype(layout.load_dtype),  # one for all that is float, see load_dtype
+                dtype=dtype,
                 device_map={"": device},
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # so that they are listed, for _require_complete
@@ -59,6 +62,21 @@ def _quantizer(layout):
     from vlmkit.loading.quantizing import fast_quantizer
 
     return fast_quantizer()
+
+
+@contextlib.contextmanager
+def _threads(wanted):
+    """Within it, transformers hands each weight to a thread only if `wanted`: where a weight is no
+    more than mapped from its file, that takes longer than to do it."""
+    switch = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers' own
+    if wanted or switch in os.environ:
+        yield
+        return
+    os.environ[switch] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(switch, None)
 
 
 def _require_complete(folder, parameters, info, layout):
