@@ -1,0 +1,35 @@
+"""Figures: data in, Axes out.
+
+Each function draws into the Axes it is given, or into a new figure, and returns the Axes. Nothing
+global is changed, and the data can be read back from what was drawn.
+"""
+
+from vlmkit.figures.colors import COMPONENT_COLORS
+from vlmkit.figures.numbers import bits, error_by_bits
+from vlmkit.figures.pictures import attention, patches, questions
+from vlmkit.figures.scores import accuracy, accuracy_against, accuracy_by_tokens, learning
+from vlmkit.figures.sizes import (
+    architecture,
+    bytes_by_component,
+    parameters_by_component,
+    seconds,
+    what_fits,
+)
+
+__all__ = [
+    "COMPONENT_COLORS",
+    "accuracy",
+    "accuracy_against",
+    "accuracy_by_tokens",
+    "architecture",
+    "attention",
+    "bits",
+    "bytes_by_component",
+    "error_by_bits",
+    "learning",
+    "parameters_by_component",
+    "patches",
+    "questions",
+    "seconds",
+    "what_fits",
+]

@@ -1,0 +1,17 @@
+"""The colours of every figure.
+
+From Okabe and Ito's palette (Color Universal Design, 2008), made to be told apart with any colour
+vision. Not in print without colour: purple, green and grey are about as light as each other.
+"""
+
+from vlmkit import COMPONENTS
+
+BLUE, ORANGE, PURPLE, GREEN, BLACK = "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#000000"
+GREY, YELLOW = "#999999", "#F0E442"
+SKY, VERMILION = "#56B4E9", "#D55E00"  # not a component's: for parts of something else
+
+COMPONENT_COLORS = dict(zip(COMPONENTS, (BLUE, ORANGE, PURPLE, GREEN, GREY), strict=True))
+"""The colour of each component, the same in every figure."""
+
+MARKS = tuple(zip((VERMILION, SKY, BLACK, GREY, YELLOW), "os^Dv", strict=True))
+"""Colours and shapes of what is drawn on top of each other: told apart by shape as well."""
