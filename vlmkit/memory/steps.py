@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from vlmkit.anatomy import component_finder, plain_name
 from vlmkit.architectures import LANGUAGE, VISION
 from vlmkit.finetuning import adapted
+from vlmkit.loading.quiet import quiet
 from vlmkit.memory.cache import predicted_cache, stretch
 from vlmkit.memory.inputs import batch_of
 from vlmkit.memory.ledger import ACTIVATION, INPUT, Entry
@@ -31,6 +32,7 @@ class Training:
     prepare_kbit: bool
 
 
+@quiet()
 def prompt(model, layout, demand):
     """(entries, notes) of a prompt, and of the tokens that follow it: inputs, keys and values, and
     activations.
@@ -61,6 +63,7 @@ def prompt(model, layout, demand):
     return entries, []
 
 
+@quiet()
 def training_step(model, build, layout, demand, how, whole=True):
     """(entries, notes) of a training step: adapters, upcasts, gradients and optimizer states and,
     if `whole`, its inputs and activations.
