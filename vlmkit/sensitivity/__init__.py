@@ -9,12 +9,17 @@ scopes.py       which weights: components, kinds of layer, single layers, patter
 swapping.py     rounding them in place, and putting the original back bit for bit
 forcing.py      the logits of answers known beforehand
 baseline.py     the unquantised model's answers, and what a changed model's differ in
+replaying.py    what a change cannot have changed, computed once
 statistics.py   intervals and tests for pairs
 sweeping.py     all of it for many scopes and formats, as a table
 records.py      the file that a stopped sweep continues from
+injecting.py    a control: large models' outliers in a small one, its function unchanged
+controls.py     a control: formats that take as many bits, scales included
 """
 
 from vlmkit.sensitivity.baseline import Baseline, Outcome
+from vlmkit.sensitivity.controls import equal_bits
+from vlmkit.sensitivity.injecting import outliers
 from vlmkit.sensitivity.scopes import chosen, layers, random_weights
 from vlmkit.sensitivity.statistics import mcnemar, needed, paired_interval
 from vlmkit.sensitivity.swapping import Swap, quantised
@@ -26,10 +31,12 @@ __all__ = [
     "Swap",
     "by_kind",
     "chosen",
+    "equal_bits",
     "layers",
     "mcnemar",
     "measured",
     "needed",
+    "outliers",
     "paired_interval",
     "quantised",
     "random_weights",

@@ -107,22 +107,25 @@ class Baseline:
         texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def compare(self, changed=None, *, as_asked=False):
+    def compare(self, changed=None, *, as_asked=False, by_steps=False):
         """The Outcome of the model as it is now, changed.
 
         changed: the parameters that are, if no others are: what they do not reach is computed once
         for all comparisons. They must be changed when this is called.
 
-        as_asked: ask every question as `vk.evaluate` does, which is slower and the only way where
-        an answer depends on what it is computed together with.
+        as_asked: ask every question as `vk.evaluate` does, which is slower. Where activations are
+        rounded, the last bit of a number can decide between two steps far apart.
+        by_steps: take the divergence from generating, too, where a token's logits depend on what
+        they are computed together with.
         """
         import numpy as np
 
         correct = np.zeros(len(self.dataset), dtype=bool)
         kl = np.zeros(len(self.dataset))
-        whole, asked = as_asked or not self.one_pass, 0
+        by_steps = by_steps or not self.one_pass
+        whole, asked = as_asked or by_steps, 0
         with in_evaluation_mode(self.model), self._replayed(changed):
-            read = self._each(lambda number: self._read(number, whole))
+            read = self._each(lambda number: self._read(number, whole, by_steps))
         for batch, (right, divergence) in zip(self.batches, read, strict=True):
             kl[batch.rows] = divergence
             still_open = [place for place, one in enumerate(right) if one is None]
@@ -146,13 +149,35 @@ class Baseline:
         inputs = rows_of(batch.inputs, places)
         whole = inputs is None
         inputs = batch.inputs if whole else inputs
-        tokens = generated(self.model, self.processor, inputs, self.max_new_tokens)
+        rows = batch.rows if whole else [batch.rows[place] for place in places]
+        settled = self._settled(inputs, rows)
+        tokens = generated(
+            self.model, self.processor, inputs, self.max_new_tokens, stopping_criteria=settled
+        )
         texts = texts_of(self.processor, inputs, tokens)
-        texts = [texts[place] for place in places] if whole else texts
-        rows = [batch.rows[place] for place in places]
+        if whole:
+            rows, texts = places_of(batch.rows, places), places_of(texts, places)
         return [
             normalise(text) == self.expected[row] for row, text in zip(rows, texts, strict=True)
         ]
+
+    def _settled(self, inputs, rows):
+        """Stops each answer where nothing that follows could make it right."""
+        import torch
+        from transformers import StoppingCriteria, StoppingCriteriaList
+
+        prompt = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        expected, texts = [self.expected[row] for row in rows], self._texts
+
+        class Settled(StoppingCriteria):
+            def __call__(self, input_ids, scores, **_):
+                wrong = [
+                    not could_become(text, right)
+                    for text, right in zip(texts(input_ids[:, prompt:]), expected, strict=True)
+                ]
+                return torch.tensor(wrong, device=input_ids.device)
+
+        return StoppingCriteriaList([Settled()])
 
     def _each(self, work):
         """`work` of every batch. On a CPU a batch a core at a time: half a batch on each core
@@ -171,12 +196,12 @@ class Baseline:
         finally:
             torch.set_num_threads(before)
 
-    def _read(self, number, whole):
+    def _read(self, number, whole, by_steps):
         """(for each row whether its answer is right, or None where that is open; its divergence)"""
         import torch
 
         batch = self.batches[number]
-        if whole:
+        if by_steps:
             logits = logits_by_steps(self.model, self.processor, batch.inputs, batch.tokens)
         else:
             with self.replays.batch(number):
@@ -220,6 +245,10 @@ class Baseline:
         if likeliest[other] in self.ends or len(start) == self.max_new_tokens:
             return normalise(text) == self.expected[row]
         return None if could_become(text, self.expected[row]) else False
+
+
+def places_of(values, places):
+    return [values[place] for place in places]
 
 
 def could_become(start, expected):

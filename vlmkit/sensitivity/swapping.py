@@ -4,7 +4,8 @@ from fractions import Fraction
 
 from vlmkit.errors import SensitivityError
 from vlmkit.formats import rounding
-from vlmkit.sensitivity.scopes import chosen
+from vlmkit.layout import LINEAR
+from vlmkit.sensitivity.scopes import Chosen, chosen
 
 
 def quantised(model, scope, format):
@@ -29,16 +30,59 @@ def quantised(model, scope, format):
     return Swap(model, scope, format)
 
 
-class Swap:
+class Exchange:
+    """Tensors of parameters exchanged for others, and put back however the block is left."""
+
+    def __init__(self):
+        self._original, self._hooks = [], []
+
+    def __enter__(self):
+        import torch
+
+        if self._original or self._hooks:
+            raise SensitivityError("this is in use already: make another one.")
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self._change()
+        except BaseException:  # Ctrl-C among them
+            self._restore()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self._restore()
+
+    def _exchange(self, parameter, tensor):
+        self._original.append((parameter, parameter.data))  # noted before it is done
+        parameter.data = tensor
+
+    def _restore(self):
+        interrupted = None
+        while self._original or self._hooks:
+            try:
+                if self._hooks:
+                    self._hooks[-1].remove()
+                    self._hooks.pop()
+                else:
+                    parameter, original = self._original[-1]
+                    parameter.data = original
+                    self._original.pop()
+            except KeyboardInterrupt as error:  # an impatient second one waits for the last weight
+                interrupted = error
+        if interrupted:
+            raise interrupted
+
+
+class Swap(Exchange):
     """What `quantised` returns. `parameters`: how many numbers the scope has; `effective_bits` of
     each as it would be stored, scales included; `bytes_saved` against the dtype it is stored in
     now. The last two count nothing as saved where activations are rounded."""
 
     def __init__(self, model, scope, format):
+        super().__init__()
         self.format = rounding(format)
         require_float(model)
-        self.chosen = scope if hasattr(scope, "weights") else chosen(model, scope)
-        self._original, self._hooks = [], []
+        self.chosen = scope if isinstance(scope, Chosen) else chosen(model, scope)
         if self.format.activations:
             self._require_called()
         else:
@@ -80,44 +124,12 @@ class Swap:
             return [len(places) for places in self.chosen.places]
         return [weight.parameter.numel() for weight in self.chosen.weights]
 
-    def __enter__(self):
-        import torch
-
-        if self._original or self._hooks:
-            raise SensitivityError("this is in use already: make another with quantised(…).")
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                for index, weight in enumerate(self.chosen.weights):
-                    if self.format.activations:
-                        self._hooks.append(weight.module.register_forward_pre_hook(self._round))
-                        continue
-                    original = weight.parameter.data
-                    rounded = self._rounded(index, original)
-                    self._original.append((weight.parameter, original))
-                    weight.parameter.data = rounded
-        except BaseException:  # Ctrl-C among them
-            self._restore()
-            raise
-        return self
-
-    def __exit__(self, *_):
-        self._restore()
-
-    def _restore(self):
-        interrupted = None
-        while self._original or self._hooks:
-            try:
-                if self._hooks:
-                    self._hooks[-1].remove()
-                    self._hooks.pop()
-                else:
-                    parameter, original = self._original[-1]
-                    parameter.data = original
-                    self._original.pop()
-            except KeyboardInterrupt as error:  # an impatient second one waits for the last weight
-                interrupted = error
-        if interrupted:
-            raise interrupted
+    def _change(self):
+        for index, weight in enumerate(self.chosen.weights):
+            if self.format.activations:
+                self._hooks.append(weight.module.register_forward_pre_hook(self._round))
+            else:
+                self._exchange(weight.parameter, self._rounded(index, weight.parameter.data))
 
     def _rounded(self, index, original):
         rounded = self.format.rounded(original)
@@ -140,8 +152,6 @@ class Swap:
                 )
 
     def _require_called(self):
-        from vlmkit.layout import LINEAR
-
         other = [weight.name for weight in self.chosen.weights if weight.kind != LINEAR]
         if other or self.chosen.places is not None:
             raise SensitivityError(

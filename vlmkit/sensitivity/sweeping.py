@@ -1,6 +1,7 @@
 """Scopes × formats on a dataset: a row for each, against the unquantised model."""
 
 import os
+from pathlib import Path
 
 from vlmkit.errors import SensitivityError
 from vlmkit.evaluation import check, room_for_answers
@@ -46,7 +47,9 @@ def sweep(
     """Quantise each scope in each format, ask the dataset's questions, and compare: a DataFrame.
 
     model: one that `vk.load` returned in a float format. It is given back as it was.
-    dataset, batch_size, max_new_tokens: as in `vk.evaluate`, whose answers these are.
+    dataset, batch_size, max_new_tokens: as in `vk.evaluate`, whose answers these are. A dictionary
+        of datasets, of several seeds for one, gives a table with one more column, data, and a file
+        for each, with its name.
     formats: spellings that `vlmkit.formats.rounding` reads. scopes: see
     `vlmkit.sensitivity.scopes`.
     path: a file for the results, to which each is written when it is there. A sweep that finds it
@@ -78,6 +81,22 @@ def sweep(
     import pandas as pd
     from tqdm import tqdm
 
+    if isinstance(dataset, dict):
+        tables = {}
+        for name, one in dataset.items():
+            tables[name] = sweep(
+                model,
+                processor,
+                one,
+                formats,
+                scopes,
+                path=path and Path(path).with_stem(f"{Path(path).stem}-{name}"),
+                width=width,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                progress=progress,
+            )
+        return pd.concat(tables, names=["data"]).reset_index("data").reset_index(drop=True)
     check(processor, dataset, batch_size)
     _require_enough(len(dataset), width)
     require_float(model)
@@ -111,10 +130,11 @@ def sweep(
 def measured(baseline, swap):
     """One row of `sweep`, without its names: the model of a Baseline with a Swap in it."""
     with swap:
-        # One scale for all that a layer is given depends on what is asked together.
-        together = swap.format.activations and swap.format.share == "tensor"
-        parameters = [weight.parameter for weight in swap.chosen.weights]
-        outcome = baseline.compare(parameters, as_asked=together)
+        outcome = baseline.compare(
+            [weight.parameter for weight in swap.chosen.weights],
+            as_asked=swap.format.activations,
+            by_steps=swap.format.activations and swap.format.share == "tensor",
+        )
     before = baseline.scores.answers["correct"].to_numpy()
     answers = baseline.scores.answers
     kinds = [
