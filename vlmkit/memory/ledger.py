@@ -82,11 +82,11 @@ class Ledger:
         return table
 
     def __str__(self):
-        head = f"{self.title}: {self.total / MEGABYTE:.2f} MB (1 MB = 10^6 bytes)"
+        head = f"{self.title}: {self.total / MEGABYTE:,.2f} MB (1 MB = 10^6 bytes)"
         return "\n".join([head, _in_megabytes(self.table()).to_string(), *self._remarks()])
 
     def _repr_html_(self):
-        size = f"{self.total / MEGABYTE:.2f} MB (1 MB = 10<sup>6</sup> bytes)"
+        size = f"{self.total / MEGABYTE:,.2f} MB (1 MB = 10<sup>6</sup> bytes)"
         remarks = "".join(f"<br>{remark}" for remark in self._remarks())
         table = _in_megabytes(self.table()).to_html()
         return f"<p><b>{self.title}</b>: {size}{remarks}</p>{table}"
@@ -107,7 +107,7 @@ def _sums(entries, what, order):
 
 
 def _in_megabytes(table):
-    return (table / MEGABYTE).map("{:.3f}".format)
+    return (table / MEGABYTE).map("{:,.3f}".format)
 
 
 def compare(predicted, measured):
