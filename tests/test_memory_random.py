@@ -15,7 +15,7 @@ from vlmkit.formats import FORMATS, torch_dtype
 from vlmkit.memory import compare, measure, predict
 from vlmkit.stored import planned
 
-MODELS, SOME = 300, 25
+MODELS, SOME = 300, 20
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = ("llava", "llava_onevision", "qwen2_vl", "mllama", "idefics3", "gemma3", "mistral3")
