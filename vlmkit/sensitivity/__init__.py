@@ -12,6 +12,7 @@ baseline.py     the unquantised model's answers, and what a changed model's diff
 replaying.py    what a change cannot have changed, computed once
 statistics.py   intervals and tests for pairs
 sweeping.py     all of it for many scopes and formats, as a table
+scores.py       cheap guesses of the damage, and how good each is
 records.py      the file that a stopped sweep continues from
 injecting.py    a control: large models' outliers in a small one, its function unchanged
 controls.py     a control: formats that take as many bits, scales included
@@ -21,6 +22,7 @@ from vlmkit.sensitivity.baseline import Baseline, Outcome
 from vlmkit.sensitivity.controls import equal_bits
 from vlmkit.sensitivity.injecting import outliers
 from vlmkit.sensitivity.scopes import chosen, layers, random_weights
+from vlmkit.sensitivity.scores import correlation, every, layer_scores
 from vlmkit.sensitivity.statistics import mcnemar, needed, paired_interval
 from vlmkit.sensitivity.swapping import Swap, quantised
 from vlmkit.sensitivity.sweeping import by_kind, measured, sweep
@@ -31,7 +33,10 @@ __all__ = [
     "Swap",
     "by_kind",
     "chosen",
+    "correlation",
+    "every",
     "equal_bits",
+    "layer_scores",
     "layers",
     "mcnemar",
     "measured",

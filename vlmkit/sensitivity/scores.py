@@ -89,7 +89,8 @@ def layer_scores(
 
     Columns: scope, format, weight_error, sqnr (dB), fisher and kl (nats a token), parameters, bits
     (of each, with its share of scales) and n, the number of questions. Without Linear layers a
-    scope has no sqnr (NaN).
+    scope has no sqnr (NaN). Needs memory for a copy of the scopes' weights for each format, and for
+    their squared gradients in float32.
 
     Raises SensitivityError for a scope that matches nothing, a format for activations, a model that
     is quantised already; PlanError for a format; and what `vk.evaluate` raises.
@@ -105,6 +106,8 @@ def layer_scores(
     for (_, name), swap in swaps.items():
         if swap.format.activations:
             raise SensitivityError(f"{name} rounds activations, and the scores are of weights.")
+        if swap.chosen.places is not None:
+            raise SensitivityError(f"{swap.chosen.label}: the scores are of whole weights.")
     weights = {w.name: w for swap in swaps.values() for w in swap.chosen.weights}
     passes = _Passes(list(weights.values()), {str(f): rounding(f) for f in formats})
     passes.run(model, processor, dataset, max_new_tokens)
