@@ -20,7 +20,7 @@ nbval := --nbval --nbval-current-env --nbval-cell-timeout=600 notebooks
 as_root := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-all lint format benchmark-pebble benchmark-connectors benchmark-loading clean
+.PHONY: help setup lab test test-all lint format benchmark-pebble benchmark-connectors benchmark-loading benchmark-memory clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-22s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ benchmark-connectors: setup ## train chapter 02's connectors for longer, and rec
 
 benchmark-loading: setup ## time loading, and its memory, against transformers' own call
 	$(quietly) $(python) benchmarks/loading.py $(BENCHMARK_ARGS)
+
+benchmark-memory: setup ## hold predictions of memory, ours and others', against measured bytes
+	$(quietly) $(python) benchmarks/memory.py $(BENCHMARK_ARGS)
 
 clean: ## remove .venv, caches and builds; the next call makes them again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

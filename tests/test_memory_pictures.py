@@ -1,0 +1,94 @@
+"""The rules for visual tokens, held against the image processors that need no torchvision."""
+
+from importlib import import_module
+
+import pytest
+from families import _FAMILIES
+from PIL import Image
+from transformers import CONFIG_MAPPING
+
+import vlmkit as vk
+from vlmkit.memory.processors import _pixels
+from vlmkit.memory.visual_tokens import picture
+
+SIZES = [(64, 64), (100, 70), (1024, 768), (333, 1000), (1999, 121), (37, 36)]
+
+
+def made(module, name, picture_size, **settings):
+    """What the image processor of transformers makes of a picture, and its settings."""
+    path = f"transformers.models.{module}.image_processing_pil_{module}"
+    processor = getattr(import_module(path), f"{name}ImageProcessorPil")(**settings)
+    image = Image.new("RGB", picture_size, (90, 120, 150))
+    known = {key: value for key, value in processor.to_dict().items() if value is not None}
+    return processor([[image]], return_tensors="pt"), _pixels(known)
+
+
+def config_of(family, **vision):
+    fields = _FAMILIES[family].config
+    return CONFIG_MAPPING[_FAMILIES[family].model_type](
+        **{**fields, "vision_config": {**fields["vision_config"], **vision}}
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["Qwen2VL", "Glm4v"])
+def test_patches_in_a_grid(name, size):
+    family = {"Qwen2VL": "qwen2_vl", "Glm4v": "glm4v"}[name]
+    config = config_of(family, patch_size=14)
+    out, settings = made(family, name, size)
+    ((_, rows, columns),) = out["image_grid_thw"].tolist()
+    seen = picture(config, settings, size)
+    assert (seen.patches, seen.crop) == (rows * columns, (rows * 14, columns * 14))
+    assert seen.tokens == rows * columns // 4
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["Idefics3", "SmolVLM", "Idefics2"])
+def test_tiles_in_a_row(name, size):
+    side = {"image_size": 364, "patch_size": 14}
+    out, settings = made(name.lower(), name, size)
+    seen = picture(config_of(name.lower(), **side), settings, size)
+    _, count, _, *crop = out["pixel_values"].shape
+    assert (seen.count, seen.crop) == (count, tuple(crop))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "module, name", [("llava_next", "LlavaNext"), ("llava_onevision", "LlavaOnevision")]
+)
+def test_tiles_of_any_resolution(module, name, size):
+    side = 336  # of which the tiles are multiples, as in the published checkpoints
+    edges = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    if module == "llava_onevision":
+        side, edges = 384, {}
+    out, settings = made(module, name, size, **edges)
+    config = config_of(module, image_size=side, patch_size=14)
+    config.image_grid_pinpoints = settings["image_grid_pinpoints"]
+    assert picture(config, settings, size).count == out["pixel_values"].shape[1]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_canvas_of_llama_3_2_vision(size):
+    from vlmkit.memory.tiles import canvas
+
+    out, settings = made("mllama", "Mllama", size)
+    rows, columns = canvas(*size, settings["max_image_tiles"], settings["size"]["height"])
+    assert rows * columns == out["num_tiles"][0][0]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rows_of_pixtral(size):
+    config = config_of("mistral3", image_size=1024, patch_size=16)
+    config.spatial_merge_size = 1
+    out, settings = made("pixtral", "Pixtral", size)
+    assert picture(config, settings, size).crop == tuple(out["image_sizes"][0].tolist())
+
+
+def test_published_numbers():
+    """From the papers and model cards: 576 for LLaVA-1.5, 256 for PaliGemma at 224, 64 for a tile
+    of SmolVLM, and 4 tiles of 1,601 states for Llama 3.2 Vision."""
+    count = vk.memory.visual_tokens
+    assert count("llava-hf/llava-1.5-7b-hf", (1024, 768)).tokens == 576
+    assert count("google/paligemma-3b-mix-224", (50, 900)).tokens == 256
+    assert count("HuggingFaceTB/SmolVLM-256M-Instruct", (512, 512)).features % 64 == 0
+    assert count("meta-llama/Llama-3.2-11B-Vision-Instruct", (9, 9)).attended == 4 * 1601
