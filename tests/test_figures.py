@@ -257,3 +257,46 @@ def test_accuracy_by_tokens_has_a_line_for_each_connector():
     assert (low, high) == pytest.approx((40, 70))
     assert [bars.get_label() for bars in ax.containers] == ["a", "b"]
     assert [text.get_text() for text in ax.get_xticklabels()] == ["4", "16"]
+
+
+def losses():
+    rows = [("a", "int4", 0.004, -0.004, 0.012), ("a", "int2", -0.25, -0.3, -0.2)]
+    rows += [("b", "int4", 0.0, 0.0, 0.0)]
+    table = pd.DataFrame(rows, columns=["scope", "format", "difference", "low", "high"])
+    return table.assign(bytes_saved=[2 * 10**6, 3 * 10**6, 10**5])
+
+
+def test_damage_is_a_cell_for_each_scope_and_format():
+    ax = figures.damage(losses())
+    shown = ax.images[0].get_array()
+    assert np.ma.filled(shown, np.nan).tolist()[0] == pytest.approx([0, 25])
+    assert shown[1, 0] == 0 and np.isnan(np.ma.filled(shown, np.nan)[1, 1])  # not in the table
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["int4", "int2"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+    written = [text.get_text() for text in ax.texts]
+    assert written[:4] == ["+0.4", "[−0.4, +1.2]", "−25.0", "[−30.0, −20.0]"]
+    assert written[4:] == ["0.0", "[0.0, 0.0]"]
+    (frame,) = ax.patches  # the one whose interval leaves zero out
+    assert frame.contains_point(ax.transData.transform((1, 0)))
+    assert [text.get_weight() == "bold" for text in ax.texts] == [False] * 2 + [True] * 2 + [
+        False
+    ] * 2
+
+
+def test_damage_of_several_maps_is_on_one_scale():
+    assert figures.damage(losses()).images[0].norm.vmax == 25
+    assert figures.damage(losses(), worst=60).images[0].norm.vmax == 60
+    unhurt = losses()[::2]
+    assert figures.damage(unhurt).images[0].norm.vmax == 1  # not a scale from nothing to nothing
+
+
+def test_damage_by_bytes_is_a_line_for_each_scope():
+    ax = figures.damage_by_bytes(losses())
+    first, second = (bars.lines[0] for bars in ax.containers)
+    np.testing.assert_allclose(first.get_xydata(), [[2, 0.4], [3, -25]])
+    np.testing.assert_allclose(second.get_xydata(), [[0.1, 0]])
+    low, high = ax.containers[0].lines[2][0].get_segments()[1][:, 1]
+    assert (low, high) == pytest.approx((-30, -20))
+    assert [bars.get_label() for bars in ax.containers] == ["a", "b"]
+    assert [text.get_text() for text in ax.texts] == ["int4", "int2", "int4"]
+    assert "MB" in ax.get_xlabel() and ax.get_xscale() == "log"

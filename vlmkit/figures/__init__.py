@@ -5,6 +5,7 @@ global is changed, and the data can be read back from what was drawn.
 """
 
 from vlmkit.figures.colors import COMPONENT_COLORS
+from vlmkit.figures.damage import damage, damage_by_bytes
 from vlmkit.figures.numbers import bits, error_by_bits
 from vlmkit.figures.pictures import attention, patches, questions
 from vlmkit.figures.scores import accuracy, accuracy_against, accuracy_by_tokens, learning
@@ -25,6 +26,8 @@ __all__ = [
     "attention",
     "bits",
     "bytes_by_component",
+    "damage",
+    "damage_by_bytes",
     "error_by_bits",
     "learning",
     "parameters_by_component",
