@@ -121,8 +121,8 @@ class Outliers(Exchange):
         if not torch.equal(before, self._logits()):
             raise SensitivityError(
                 f"outliers in {self.label!r} change what this {type(self.model).__name__} "
-                "computes: its norms do more than multiply each channel by their weight, or something else "
-                "reads their output as well."
+                "computes: its norms do more than multiply each channel by their weight, or "
+                "something else reads their output as well."
             )
 
     def _scale(self, parameter, places, factor):

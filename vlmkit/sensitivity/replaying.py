@@ -8,6 +8,7 @@ gives what it has kept for the batch at hand; the first time, it computes and ke
 """
 
 import contextlib
+import copy
 import threading
 from dataclasses import dataclass, field
 
@@ -136,7 +137,7 @@ class Replays:
             key = (batch, path, number)
             kept = self.kept.get(key)
             if kept is not None and kept.unchanged:
-                return kept.output
+                return _copied(kept.output)
             output = compute(*args, **kwargs)
             if key[1:] in self.wanted and kept is None:
                 self._keep(key, output)
@@ -146,7 +147,7 @@ class Replays:
 
     def _keep(self, key, output):
         tensors = list(_tensors(output))
-        kept = Kept(output, tensors, [tensor._version for tensor in tensors])
+        kept = Kept(_copied(output), tensors, [tensor._version for tensor in tensors])
         if tensors and self.bytes + _size(kept) <= self.limit:
             self.kept[key] = kept
             self.bytes += _size(kept)
@@ -163,6 +164,17 @@ def _tensors(x):
     elif isinstance(x, (list, tuple)):
         for value in x:
             yield from _tensors(value)
+
+
+def _copied(x):
+    """`x` with the containers in it, but not the tensors, made anew: some models put other things
+    into the output that they were given."""
+    if isinstance(x, dict):
+        new = copy.copy(x)
+        for key, value in x.items():
+            new[key] = _copied(value)
+        return new
+    return type(x)(map(_copied, x)) if type(x) in (list, tuple) else x
 
 
 def _size(kept):

@@ -1,0 +1,382 @@
+"""Scopes, swapping and restoring, outliers, statistics."""
+
+import os
+import re
+import signal
+
+import families
+import numpy as np
+import pytest
+import torch
+
+import vlmkit as vk
+from vlmkit.errors import PlanError, SensitivityError
+from vlmkit.formats import Rounding, rounding
+from vlmkit.layout import LINEAR
+from vlmkit.sensitivity import (
+    chosen,
+    equal_bits,
+    layers,
+    mcnemar,
+    needed,
+    outliers,
+    paired_interval,
+    quantised,
+    random_weights,
+)
+from vlmkit.sensitivity.scopes import label_of, weights_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model(llava):
+    return vk.load(str(llava), "bf16", processor=False)[0]
+
+
+@pytest.fixture(scope="module")
+def with_processor(llava):
+    return vk.load(str(llava), "bf16")
+
+
+@pytest.fixture
+def load(family):
+    return lambda name, **options: vk.load(str(family(name, **options)), "bf16", processor=False)[0]
+
+
+def names(model, scope):
+    return {weight.name for weight in chosen(model, scope).weights}
+
+
+# --- scopes ---------------------------------------------------------------------------------------
+
+
+def test_a_component_is_its_linear_layers(model):
+    for component in ("vision_encoder", "projector", "language_model"):
+        weights = chosen(model, component).weights
+        assert weights and {w.component for w in weights} == {component}
+        assert {w.kind for w in weights} == {LINEAR}
+    assert not any("embed" in n or "lm_head" in n for n in names(model, "language_model"))
+
+
+def test_scopes_take_apart_what_a_component_has(model):
+    whole = names(model, "language_model")
+    assert layers(model) == ("language_model:0", "language_model:1")
+    assert set().union(*(names(model, layer) for layer in layers(model))) == whole
+    attention, mlp = names(model, "language_model:attention"), names(model, "language_model:mlp")
+    assert attention | mlp == whole and not attention & mlp
+    assert names(model, "language_model:1:mlp") == mlp & names(model, "language_model:1")
+    assert all("self_attn" in name for name in attention)
+    assert attention < names(model, "attention")
+    assert names(model, ["projector", r"layers\.0\.mlp"]) >= names(model, "projector")
+    assert names(model, re.compile(r"\.q_proj")) == names(model, r"\.q_proj")
+    assert label_of(["projector", "mlp"]) == "projector + mlp"
+
+
+def test_embeddings_and_head_only_where_a_pattern_names_nothing_else(model):
+    assert names(model, "lm_head") == {"lm_head.weight"}
+    assert names(model, "embed_tokens") == {"model.language_model.embed_tokens.weight"}
+    assert names(model, r"language_model") == names(model, "language_model")
+    assert all("norm" not in weight.name for weight in weights_of(model))
+
+
+def test_a_tied_weight_is_one(load):
+    model = load("qwen2_vl", tie=True)
+    embedding = chosen(model, "embed_tokens")
+    assert len(embedding.weights) == 1
+    with pytest.raises(SensitivityError, match="matches nothing"):
+        chosen(model, r"^lm_head")
+    before = model.lm_head.weight.clone()
+    with quantised(model, "embed_tokens", "int2"):
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+        assert not torch.equal(model.lm_head.weight, before)
+    assert torch.equal(model.lm_head.weight, before)
+
+
+def test_cross_attention_is_a_scope_of_its_own(load):
+    model = load("mllama")
+    cross = chosen(model, "cross_attention")
+    assert cross.weights and all(
+        "cross_attn" in w.name or "layers" in w.name for w in cross.weights
+    )
+    assert not names(model, "cross_attention") & names(model, "language_model")
+
+
+@pytest.mark.parametrize(
+    "scope, says",
+    [
+        ("cross_attention", "which has vision_encoder .* projector"),
+        ("visoin_encoder", "Did you mean 'vision_encoder'"),
+        ("language_model:7", "there are 2 layers"),
+        ("language_model:head", "after the component comes"),
+        ("model.visual", "full module names such as\n"),
+        ("(", "not a regular expression"),
+        ([], "empty list"),
+        (3, "not a scope"),
+    ],
+)
+def test_a_scope_that_matches_nothing_says_what_there_is(model, scope, says):
+    with pytest.raises(SensitivityError, match=says):
+        quantised(model, scope, "int4")
+
+
+# --- swapping -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["language_model", "attention", "lm_head", "patch_embedding"])
+@pytest.mark.parametrize("name", ["int2", "int3-row-asym", "nf4-dq"])
+def test_weights_are_the_rounded_ones_and_come_back(model, scope, name):
+    before = families.state(model)
+    objects = dict(model.named_parameters())
+    with quantised(model, scope, name) as swap:
+        changed = families.differing(before, families.state(model))
+        assert set(changed) == names(model, scope)
+        for n in changed:
+            assert torch.equal(objects[n], rounding(name).rounded(before[n][0]))
+        assert swap.parameters == sum(objects[n].numel() for n in changed)
+    assert not families.differing(before, families.state(model))
+    assert all(objects[n] is p for n, p in model.named_parameters())
+
+
+def test_effective_bits_and_bytes_saved(model):
+    weights = chosen(model, "projector").weights
+    swap = quantised(model, "projector", "int4")
+    total = sum(rounding("int4").total_bits(w.parameter.shape) for w in weights)
+    assert swap.effective_bits == pytest.approx(total / swap.parameters)
+    assert swap.bytes_saved == 2 * swap.parameters - total // 8
+    assert quantised(model, "projector", "int8-act-token").bytes_saved == 0
+
+
+class Interrupted(Rounding):
+    """A format that is interrupted at its third weight, by `how`."""
+
+    count = 0
+
+    def rounded(self, x):
+        type(self).count += 1
+        if type(self).count == 3:
+            type(self).how()
+        return super().rounded(x)
+
+
+def raise_error():
+    raise RuntimeError("out of memory")
+
+
+def press_ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    "how, error", [(raise_error, RuntimeError), (press_ctrl_c, KeyboardInterrupt)]
+)
+def test_an_interrupted_swap_leaves_the_model_as_it_was(model, how, error):
+    before = families.state(model)
+    Interrupted.count, Interrupted.how = 0, staticmethod(how)
+    with pytest.raises(error), quantised(model, "language_model", Interrupted("int2")):
+        raise AssertionError("the block is not reached")
+    assert Interrupted.count == 3
+    assert not families.differing(before, families.state(model))
+
+
+@pytest.mark.parametrize(
+    "how, error", [(raise_error, RuntimeError), (press_ctrl_c, KeyboardInterrupt)]
+)
+def test_so_does_an_interrupted_block(model, how, error):
+    before = families.state(model)
+    with pytest.raises(error), quantised(model, "language_model", "int2"):
+        assert families.differing(before, families.state(model))
+        how()
+    assert not families.differing(before, families.state(model))
+
+
+def test_interrupts_at_random_moments(model):
+    """A timer that interrupts the swap, the block or the restoring, wherever it is just then."""
+    before = families.state(model)
+    caught = 0
+    rng = np.random.default_rng(0)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(40):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.0002, 0.006))
+                with quantised(model, "language_model", "int2"):
+                    pass
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                caught += 1
+            assert not families.differing(before, families.state(model))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert caught
+
+
+def test_contexts_nest_and_are_used_once_at_a_time(model):
+    before = families.state(model)
+    swap = quantised(model, "language_model", "int4")
+    with swap, quantised(model, "language_model", "int8-act-token"):
+        with quantised(model, "projector", "int2"):
+            pass
+        with pytest.raises(SensitivityError, match="in use"):
+            swap.__enter__()
+    assert not families.differing(before, families.state(model))
+    with swap:  # and again
+        assert families.differing(before, families.state(model))
+    assert not families.differing(before, families.state(model))
+
+
+def test_activations_are_the_inputs_of_linear_layers(load):
+    model = load("llava")
+    inputs = families.inputs(model)
+    seen = []
+    linear = model.get_submodule(next(iter(names(model, "projector"))).removesuffix(".weight"))
+    handle = linear.register_forward_hook(lambda m, x, y: seen.append((x[0], y)))
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with quantised(model, "projector", "int4-act-token"):
+            rounded = model(**inputs).logits
+        again = model(**inputs).logits
+    handle.remove()
+    assert torch.equal(plain, again) and not torch.equal(plain, rounded)
+    expected = rounding("int4-act-token").rounded(seen[0][0])
+    assert torch.equal(seen[1][1], torch.nn.functional.linear(expected, linear.weight, linear.bias))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(SensitivityError, match="inputs of Linear layers"):
+        quantised(model, "embed_tokens", "int8-act-token")
+
+
+def test_a_weight_with_nan_is_named(llava):
+    model = vk.load(str(llava), "bf16", processor=False)[0]
+    name = "model.language_model.layers.1.mlp.up_proj.weight"
+    for value in (float("nan"), float("inf")):
+        model.get_parameter(name).data[3, 5] = value
+        with pytest.raises(SensitivityError, match=re.escape(name)):
+            quantised(model, "language_model", "int4")
+
+
+def test_a_model_that_is_quantised_already_is_refused(llava):
+    for plan in ("recommended", "int8"):
+        model = vk.load(str(llava), plan, processor=False)[0]
+        with pytest.raises(SensitivityError, match='quantised already.*plan="bf16"'):
+            quantised(model, "vision_encoder", "int4")
+
+
+def test_a_wrong_format_is_refused_before_anything_else(model):
+    with pytest.raises(PlanError, match="did you mean 'int4-g32'"):
+        quantised(model, "language_model", "int4g32")
+
+
+# --- controls -------------------------------------------------------------------------------------
+
+
+def test_random_weights_are_as_many_and_elsewhere(model):
+    before = families.state(model)
+    scope = random_weights(like="projector", of="language_model", seed=3)
+    count = chosen(model, "projector").parameters
+    with quantised(model, scope, "int2") as swap:
+        after = families.state(model)
+        changed = families.differing(before, after)
+        assert set(changed) <= names(model, "language_model")
+        moved = sum(int((before[n][0] != after[n][0]).sum()) for n in changed)
+        assert 0.9 * count < moved <= count == swap.parameters
+        for n in changed:  # each as if the whole weight had been rounded
+            full = rounding("int2").rounded(before[n][0])
+            assert ((after[n][0] == full) | (after[n][0] == before[n][0])).all()
+    assert not families.differing(before, families.state(model))
+    assert swap.effective_bits == pytest.approx(2.5)
+    other = chosen(model, random_weights(like="projector", of="language_model", seed=4))
+    assert any(not torch.equal(a, b) for a, b in zip(other.places, swap.chosen.places, strict=True))
+    with pytest.raises(SensitivityError, match="only .* to draw them from"):
+        quantised(model, random_weights(like="language_model", of="projector"), "int2")
+
+
+def test_formats_of_equal_bits(model):
+    found = equal_bits(model, "language_model", 4.5)
+    assert {"int4-g64", "nf4-b64", "fp4-b64"} <= set(found["format"])
+    for row in found.itertuples():
+        swap = quantised(model, "language_model", row.format)
+        assert swap.effective_bits == pytest.approx(row.bits)
+        assert abs(row.bits - 4.5) <= 0.05
+    with pytest.raises(SensitivityError, match="closest is int8"):
+        equal_bits(model, "language_model", 20)
+
+
+@pytest.mark.parametrize("scope", ["language_model", "vision_encoder"])
+@pytest.mark.parametrize("where", ["weights", "activations"])
+def test_outliers_change_no_logit(with_processor, scope, where):
+    model, processor = with_processor
+    before = families.state(model)
+    inputs = families_inputs(model, processor)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        with outliers(model, processor, scope, where=where, channels=3, factor=64) as put:
+            assert torch.equal(model(**inputs).logits, logits)
+            assert len(put.pairs) == 4  # two norms in each of two layers
+            changed = families.differing(before, families.state(model))
+            assert len(changed) > 8
+            linear = model.get_submodule(next(iter(put.pairs.values()))[0])
+            columns = linear.weight.float().abs().amax(0)
+            extreme = columns.topk(3).values if where == "weights" else columns.sort().values[:3]
+            ratio = extreme.mean() / columns.median()
+            assert ratio > 20 if where == "weights" else ratio < 0.05
+            with quantised(model, scope, "int4-row"):
+                assert not torch.equal(model(**inputs).logits, logits)
+    assert not families.differing(before, families.state(model))
+
+
+def families_inputs(model, processor):
+    from vlmkit.evaluation.asking import prepared
+    from vlmkit.images import read_all
+
+    pixels = np.random.default_rng(5).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    return prepared(model, processor, [read_all(pixels)], ["How many?"], 4)
+
+
+def test_outliers_that_would_change_the_model_are_refused(with_processor):
+    model, processor = with_processor
+    before = families.state(model)
+    with pytest.raises(SensitivityError, match="power of two"):
+        outliers(model, processor, "language_model", factor=10)
+    with pytest.raises(SensitivityError, match="reads the output of a norm"):
+        outliers(model, processor, "projector")
+    norm = model.model.language_model.layers[0].input_layernorm
+    norm.forward = lambda x: type(norm).forward(norm, x) + x  # one that adds its input
+    try:
+        with pytest.raises(SensitivityError, match="change what this Llava"):
+            outliers(model, processor, "language_model").__enter__()
+    finally:
+        del norm.forward
+    assert not families.differing(before, families.state(model))
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+def test_paired_interval_is_the_bootstrap_over_questions():
+    rng = np.random.default_rng(0)
+    before, after = rng.random(300) < 0.9, rng.random(300) < 0.8
+    lost, gained = int((before & ~after).sum()), int((~before & after).sum())
+    low, high = paired_interval(lost, gained, 300)
+    difference = after.astype(int) - before.astype(int)
+    draws = rng.choice(difference, (4000, 300)).mean(1)
+    assert (low, high) == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.006)
+    assert low < difference.mean() < high
+    assert paired_interval(0, 0, 50) == (0, 0)
+
+
+def test_mcnemar_is_the_sign_test_of_the_changed():
+    assert mcnemar(0, 0) == 1 and mcnemar(5, 5) == 1
+    assert mcnemar(6, 0) == pytest.approx(2 / 2**6)
+    assert mcnemar(0, 6) == mcnemar(6, 0) > mcnemar(9, 0)
+
+
+def test_needed_questions_make_the_interval_that_narrow():
+    for width in (0.02, 0.05):
+        n = needed(width)
+        low, high = paired_interval(round(0.05 * n), round(0.05 * n), n)
+        assert high - low == pytest.approx(width, rel=0.1)
