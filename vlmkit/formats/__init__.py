@@ -21,8 +21,8 @@ from vlmkit.formats.exact import (
     format_of_dtype,
     torch_dtype,
 )
-from vlmkit.formats.reference import FP4, NF4, Packed, dequantize, dynamic_code, quantize
 from vlmkit.formats.experiments import Rounding, rounding
+from vlmkit.formats.reference import FP4, NF4, Packed, dequantize, dynamic_code, quantize
 
 __all__ = [
     "BLOCK",

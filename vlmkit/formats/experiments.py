@@ -159,8 +159,8 @@ def rounding(x):
         hint = f": did you mean {near[0]!r}?" if near else "."
         raise PlanError(
             f"{x!r} is not a format for experiments{hint} A format is int2 to int8, nf4 or fp4, "
-            "then what shares a scale: -tensor, -row, -g32 (any number), then -asym for zero points "
-            "and -dq for quantised scales, such as int4, int3-g32-asym, nf4-b128-dq; for "
+            "then what shares a scale: -tensor, -row, -g32 (any number), then -asym for zero "
+            "points and -dq for quantised scales, such as int4, int3-g32-asym, nf4-b128-dq; for "
             "activations int8-act-token or int8-act-tensor."
         )
     return found
