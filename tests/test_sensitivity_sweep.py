@@ -403,9 +403,10 @@ table.to_json(sys.argv[1] + os.environ.get("RANK", "alone"))
 def test_two_processes_share_the_cells(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(LAUNCHED)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
-    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    launch += ["--main_process_port=0"]
+    # On CPUs `accelerate launch` starts several processes by this flag alone (or through MPI).
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launch += ["--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
+    launch += ["--dynamo_backend=no", "--main_process_port=0"]
     both, alone = tmp_path / "both", tmp_path / "alone"
     subprocess.run([*launch, script, both], check=True, timeout=300)
     subprocess.run([sys.executable, script, alone], check=True, timeout=300)

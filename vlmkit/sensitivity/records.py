@@ -79,7 +79,7 @@ class Records:
         self.done = {_key(cell): cell for cell in whole[1:]}
         if not raw.endswith(b"\n") or len(whole) < raw.count(b"\n"):
             text = "".join(json.dumps(line) + "\n" for line in whole)
-            beside = self.path.with_name(self.path.name + ".new")
+            beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
             beside.write_text(text)
             os.replace(beside, self.path)
 

@@ -108,7 +108,10 @@ def sweep(
     done = dict(records.done)  # before any of the processes adds to it
     if state:
         state.wait_for_everyone()
-    records.begin()
+    if not state or state.is_main_process:
+        records.begin()
+    if state:
+        state.wait_for_everyone()
     open_cells = [cell for cell in cells if cell.key not in done]
     mine = open_cells[state.process_index :: state.num_processes] if state else open_cells
     if mine:
