@@ -104,7 +104,7 @@ def sweep(
     if max_new_tokens is None:
         max_new_tokens = room_for_answers(processor, dataset)
     records = Records(path, _fingerprint(path, model, dataset, max_new_tokens))
-    state = _processes()
+    state = _processes(model)
     done = dict(records.done)  # before any of the processes adds to it
     if state:
         state.wait_for_everyone()
@@ -243,10 +243,10 @@ def _require_right_answers(scores):
     )
 
 
-def _processes():
+def _processes(model):
     """accelerate's state where several processes were launched, else None."""
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         return None
     from accelerate import PartialState
 
-    return PartialState()
+    return PartialState(cpu=model.device.type == "cpu")
