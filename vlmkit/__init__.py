@@ -56,6 +56,7 @@ _MODULES = (
     "memory",
     "pebble",
     "plan",
+    "planner",
     "sensitivity",
     "tasks",
 )
