@@ -61,6 +61,9 @@ benchmark-loading: setup ## time loading, and its memory, against transformers' 
 benchmark-memory: setup ## hold predictions of memory, ours and others', against measured bytes
 	$(quietly) $(python) benchmarks/memory.py $(BENCHMARK_ARGS)
 
+benchmark-sensitivity: setup ## time a sweep of formats and scopes against the plain way
+	$(quietly) $(python) benchmarks/sensitivity.py $(BENCHMARK_ARGS)
+
 clean: ## remove .venv, caches and builds; the next call makes them again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} + -o -name .ipynb_checkpoints -prune -exec rm -rf {} +

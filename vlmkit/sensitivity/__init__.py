@@ -21,7 +21,7 @@ controls.py     a control: formats that take as many bits, scales included
 from vlmkit.sensitivity.baseline import Baseline, Outcome
 from vlmkit.sensitivity.controls import equal_bits
 from vlmkit.sensitivity.injecting import outliers
-from vlmkit.sensitivity.scopes import chosen, layers, random_weights
+from vlmkit.sensitivity.scopes import chosen, label_of, layers, random_weights
 from vlmkit.sensitivity.scores import correlation, every, layer_scores
 from vlmkit.sensitivity.statistics import mcnemar, needed, paired_interval
 from vlmkit.sensitivity.swapping import Swap, quantised
@@ -36,6 +36,7 @@ __all__ = [
     "correlation",
     "every",
     "equal_bits",
+    "label_of",
     "layer_scores",
     "layers",
     "mcnemar",

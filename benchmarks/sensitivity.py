@@ -1,0 +1,170 @@
+"""A sweep against the plain way: reload the checkpoint, quantise it, evaluate it, cell after cell.
+
+    make benchmark-sensitivity
+    make benchmark-sensitivity BENCHMARK_ARGS="--n=200 --task=vqa"
+
+Both compute the same cells in turns, scope by scope, on the same questions: what they found is
+compared, and the time that each took. The plain way loads pebble anew for every cell, rounds its
+weights, and calls `vk.evaluate`; for the divergence it runs every batch once more with the
+unquantised model's answers, whose logits it has kept from before.
+"""
+
+import argparse
+import os
+import sys
+import time
+
+FORMATS = (
+    "int8",
+    "int6",
+    "int5",
+    "int4",
+    "int4-row",
+    "int4-tensor",
+    "int3",
+    "int2",
+    "int2-asym",
+    "nf4",
+    "fp4",
+)
+COMPONENTS = ("vision_encoder", "projector", "language_model")
+SCOPES = (*COMPONENTS, list(COMPONENTS))
+SHARED = ("accuracy", "difference", "lost", "gained", "n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--n", type=int, default=1000, help="questions")
+    parser.add_argument("--task", default="vqa", help='a task, or "all"')
+    parser.add_argument("--seed", type=int, default=20260005)
+    parser.add_argument(
+        "--plain", type=int, default=len(FORMATS), help="formats that the plain way measures (all)"
+    )
+    options = parser.parse_args()
+
+    import torch
+
+    import vlmkit as vk
+    from vlmkit.evaluation import room_for_answers
+    from vlmkit.sensitivity import Baseline, Swap, label_of, measured
+
+    questions = vk.tasks.dataset(options.task, n=options.n, seed=options.seed)
+    model, processor = vk.load("pebble", "bf16")
+    vk.evaluate(model, processor, questions.select(range(min(64, options.n))))  # warm
+    room = room_for_answers(processor, questions)
+    start = time.perf_counter()
+    baseline = Baseline(model, processor, questions, batch_size=64, max_new_tokens=room)
+    first = time.perf_counter() - start
+    plain = Plain(vk, questions, baseline)
+    some = FORMATS[:: max(1, round(len(FORMATS) / options.plain))]
+    rows, found = [], []
+    for scope in SCOPES:
+        start = time.perf_counter()
+        cells = {format: measured(baseline, Swap(model, scope, format)) for format in FORMATS}
+        swept = time.perf_counter() - start
+        plain.seconds = [0.0, 0.0]
+        for format in some:
+            found.append(((label_of(scope), format), cells[format], plain.cell(scope, format)))
+        rows.append(
+            (label_of(scope), swept / len(FORMATS), *(s / len(some) for s in plain.seconds))
+        )
+        print(*rows[-1], flush=True)
+    print(
+        f"\n{options.n} questions ({options.task}), {len(FORMATS)} formats a scope in the sweep, "
+        f"{len(some)} of them in the plain way, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads.\n"
+    )
+    print_times(rows, first)
+    return print_agreement(found)
+
+
+class Plain:
+    """The plain way. seconds: [load, quantise and evaluate; the divergence on top]."""
+
+    def __init__(self, vk, questions, baseline):
+        self.vk, self.questions, self.kept = vk, questions, baseline.batches
+        self.room = baseline.max_new_tokens
+        self.before = baseline.scores.answers["correct"].to_numpy()
+        self.seconds = [0.0, 0.0]
+
+    def cell(self, scope, format):
+        start = time.perf_counter()
+        model, processor = self.vk.load("pebble", "bf16")
+        self.vk.sensitivity.quantised(model, scope, format).__enter__()  # for good
+        after = self.vk.evaluate(model, processor, self.questions).answers["correct"].to_numpy()
+        middle = time.perf_counter()
+        kl = self.divergence(model, processor)
+        self.seconds[0] += middle - start
+        self.seconds[1] += time.perf_counter() - middle
+        lost, gained = int((self.before & ~after).sum()), int((~self.before & after).sum())
+        n = len(after)
+        return {
+            "accuracy": float(after.mean()),
+            "difference": (gained - lost) / n,
+            "lost": lost,
+            "gained": gained,
+            "n": n,
+            "kl": kl,
+        }
+
+    def divergence(self, model, processor):
+        import torch
+
+        from vlmkit.evaluation import batches
+        from vlmkit.evaluation.asking import prepared
+        from vlmkit.sensitivity.forcing import logits_of_answers
+
+        total = 0.0
+        for (_, images, asked), kept in zip(batches(self.questions, 64), self.kept, strict=True):
+            inputs = prepared(model, processor, images, asked, self.room)
+            logits = logits_of_answers(model, inputs, kept.tokens)[kept.own].float()
+            p, q = kept.logits.float().log_softmax(-1), logits.log_softmax(-1)
+            each = torch.zeros(kept.own.shape)
+            each[kept.own] = (p.exp() * (p - q)).sum(-1)
+            total += float((each.sum(1) / kept.own.sum(1)).sum())
+        return total / len(self.questions)
+
+
+def print_times(rows, first):
+    """Seconds a cell; the sweep's share of its first look at the unquantised model comes on top."""
+    print("| scope | sweep, s a cell | plain, s a cell | times faster ", end="")
+    print("| plain with the divergence | times faster |\n|---|---:|---:|---:|---:|---:|")
+    share = first / (len(rows) * len(FORMATS))
+    mean = [sum(row[i] for row in rows) / len(rows) for i in (1, 2, 3)]
+    mean[0] += share
+    for name, swept, plain, more in (*rows, ("all, with the first look", *mean)):
+        print(
+            f"| {name} | {swept:.2f} | {plain:.2f} | {plain / swept:.1f} "
+            f"| {plain + more:.2f} | {(plain + more) / swept:.1f} |"
+        )
+    rates = [60 / s for s in (mean[0], mean[1], mean[1] + mean[2])]
+    cells = len(rows) * len(FORMATS)
+    print(
+        f"\nCells a minute: {rates[0]:.0f} in the sweep, {rates[1]:.1f} in the plain way, "
+        f"{rates[2]:.1f} with the divergence. The sweep's {cells} cells took "
+        f"{mean[0] * cells:.0f} s, {first:.1f} s of them for the unquantised model."
+    )
+
+
+def print_agreement(found):
+    """Print where the two ways differ; 1 if anywhere, else 0."""
+    wrong = [
+        (*names, name, cell[name], plain[name])
+        for names, cell, plain in found
+        for name in SHARED
+        if cell[name] != plain[name]
+    ]
+    distance = max(
+        abs(cell["kl"] - plain["kl"]) / max(plain["kl"], 1e-4) for _, cell, plain in found
+    )
+    print(
+        f"Accuracy and flips are the same in {len(found) - len({w[:2] for w in wrong})} of "
+        f"{len(found)} cells; the divergence differs by at most {distance:.1%}."
+    )
+    for difference in wrong:
+        print("  differs:", *difference)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
