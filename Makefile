@@ -20,7 +20,7 @@ nbval := --nbval --nbval-current-env --nbval-cell-timeout=600 notebooks
 as_root := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-all lint format benchmark-pebble benchmark-connectors benchmark-loading benchmark-memory clean
+.PHONY: help setup lab test test-all lint format benchmark-pebble benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-22s %s\n", $$1, $$2}'

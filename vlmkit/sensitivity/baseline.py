@@ -92,12 +92,13 @@ class Baseline:
         ended = torch.isin(tokens, self.ends.to(tokens.device))
         own = ended.cumsum(1) - ended.long() == 0
         logits = logits[own]
-        forced = self._one_pass(inputs, tokens)[own].float()
-        noise = float((forced - logits).abs().amax())
+        forced = self._one_pass(inputs, tokens)[own]
+        noise = float((forced.float() - logits).abs().amax())
         agrees = forced.argmax(-1) == tokens[own]
-        kept = logits.to(self.model.dtype)
+        # Those of one pass, so that no rounding is taken for a divergence, where they are right
+        kept = forced if agrees.float().mean() >= AGREEMENT else logits.to(forced.dtype)
         texts = self._texts(tokens)
-        return Batch(list(rows), inputs, tokens.clone(), own, kept), texts, noise, agrees
+        return Batch(list(rows), inputs, tokens.clone(), own, kept.clone()), texts, noise, agrees
 
     def _one_pass(self, inputs, tokens):
         with in_evaluation_mode(self.model):
@@ -112,7 +113,6 @@ class Baseline:
 
         changed: the parameters that are, if no others are: what they do not reach is computed once
         for all comparisons. They must be changed when this is called.
-
         as_asked: ask every question as `vk.evaluate` does, which is slower. Where activations are
         rounded, the last bit of a number can decide between two steps far apart.
         by_steps: take the divergence from generating, too, where a token's logits depend on what
