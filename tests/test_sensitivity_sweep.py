@@ -101,6 +101,29 @@ def test_an_unchanged_model_loses_nothing(pebble, questions):
     assert (base.scores.answers["predicted"] == expected.answers["predicted"]).all()
 
 
+@pytest.mark.parametrize("fixture", ["other_family", "llava_clip"])
+def test_so_it_is_for_other_families(fixture, request):
+    """Random weights, whose own answers are taken for the right ones, with padding in the batch."""
+    model, processor = vk.load(str(request.getfixturevalue(fixture)), "bf16")
+    rows = list(vk.tasks.dataset("vqa", n=8, seed=1))
+    asked = vk.evaluate(model, processor, rows, max_new_tokens=4)
+    rows = [
+        dict(row, answer=answer)
+        for row, answer in zip(rows, asked.answers["predicted"], strict=True)
+    ]
+    scopes = ["vision_encoder", "projector", "language_model", "language_model:1"]
+    table = sweep(
+        model, processor, rows, ["int2", "int4"], scopes, max_new_tokens=4, progress=False
+    )
+    for row in table.itertuples():
+        with quantised(model, row.scope, row.format):
+            scores = vk.evaluate(model, processor, rows, max_new_tokens=4)
+        assert row.accuracy == scores.accuracy and row.kl > 0
+        assert row.gained == 0 and row.lost == 8 - scores.answers["correct"].sum()
+    if fixture == "other_family":  # the other one says one and the same word whatever happens
+        assert table["lost"].sum() > 0
+
+
 def test_activations_are_asked_as_evaluate_asks(pebble, questions):
     some = questions.select(range(24))
     formats = ["int4-act-token", "int6-act-tensor"]
