@@ -1,21 +1,26 @@
 """Asking a vision-language model, and scoring its answers.
 
 asking.py   one question or a batch of them, from pictures and text to the answer's text
-scores.py   exact match, its interval, and the tables by task and by kind of question
+metrics.py  the field's metrics: how much an answer is worth against the accepted ones
+scores.py   their means and intervals, and the tables by task and by kind of question
 """
 
 import contextlib
 
 from vlmkit.errors import QuestionError, TaskError, VlmkitError
 from vlmkit.evaluation.asking import TooLong, answers, ask, check_processor, check_question
-from vlmkit.evaluation.scores import Scores, compared, normalise, wilson
+from vlmkit.evaluation.metrics import METRICS, OF_TASK, chosen
+from vlmkit.evaluation.scores import Scores, bootstrap, compared, normalise, wilson
 from vlmkit.images import read_all
 
 __all__ = [
     "COLUMNS",
+    "METRICS",
+    "OF_TASK",
     "Scores",
     "answers",
     "ask",
+    "bootstrap",
     "check_question",
     "compared",
     "evaluate",
@@ -24,24 +29,39 @@ __all__ = [
 ]
 
 COLUMNS = ("images", "question", "answer")
-"""What a row of a dataset must have; `task` and `kind` are used where they are there."""
+"""What a row of a dataset must have; `task`, `kind` and `answers` are used where they are there."""
 
 
-def evaluate(model, processor, dataset, *, batch_size=64, max_new_tokens=None, progress=False):
+def evaluate(
+    model,
+    processor,
+    dataset,
+    *,
+    metric=None,
+    batch_size=64,
+    max_new_tokens=None,
+    progress=False,
+):
     """Ask every question of a dataset and compare the answers: `Scores`.
 
-    dataset: a `datasets.Dataset` (`vlmkit.tasks.dataset` makes one), or a list of rows, with the
-    columns images, question, answer, and where known task and kind. An answer counts if it is the
-    expected one after `normalise`. max_new_tokens: by default 8 more than the longest expected
-    answer takes; one that is longer is wrong, however it goes on. progress: show a progress bar.
+    dataset: a `datasets.Dataset` (`vlmkit.tasks.dataset` and `vlmkit.tasks.from_dataset` make one),
+    or a list of rows, with the columns images, question, answer, and where known task, kind, and
+    answers, a list of all that are accepted.
+    metric: how an answer is scored, one of `METRICS` or a function (predicted, accepted answers) to
+    a number from 0 to 1. By default what the task's own evaluation uses, see `OF_TASK`, and else
+    exact match: an answer counts if it is the expected one, or one of several, after `normalise`.
+    max_new_tokens: by default 8 more than the longest expected answer takes; one that is longer is
+    wrong, however it goes on. progress: show a progress bar.
 
     Rows are batched with others of as many images and about as long a question, which only makes
     it faster: padding is masked. Raises `TaskError` where a column is missing, and the errors of
-    `ask` with the number of the row.
+    `ask` with the number of the row. `TaskError` also for a metric that does not exist or needs
+    more accepted answers than a row has, before anything is asked.
     """
     from tqdm import tqdm
 
     check(processor, dataset, batch_size)
+    metrics = _metrics(dataset, metric)
     if max_new_tokens is None:
         max_new_tokens = room_for_answers(processor, dataset)
     predicted = [None] * len(dataset)
@@ -52,7 +72,29 @@ def evaluate(model, processor, dataset, *, batch_size=64, max_new_tokens=None, p
             for row, answer in zip(rows, found, strict=True):
                 predicted[row] = answer
             bar.update(len(rows))
-    return scored(dataset, predicted)
+    return scored(dataset, predicted, metrics)
+
+
+def _metrics(dataset, metric):
+    """The metric of each row, a function; each is tried on the row's own answer first."""
+    tasks = _column(dataset, "task") if "task" in _columns(dataset) else [None] * len(dataset)
+    metrics = chosen(metric, tasks)
+    answers = _column(dataset, "answer")
+    for row, (one, accepted) in enumerate(zip(metrics, _accepted(dataset), strict=True)):
+        try:
+            one(answers[row], accepted)
+        except VlmkitError as error:
+            raise type(error)(f"Row {row}: {error}") from error
+    return metrics
+
+
+def _accepted(dataset):
+    """The accepted answers of each row: those of the column answers, or else the one expected."""
+    answers = [[answer] for answer in _column(dataset, "answer")]
+    if "answers" not in _columns(dataset):
+        return answers
+    several = _column(dataset, "answers")
+    return [found or one for found, one in zip(several, answers, strict=True)]
 
 
 def check(processor, dataset, batch_size):
@@ -89,16 +131,29 @@ def naming_rows(rows):
         raise QuestionError(f"Row {rows[error.prompt]}: {error}") from error
 
 
-def scored(dataset, predicted):
-    """`Scores` of the answers `predicted`, a text for each row of `dataset`."""
+def scored(dataset, predicted, metrics=None):
+    """`Scores` of the answers `predicted`, a text for each row of `dataset`.
+
+    metrics: a function for each row, as `evaluate` chooses them. Without them an answer is right
+    if it is the one in the column answer, whatever the task.
+    """
     import pandas as pd
 
     table = pd.DataFrame({name: _column(dataset, name) for name in ("question", "answer")})
     table["predicted"] = predicted
-    table["correct"] = table["answer"].map(normalise) == table["predicted"].map(normalise)
+    if metrics is None:
+        table["correct"] = table["answer"].map(normalise) == table["predicted"].map(normalise)
+        score = table["correct"]
+    else:
+        rows = zip(metrics, predicted, _accepted(dataset), strict=True)
+        score = pd.Series([float(metric(answer, accepted)) for metric, answer, accepted in rows])
+        table["correct"] = score == 1
+    if not score.isin([0, 1]).all():
+        table["score"] = score
     for name in ("task", "kind"):
         table[name] = _column(dataset, name) if name in _columns(dataset) else "all"
-    return Scores(table)
+    names = {getattr(metric, "__name__", "score") for metric in metrics or ()} or {"exact_match"}
+    return Scores(table, names.pop() if len(names) == 1 else "score")
 
 
 def _columns(dataset):

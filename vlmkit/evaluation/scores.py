@@ -26,15 +26,40 @@ def wilson(correct, n):
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def bootstrap(scores, resamples=10_000):
+    """The 95% interval of the mean of `scores`, (low, high), by the percentile bootstrap.
+
+    For scores that are shares, where `wilson` does not apply (Efron and Tibshirani, An Introduction
+    to the Bootstrap, 1993, chapter 13). Drawing n scores with replacement is drawing how often each
+    distinct score comes, which is quick for many scores of few values. The same scores give the
+    same interval every time.
+    """
+    import numpy as np
+
+    values, counts = np.unique(np.asarray(scores, float), return_counts=True)
+    rng = np.random.default_rng(0)
+    n = counts.sum()
+    chunk = max(1, 10**6 // len(values))  # draws at a time, to keep memory small
+    means = [
+        rng.multinomial(n, counts / n, size=min(chunk, resamples - start)) @ values / n
+        for start in range(0, resamples, chunk)
+    ]
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return float(low), float(high)
+
+
 @dataclass(frozen=True, eq=False)
 class Scores:
     """What a model answered, and how often it was right.
 
     answers: a DataFrame with a row per question, in the dataset's order: question, answer (the
-    expected one), predicted, correct, task, kind.
+    expected one), predicted, correct, task, kind. Where the metric has degrees between wrong and
+    right, also score, from 0 to 1; correct is then whether it is 1.
+    metric: what the scores are, in the headline.
     """
 
     answers: object
+    metric: str = "exact_match"
 
     @property
     def n(self):
@@ -42,13 +67,18 @@ class Scores:
 
     @property
     def accuracy(self):
-        """The share of right answers, from 0 to 1."""
-        return float(self.answers["correct"].mean())
+        """The share of right answers, or the mean score: from 0 to 1."""
+        return float(self._scores.mean())
 
     @property
     def interval(self):
-        """The 95% interval of the accuracy, (low, high): see `wilson`."""
-        return wilson(int(self.answers["correct"].sum()), self.n)
+        """The 95% interval of the accuracy, (low, high): `wilson` where every score is 0 or 1, and
+        otherwise `bootstrap`."""
+        return _interval(self._scores)
+
+    @property
+    def _scores(self):
+        return self.answers["score" if "score" in self.answers else "correct"]
 
     @property
     def by_task(self):
@@ -63,12 +93,11 @@ class Scores:
     def _by(self, columns):
         import pandas as pd
 
-        counts = self.answers.groupby(columns, sort=False)["correct"].agg(["size", "sum"])
-        rows = [
-            (n, correct / n, *wilson(correct, n))
-            for n, correct in counts.itertuples(index=False, name=None)
-        ]
-        return pd.DataFrame(rows, index=counts.index, columns=["n", "accuracy", "low", "high"])
+        groups = self.answers.groupby(columns, sort=False)[self._scores.name]
+        rows = [(len(group), group.mean(), *_interval(group)) for _, group in groups]
+        return pd.DataFrame(
+            rows, index=groups.size().index, columns=["n", "accuracy", "low", "high"]
+        )
 
     def __str__(self):
         table = self._table().to_string(index_names=False)
@@ -82,16 +111,22 @@ class Scores:
 
     def _headline(self):
         low, high = self.interval
-        return (
-            f"{self.accuracy:.1%} of {self.n:,} answers right "
-            f"(95% interval {low:.1%} to {high:.1%})"
-        )
+        found = f"{self.accuracy:.1%} of {self.n:,} answers right"
+        if self.metric != "exact_match":
+            found = f"mean {self.metric} {self.accuracy:.1%} over {self.n:,} answers"
+        return f"{found} (95% interval {low:.1%} to {high:.1%})"
 
     def _table(self):
         table = self.by_task
         for column in ("accuracy", "low", "high"):
             table[column] = table[column].map("{:.1%}".format)
         return table
+
+
+def _interval(scores):
+    if scores.isin([0, 1]).all():
+        return wilson(int(scores.sum()), len(scores))
+    return bootstrap(scores)
 
 
 def compared(scores):
