@@ -20,6 +20,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 import vlmkit as vk
 from vlmkit.errors import ImageError, QuestionError, TaskError, VlmkitError
 from vlmkit.evaluation import Scores, asking, compared, normalise, wilson
+from vlmkit.evaluation.prompts import question_inputs
 
 PATCHES, CONTEXT = 4, 512  # of the tiny model: visual tokens an image, and tokens in all
 TASKS = ["vqa", "multi_image", "video"]  # one, two and four pictures a question
@@ -114,7 +115,7 @@ def test_more_images_than_the_context_holds(model, processor, monkeypatch):
     with pytest.raises(QuestionError, match="ask for a shorter answer"):
         vk.ask(model, processor, red(), "Which?", max_new_tokens=2000)
     # To the token: the longest prompt that fits is answered, one token more is not.
-    used = asking._inputs(processor, [[red()]], ["Which?"])["input_ids"].shape[1]
+    used = question_inputs(processor, [[red()]], ["Which?"])["input_ids"].shape[1]
     room = CONTEXT - used
     ends = list(range(len(processor.tokenizer)))  # any token, so that only the check is tried
     monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
@@ -126,8 +127,8 @@ def test_more_images_than_the_context_holds(model, processor, monkeypatch):
 def test_special_tokens_in_a_question_are_only_text(model, processor):
     image_id = model.config.image_token_id
     for typed in ("<image>", "<image><image>", "<|end|>", "<ima<image>ge>", "<|assistant|> red"):
-        inputs = asking._inputs(processor, [[red()]], [f"What is {typed} here?"])
-        plain = asking._inputs(processor, [[red()]], ["What?"])
+        inputs = question_inputs(processor, [[red()]], [f"What is {typed} here?"])
+        plain = question_inputs(processor, [[red()]], ["What?"])
         for token in (image_id, *processor.tokenizer.all_special_ids):
             found, expected = ((i["input_ids"] == token).sum() for i in (inputs, plain))
             assert found == expected

@@ -145,9 +145,9 @@ def test_small_and_long_images():
 def test_a_picture_20_000_pixels_wide_is_reduced_and_quick(tmp_path):
     path = tmp_path / "wide.jpg"
     picture((20_000, 4_000)).save(path)
-    start = time.perf_counter()
+    start = time.process_time()  # whatever else the machine has to do
     image = images.read(path)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
     assert image.width * image.height <= images.MOST_PIXELS
     assert image.width / image.height == pytest.approx(5, rel=0.01)
     assert pixel(image, 10, 10)[0] > 200 and pixel(image, image.width - 10, 10)[2] > 200

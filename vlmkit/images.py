@@ -6,6 +6,7 @@ to white, and answers a damaged file with whatever error its decoder had. Every 
 gives to a processor has passed through `read`, so these cases are decided here, once.
 """
 
+import io
 import os
 import warnings
 
@@ -29,6 +30,7 @@ def read(image):
 
     - a PIL image of any mode, or a path to a file in any format Pillow reads; of an animation the
       first frame counts;
+    - a dict of bytes and path, which is how `datasets` holds a picture that it has not decoded;
     - an array or tensor of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels: 8 or 16
       bits unsigned, booleans, other integers from 0 to 255, or floats from 0 to 1. A shape that
       could be read either way, such as (3, 5, 3), is refused.
@@ -48,6 +50,8 @@ def read(image):
         return _rgb(image, name)
     if isinstance(image, (str, os.PathLike)):
         return _read_file(image)
+    if isinstance(image, dict) and image.keys() == {"bytes", "path"}:
+        return _read_stored(image)
     if hasattr(image, "__array__") or hasattr(image, "detach"):
         return _rgb(_from_array(image), "the array")
     raise ImageError(
@@ -75,9 +79,17 @@ def read_all(images):
     return pictures
 
 
-def _read_file(path):
-    from PIL import Image, UnidentifiedImageError
+def _read_stored(image):
+    """A picture as `datasets` stores it: its bytes, or the path of its file where it has none."""
+    name = os.path.basename(image["path"] or "") or "the image"
+    if image["bytes"] is None:
+        return _read_file(image["path"] or "")
+    if not image["bytes"]:
+        raise ImageError(f"{name} is empty (0 bytes).")
+    return _decoded(io.BytesIO(image["bytes"]), name)
 
+
+def _read_file(path):
     path = os.path.expanduser(os.fspath(path))
     if isinstance(path, bytes):
         path = os.fsdecode(path)
@@ -93,27 +105,34 @@ def _read_file(path):
         raise ImageError(f"{path} is not a regular file.")
     if os.path.getsize(path) == 0:
         raise ImageError(f"The file {path} is empty (0 bytes).")
+    return _decoded(path, path)
+
+
+def _decoded(file, name):
+    """The picture in a file, given by its path or opened; errors call it `name`."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with warnings.catch_warnings():
             # Between one and two times its limit Pillow warns and goes on; the limit is the limit.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(file) as image:
                 # A JPEG can be unpacked at a half, a quarter or an eighth of its size; others stay.
                 image.draft(None, _size_within(image.size, MOST_PIXELS))
-                return _rgb(image, path)
+                return _rgb(image, name)
     except ImageError:
         raise
     except PermissionError as error:
-        raise ImageError(f"The file {path} may not be read: {error.strerror}.") from error
+        raise ImageError(f"{name} may not be read: {error.strerror}.") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(
-            f"{path} unpacks to more than {Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit: make "
+            f"{name} unpacks to more than {Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit: make "
             "it smaller, or, if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS."
         ) from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{path} is not an image in a format that Pillow can read.") from error
+        raise ImageError(f"{name} is not an image in a format that Pillow can read.") from error
     except Exception as error:  # as in _rgb
-        raise ImageError(f"{path} is damaged: {error}.") from error
+        raise ImageError(f"{name} is damaged: {error}.") from error
 
 
 def _rgb(image, name):

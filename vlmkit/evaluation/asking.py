@@ -7,20 +7,11 @@ every answer starts right after its question.
 
 import contextlib
 import inspect
-import re
 
 from vlmkit import anatomy
-from vlmkit.errors import ImageError, QuestionError, VlmkitError
+from vlmkit.errors import QuestionError, VlmkitError
+from vlmkit.evaluation.prompts import question_inputs
 from vlmkit.images import read_all
-
-# Processors without a chat template, and the prompt that their models' documentation gives for a
-# question. `{images}` is where the image placeholders go; BLIP-2's processor puts its own in front.
-_PLAIN_PROMPTS = {
-    # Google's page "PaliGemma prompt and system instructions": the images first, then this
-    "PaliGemmaProcessor": "{images}answer en {question}",
-    # the examples of transformers' Blip2ForConditionalGeneration
-    "Blip2Processor": "Question: {question} Answer:",
-}
 
 
 def ask(model, processor, images, question, *, max_new_tokens=64):
@@ -74,7 +65,7 @@ def prepared(model, processor, images, questions, max_new_tokens):
     leave room for `max_new_tokens` more. Arguments and errors are those of `answers`."""
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise VlmkitError(f"max_new_tokens is a whole number from 1; it is {max_new_tokens!r}.")
-    inputs = _inputs(processor, images, questions)
+    inputs = question_inputs(processor, images, questions)
     _check_context(model, inputs, len(images[0]), max_new_tokens)
     inputs = inputs.to(model.device, _vision_dtype(model))
     if "token_type_ids" not in inspect.signature(model.forward).parameters:
@@ -98,73 +89,6 @@ def generated(model, processor, inputs, max_new_tokens, **outputs):
             pad_token_id=processor.tokenizer.pad_token_id if pad is None else pad,
             **outputs,
         )
-
-
-def _inputs(processor, images, questions):
-    """The model's inputs for a batch: token ids, attention mask, pixel values and what else the
-    processor makes."""
-    questions = [_plain_text(processor, question) for question in questions]
-    if len(questions) > 1 and processor.tokenizer.pad_token is None:
-        raise VlmkitError(
-            "This tokenizer has no padding token, so several prompts cannot share a batch: set "
-            "processor.tokenizer.pad_token, commonly to its eos_token, or use batch_size=1."
-        )
-    text = {"padding": len(questions) > 1, "padding_side": "left"}
-    if getattr(processor, "chat_template", None):
-        conversations = [
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image", "image": image} for image in pictures]
-                    + [{"type": "text", "text": question}],
-                }
-            ]
-            for pictures, question in zip(images, questions, strict=True)
-        ]
-        return processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"text_kwargs": text},
-        )
-    name = type(processor).__name__
-    if name not in _PLAIN_PROMPTS:
-        raise VlmkitError(
-            f"This {name} has no chat template, so there is no telling how its model wants to be "
-            f"asked. Give it one (processor.chat_template = ...); only {', '.join(_PLAIN_PROMPTS)} "
-            "are known to vlmkit without."
-        )
-    if name == "Blip2Processor" and len(images[0]) != 1:
-        raise ImageError(f"BLIP-2 takes one image a question, and there are {len(images[0])}.")
-    prompts = [
-        _PLAIN_PROMPTS[name].format(images=str(processor.image_token) * len(images[0]), question=q)
-        for q in questions
-    ]
-    flat = [image for pictures in images for image in pictures]
-    return processor(images=flat or None, text=prompts, return_tensors="pt", **text)
-
-
-def _plain_text(processor, question):
-    """The question with a space inside whatever would become a special token.
-
-    A question is data: "<image>" typed in it is not another image, and an end-of-turn mark does
-    not end the user's turn.
-    """
-    special = {
-        token.content
-        for token in processor.tokenizer.added_tokens_decoder.values()
-        if token.special
-    }
-    special |= {
-        str(getattr(processor, f"{kind}_token", None) or "") for kind in ("image", "video", "audio")
-    }
-    tokens = sorted((token for token in special if len(token.strip()) > 1), key=len, reverse=True)
-    if not tokens:
-        return question
-    pattern = "|".join(map(re.escape, tokens))
-    return re.sub(pattern, lambda found: f"{found[0][0]} {found[0][1:]}", question)
 
 
 def image_places(model, input_ids):
