@@ -7,8 +7,10 @@ architecture. While a scope is changed, the `forward` of these module objects (n
 gives what it has kept for the batch at hand; the first time, it computes and keeps it.
 """
 
+import collections
 import contextlib
 import copy
+import itertools
 import threading
 from dataclasses import dataclass, field
 
@@ -44,18 +46,19 @@ class Replays:
 
     def __init__(self, model, limit=LIMIT):
         self.model, self.limit = model, limit
-        self.calls, self.bytes = [], 0
+        self.calls, self.first, self.bytes = [], {}, 0
         self.wanted, self.kept = set(), {}
         self.now = threading.local()
 
     def trace(self, run):
         """Learn from `run()`, one forward pass, which modules are called, and when."""
-        calls, open_calls, handles, events = [], [], [], iter(range(10**9))
+        calls, open_calls, handles, events = [], [], [], itertools.count()
+        numbers = collections.Counter()
 
         def begin(path):
             def hook(module, inputs):
-                number = sum(call.path == path for call in calls)
-                calls.append(Call(path, number, next(events)))
+                calls.append(Call(path, numbers[path], next(events)))
+                numbers[path] += 1
                 open_calls.append(calls[-1])
 
             return hook
@@ -72,6 +75,7 @@ class Replays:
             for handle in handles:
                 handle.remove()
         self.calls = calls
+        self.first = {call.path: call.start for call in reversed(calls)}
 
     def before(self, parameters):
         """(path, number) of the outermost calls that are over when the first module that holds one
@@ -93,11 +97,9 @@ class Replays:
     def _first_call(self, path):
         """When the module at `path` is first called; the one around it where it never is, since
         that then reads its weight."""
-        while True:
-            starts = [call.start for call in self.calls if call.path == path]
-            if starts or not path:
-                return min(starts, default=0)
+        while path and path not in self.first:
             path = path.rpartition(".")[0]
+        return self.first.get(path, 0)
 
     @contextlib.contextmanager
     def without(self, parameters):
