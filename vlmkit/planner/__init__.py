@@ -10,14 +10,17 @@
 parts.py       what can be given a format of its own, and what that costs in bytes
 rounding.py    what loading in a format does to weights and inputs, done in place
 choosing.py    the least damage within a number of bytes: a knapsack
+splitting.py   calibration questions and held-out ones
 planning.py    calibration, choice and verification
-results.py     what comes of it, as a table and in words
+comparing.py   one plan against another on the same questions
+results.py     what comes of it, as a table
 """
 
 from vlmkit.planner.choosing import least_damage
 from vlmkit.planner.parts import EXPERIMENTAL
 from vlmkit.planner.planning import Planner, best_plan
 from vlmkit.planner.results import Measured, Result, Trial
+from vlmkit.planner.splitting import split
 
 __all__ = [
     "EXPERIMENTAL",
@@ -27,4 +30,5 @@ __all__ = [
     "Trial",
     "best_plan",
     "least_damage",
+    "split",
 ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from vlmkit import COMPONENTS
 from vlmkit.anatomy import on_meta, unwrapped
 from vlmkit.errors import SensitivityError
-from vlmkit.formats import FORMATS, format_named, format_of_dtype, rounding
+from vlmkit.formats import FORMATS, format_of_dtype, rounding
 from vlmkit.layout import HEAD, LINEAR
 from vlmkit.memory import BUFFER, predict
 from vlmkit.plan import Plan
@@ -81,10 +81,10 @@ class Parts:
         found = {}
         for name in self.formats:
             everything = {part.scope: name for part in self.parts}
-            extra = [part.scope for part in self.parts if not part.main]
+            extra = {part.scope: part.weights[0].kind for part in self.parts if not part.main}
             found[name] = everything | dict.fromkeys(extra, self.base)
             if extra and name != self.base:
-                found[f"{name}, {' and '.join(extra)} too"] = everything
+                found[f"{name}, {' and '.join(extra.values())} too"] = everything
         return found
 
 
@@ -138,16 +138,15 @@ def _formats(formats, base):
                 f'formats is a list of formats, "experimental", or None, not {formats!r}.'
             )
         return (base, *EXPERIMENTAL), False
-    names = tuple(dict.fromkeys(formats))
-    if not names:
+    if not list(formats):
         raise SensitivityError("formats is empty: name those to choose from.")
+    names = tuple(dict.fromkeys((base, *formats)))
     if all(name in FORMATS for name in names):
         return names, True
     for name in names:
         if name == base:
             continue
         if name in FORMATS and not FORMATS[name].quantized:
-            format_named(name)
             raise SensitivityError(
                 f"{name!r} among formats for experiments: these round weights in place, and the "
                 f"model is in {base}."

@@ -2,30 +2,28 @@
 
 The questions are split in two. On the calibration half every part is put in every format, alone,
 and the divergence from the unquantised model is its damage: it tells apart what accuracy, which a
-few hundred questions know within some points, does not. The damages do not add up where several
-parts are rounded, so the choice that the knapsack makes of them is measured as a whole, corrected,
-and held against the best uniform plan, all on the calibration half. The held-out half is asked once
-a plan is chosen, of the model that is loaded under it.
+few hundred questions know within some points, does not. The damages need not add up where several
+parts are rounded, so what the knapsack chooses is measured as a whole and held against the best
+uniform plan, still on the calibration half. The held-out half is asked once a plan is chosen, of
+the model that is loaded under it.
 """
 
 import copy
-import math
 import tempfile
 from functools import cached_property
 from pathlib import Path
 
 from vlmkit.errors import SensitivityError, SizeError
-from vlmkit.evaluation import check, room_for_answers, wilson
+from vlmkit.evaluation import check, room_for_answers
 from vlmkit.memory import measure, parse_size
 from vlmkit.planner.choosing import least_damage
+from vlmkit.planner.comparing import is_worse, reason, summary
 from vlmkit.planner.parts import parts_of
-from vlmkit.planner.results import Measured, Result, Trial, row_of
+from vlmkit.planner.results import Result, Trial, row_of
 from vlmkit.planner.rounding import applied
-from vlmkit.sensitivity import Baseline, needed, paired_interval
+from vlmkit.planner.splitting import require_enough, rows_of, split
+from vlmkit.sensitivity import Baseline
 from vlmkit.sensitivity.swapping import require_float
-
-FEWEST = 30
-"""Questions of each half at least: with fewer, a bootstrap interval says nothing."""
 
 
 def best_plan(model, processor, dataset, budget, **options):
@@ -81,7 +79,7 @@ class Planner:
         self.batch_size, self.progress = batch_size, progress
         self.parts = parts_of(model, formats, by)
         self.split = split(dataset, calibration, seed)
-        _require_enough(*map(len, self.split), calibration, width)
+        require_enough(*map(len, self.split), calibration, width)
         self.max_new_tokens = max_new_tokens or room_for_answers(processor, dataset)
         self._kept, self._measured = {}, {}
 
@@ -99,7 +97,7 @@ class Planner:
         baseline = Baseline(
             self.model,
             self.processor,
-            _rows(self.dataset, rows),
+            rows_of(self.dataset, rows),
             batch_size=self.batch_size,
             max_new_tokens=self.max_new_tokens,
         )
@@ -170,8 +168,8 @@ class Planner:
         names = {tuple(a.items()): f"uniform {name}" for name, a in rivals.items()}
         chosen = self._trial(names.get(tuple(planned.items()), "planned"), planned)
         uniform = rival and self._trial(f"uniform {rival}", rivals[rival])
-        rejected, reason = None, _reason(chosen, uniform)
-        if uniform is not None and _worse(chosen, uniform):
+        rejected, why = None, reason(chosen, uniform)
+        if uniform is not None and is_worse(chosen, uniform):
             chosen, rejected = uniform, chosen
         base = {part.scope: self.parts.base for part in self.parts.parts}
         return Result(
@@ -180,7 +178,7 @@ class Planner:
             uniform,
             rejected,
             self._trial("unquantised", base),
-            reason,
+            why,
             self._described(chosen.assignment),
             self.parts.fixed,
         )
@@ -202,7 +200,7 @@ class Planner:
         return pd.DataFrame(rows)
 
     def _require_room(self, budget):
-        smallest = {p.scope: min(p.sizes, key=p.sizes.get) for p in self.parts.parts}
+        smallest = self._smallest()
         size = self.parts.counted(smallest)
         if size <= budget:
             return
@@ -217,37 +215,18 @@ class Planner:
         )
 
     def _planned(self, budget):
-        """The best assignment found for a budget, by its joint damage on calibration questions."""
-        best = self._allocated(self.damages, budget)
-        for _ in range(2):
-            again = self._allocated(self._corrected(best), budget)
-            if self.joint(again) >= self.joint(best):
-                break
-            best = again
-        return best
-
-    def _allocated(self, damages, budget):
         """The knapsack's assignment, within the budget as the ledger counts it."""
         sizes = {part.scope: part.sizes for part in self.parts.parts}
         room = budget - sum(self.parts.fixed.values())
-        while True:
-            found = least_damage(sizes, damages, room)
+        while (found := least_damage(sizes, self.damages, room)) is not None:
             over = self.parts.counted(found) - budget
             if over <= 0:
                 return found
             room -= over  # buffers that follow the dtype which a model is read in
+        return self._smallest()
 
-    def _corrected(self, assignment):
-        """The damages in the company of an assignment's others: each part's are scaled by what
-        putting it back in its own format saves there, against what it costs alone."""
-        whole, found = self.joint(assignment), {}
-        for scope, name in assignment.items():
-            alone, scale = self.damages[scope][name], 1
-            if alone > 0:
-                saved = whole - self.joint(assignment | {scope: self.parts.base})
-                scale = max(saved, 0) / alone
-            found[scope] = {f: scale * kl for f, kl in self.damages[scope].items()}
-        return found
+    def _smallest(self):
+        return {part.scope: min(part.sizes, key=part.sizes.get) for part in self.parts.parts}
 
     def _uniform_within(self, budget):
         return {
@@ -274,7 +253,7 @@ class Planner:
                 outcome = self._loaded(assignment)
             else:
                 outcome = self._outcome(self.held_out, assignment)
-            self._measured[key] = _summary(self.held_out, outcome)
+            self._measured[key] = summary(self.held_out, outcome)
         return self._measured[key]
 
     def _loaded(self, assignment):
@@ -315,111 +294,3 @@ class Planner:
             }
             for part in self.parts.parts
         )
-
-
-def split(dataset, calibration=0.5, seed=0):
-    """(row numbers for calibration, row numbers held out), disjoint, both in ascending order.
-
-    A share `calibration` of the rows, drawn at random by `seed`, with the same share of each task
-    and kind of question, give or take one row.
-    """
-    import numpy as np
-
-    if not 0 < calibration < 1:
-        raise SensitivityError(f"calibration is a share between 0 and 1, not {calibration!r}.")
-    columns = getattr(dataset, "column_names", None) or list(dataset[0])
-    names = [name for name in ("task", "kind") if name in columns]
-    texts = dataset.select_columns(names) if hasattr(dataset, "select_columns") else dataset
-    labels = [tuple(str(row[name]) for name in names) for row in texts] if names else None
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    order = order.tolist()
-    if labels:
-        order.sort(key=lambda row: labels[row])  # stable: shuffled within each kind
-    taken = [
-        math.floor((i + 1) * calibration) > math.floor(i * calibration) for i in range(len(order))
-    ]
-    return (
-        sorted(row for row, take in zip(order, taken, strict=True) if take),
-        sorted(row for row, take in zip(order, taken, strict=True) if not take),
-    )
-
-
-def _rows(dataset, rows):
-    return dataset.select(rows) if hasattr(dataset, "select") else [dataset[row] for row in rows]
-
-
-def _require_enough(calibration, held_out, share, width):
-    fewest = max(FEWEST, 0 if width is None else needed(width))
-    if width is not None and not 0 < width < 2:
-        raise SensitivityError(f"the width of an interval is a share such as 0.02, not {width!r}.")
-    if held_out >= fewest and calibration >= FEWEST:
-        return
-    total = max(math.ceil(FEWEST / share), math.ceil(fewest / (1 - share)))
-    why = "" if width is None else f" for an interval {width:.3f} wide"
-    raise SensitivityError(
-        f"{calibration + held_out:,} questions are too few{why}: split into calibration "
-        f"({calibration:,}) and held-out ones ({held_out:,}), they have to be {total:,} at least."
-    )
-
-
-def _summary(baseline, outcome):
-    before = baseline.scores.answers["correct"].to_numpy()
-    return Measured(
-        outcome.kl.mean().item(),
-        _bootstrap(outcome.kl),
-        outcome.correct.mean().item(),
-        wilson(int(outcome.correct.sum()), len(before)),
-        *_paired(before, outcome.correct),
-        len(before),
-        outcome,
-    )
-
-
-def _paired(before, after):
-    """(difference in accuracy, its interval)"""
-    lost, gained = int((before & ~after).sum()), int((~before & after).sum())
-    n = len(before)
-    return (gained - lost) / n, paired_interval(lost, gained, n)
-
-
-def _bootstrap(values, draws=2_000, seed=0):
-    """95% percentile-bootstrap interval of a mean over questions."""
-    import numpy as np
-
-    n = len(values)
-    drawn = np.random.default_rng(seed).integers(n, size=(draws, n))
-    low, high = np.percentile(values[drawn].mean(1), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def _against(chosen, uniform):
-    """(accuracy difference, interval, divergence difference, interval): chosen minus uniform, on
-    the same held-out questions."""
-    ours, theirs = chosen.measured.outcome, uniform.measured.outcome
-    kl = ours.kl - theirs.kl
-    return (*_paired(theirs.correct, ours.correct), kl.mean().item(), _bootstrap(kl))
-
-
-def _worse(chosen, uniform):
-    """Whether the uniform plan is better beyond its interval: in accuracy, or where that does not
-    decide, in divergence."""
-    _, (low, high), _, (kl_low, _) = _against(chosen, uniform)
-    return high < 0 or low <= 0 and kl_low > 0
-
-
-def _reason(chosen, uniform):
-    if uniform is None:
-        return "No uniform plan fits into the budget: there is nothing to compare the plan with."
-    if chosen.assignment == uniform.assignment:
-        return f"The best plan found is the uniform one, {uniform.name.removeprefix('uniform ')}."
-    difference, (low, high), kl, (kl_low, kl_high) = _against(chosen, uniform)
-    measured = (
-        f"accuracy {difference:+.1%} [{low:+.1%}, {high:+.1%}], divergence {kl:+.4f} "
-        f"[{kl_low:+.4f}, {kl_high:+.4f}] nats a token against {uniform.name}, on the same "
-        f"{chosen.measured.n:,} held-out questions"
-    )
-    if _worse(chosen, uniform):
-        return f"The uniform plan is returned: what was planned is worse ({measured})."
-    if low > 0 or high >= 0 and kl_high < 0:
-        return f"The plan is better than the best uniform one: {measured}."
-    return f"The plan is as good as the best uniform one, within the interval: {measured}."

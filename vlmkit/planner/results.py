@@ -83,10 +83,15 @@ class Result:
 
     def applied(self, model):
         """A context in which the float `model` has the assignment's formats for experiments: one
-        `vlmkit.sensitivity.quantised` for each part."""
+        `vlmkit.sensitivity.quantised` for each part. Raises SensitivityError where there is a
+        plan, which is to be loaded."""
         import contextlib
 
+        from vlmkit.errors import SensitivityError
         from vlmkit.sensitivity import quantised
+
+        if self.plan is not None:
+            raise SensitivityError("these formats can be loaded: vk.load(name, plan=result.plan).")
 
         stack = contextlib.ExitStack()
         for part in self.parts.itertuples():

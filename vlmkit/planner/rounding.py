@@ -2,7 +2,8 @@
 
 For NF4 and FP4 that is the rounding of the weights, to the bit. LLM.int8 (arXiv 2208.07339) also
 rounds what goes into a layer, token by token, but for the features in which some value is 6 or
-more. A narrower float format rounds all of the weight.
+more; bitsandbytes then rounds products in other places than here, which is as large a change and
+not the same one. A narrower float format rounds the weights.
 """
 
 import contextlib
