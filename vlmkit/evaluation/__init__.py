@@ -163,7 +163,8 @@ def _columns(dataset):
 
 def _column(dataset, name):
     if hasattr(dataset, "column_names"):
-        return list(dataset[name])
+        # Alone, since a dataset with a transform reads every column for one, pictures too.
+        return list(dataset.select_columns([name])[name])
     return [row[name] for row in dataset]
 
 

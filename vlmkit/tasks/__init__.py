@@ -4,6 +4,8 @@ Six tasks, for the uses that VLMs are tuned for; each asks several kinds of ques
 four phrasings, and where it makes sense some answers are an honest "none". Every row depends only
 on (split, seed, task, row number): the same seed gives the same bytes on every machine, in any
 order and for any `n`. The split is part of that key, so training and evaluation never share a draw.
+
+Published data, from a disk or the hub, comes in the same shape from `from_dataset`.
 """
 
 import difflib
@@ -13,11 +15,24 @@ from vlmkit.tasks.chart import CHART
 from vlmkit.tasks.drawing import SIZE, to_image
 from vlmkit.tasks.ocr import OCR
 from vlmkit.tasks.pairs import MULTI_IMAGE
+from vlmkit.tasks.published import SCHEMAS, from_dataset
 from vlmkit.tasks.recipe import NONE, generator
 from vlmkit.tasks.scenes import CAPTION, VQA
 from vlmkit.tasks.video import VIDEO
 
-__all__ = ["KINDS", "NONE", "RECIPES", "SIZE", "SPLITS", "TASKS", "dataset", "example", "generator"]
+__all__ = [
+    "KINDS",
+    "NONE",
+    "RECIPES",
+    "SCHEMAS",
+    "SIZE",
+    "SPLITS",
+    "TASKS",
+    "dataset",
+    "example",
+    "from_dataset",
+    "generator",
+]
 
 RECIPES = {recipe.name: recipe for recipe in (CAPTION, VQA, OCR, CHART, MULTI_IMAGE, VIDEO)}
 TASKS = tuple(RECIPES)

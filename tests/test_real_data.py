@@ -1,0 +1,501 @@
+"""Published data: small files in each layout, written here, read without a network."""
+
+import io
+import json
+import warnings
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pytest
+from PIL import Image
+
+import vlmkit as vk
+from vlmkit.errors import ImageError, TaskError
+from vlmkit.tasks import SCHEMAS, from_dataset
+from vlmkit.tasks.published import opening
+from vlmkit.tasks.published.reading import Pictures
+from vlmkit.tasks.published.schemas import find
+
+COLORS = [(200, 10 * i, 30) for i in range(6)]
+
+
+def picture(i=0):
+    return Image.new("RGB", (12 + i, 8), COLORS[i])
+
+
+def png(i=0):
+    buffer = io.BytesIO()
+    picture(i).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# Rows as the data sets' cards and readers have them, but for columns that nothing here looks at.
+TEN = ["down"] * 7 + ["table", "at table", "skateboard"]
+ROWS = {
+    "vqav2": {
+        "question": "Where is he looking?",
+        "multiple_choice_answer": "down",
+        "question_type": "none of the above",
+        "answers": [
+            {"answer": text, "answer_confidence": "yes", "answer_id": i + 1}
+            for i, text in enumerate(TEN)
+        ],
+        "image_id": 262148,
+        "answer_type": "other",
+        "question_id": 262148000,
+    },
+    "textvqa": {
+        "image_id": "003a8ae2ef43b901",
+        "question_id": 34602,
+        "question": "what is the brand of this camera?",
+        "image_classes": ["Camera"],
+        "flickr_original_url": "https://example.org/o.jpg",
+        "answers": ["dakota", "Dakota"] + ["dakota digital"] * 5 + ["nous les gosses"] * 3,
+        "set_name": "val",
+    },
+    "docvqa": {
+        "questionId": "49153",
+        "question": "What is the name of the company?",
+        "question_types": ["layout", "form"],
+        "docId": 14465,
+        "ucsf_document_id": "pybv0228",
+        "answers": ["itc limited", "ITC Limited"],
+        "data_split": "val",
+    },
+    "chartqa": {
+        "query": "How many food items are shown?",
+        "label": ["14"],
+        "human_or_machine": 0,
+    },
+    "gqa": {
+        "id": "201307251",
+        "question": "Is it overcast?",
+        "answer": "no",
+        "fullAnswer": "No, it is not overcast.",
+        "isBalanced": True,
+        "types": {"detailed": "weatherVerify", "semantic": "global", "structural": "verify"},
+    },
+    "aokvqa": {
+        "question_id": "22jbM6gDxdaMaunuzgrsBB",
+        "question": "What is in the motorcyclist's mouth?",
+        "choices": ["toothpick", "food", "popsicle stick", "cigarette"],
+        "correct_choice_idx": 3,
+        "direct_answers": str(["cigarette"] * 9 + ["smoke"]),
+        "difficult_direct_answer": False,
+        "rationales": ["He's smoking while riding."],
+    },
+    "the_cauldron": {
+        "texts": [
+            {"user": "What is shown?\nAnswer briefly.", "assistant": "A dog.", "source": "VQAv2"},
+            {"user": "Is it red?", "assistant": "Yes.", "source": "VQAv2"},
+        ],
+    },
+    "plain": {"question": "What color is it?", "answer": "red"},
+}
+EXPECTED = {
+    "vqav2": [("Where is he looking?", "down", "other", TEN)],
+    "textvqa": [
+        ("what is the brand of this camera?", "dakota digital", "all", ROWS["textvqa"]["answers"])
+    ],
+    "docvqa": [
+        (
+            "What is the name of the company?",
+            "itc limited",
+            "layout + form",
+            ["itc limited", "ITC Limited"],
+        )
+    ],
+    "chartqa": [("How many food items are shown?", "14", "human", ["14"])],
+    "gqa": [("Is it overcast?", "no", "verify", ["no"])],
+    "aokvqa": [
+        (
+            "What is in the motorcyclist's mouth?",
+            "cigarette",
+            "direct",
+            ["cigarette"] * 9 + ["smoke"],
+        )
+    ],
+    "the_cauldron": [
+        ("What is shown?\nAnswer briefly.", "A dog.", "VQAv2", ["A dog."]),
+        ("Is it red?", "Yes.", "VQAv2", ["Yes."]),
+    ],
+    "plain": [("What color is it?", "red", "all", ["red"])],
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """datasets keeps what it reads of files as Arrow: not where the user's are."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def data(schema, n=3):
+    """A `datasets.Dataset` in a layout, its pictures embedded."""
+    cauldron = schema == "the_cauldron"
+    column = "images" if cauldron else "image"
+    rows = [
+        {**ROWS[schema], column: [picture(i), picture(i + 1)] if cauldron else picture(i)}
+        for i in range(n)
+    ]
+    image = datasets.Image()
+    features = datasets.Dataset.from_list([ROWS[schema]]).features
+    return datasets.Dataset.from_list(
+        rows,
+        features=datasets.Features(
+            {**features, column: datasets.List(image) if cauldron else image}
+        ),
+    )
+
+
+def json_lines(folder, schema, n=3):
+    (folder / "pictures").mkdir(parents=True)
+    with open(folder / "rows.jsonl", "w") as file:
+        for i in range(n + 1):
+            picture(i).save(folder / "pictures" / f"{i}.png")
+        for i in range(n):
+            row = {**ROWS[schema], "image": f"pictures/{i}.png"}
+            if schema == "the_cauldron":
+                row = {**ROWS[schema], "images": [f"pictures/{j}.png" for j in (i, i + 1)]}
+            file.write(json.dumps(row) + "\n")
+    return folder / "rows.jsonl"
+
+
+def parquet(folder, schema, n=3):
+    folder.mkdir()
+    data(schema, n).to_parquet(folder / "data.parquet")
+    return folder / "data.parquet"
+
+
+def saved(folder, schema, n=3):
+    data(schema, n).save_to_disk(folder)
+    return folder
+
+
+def memory(folder, schema, n=3):
+    return data(schema, n)
+
+
+def check(rows, schema, n=3):
+    """The rows of `n` source rows are what the layout means, each with its pictures."""
+    rows, expected = list(rows), EXPECTED[schema]
+    assert len(rows) == n * len(expected)
+    for number, row in enumerate(rows):
+        i = number // len(expected)
+        question, answer, kind, answers = expected[number % len(expected)]
+        assert row["question"] == question and row["answer"] == answer
+        assert (row["task"], row["kind"]) == (schema, kind)
+        assert list(row["answers"]) == answers
+        shown = [i, i + 1] if schema == "the_cauldron" else [i]
+        assert [image.tobytes() for image in row["images"]] == [picture(j).tobytes() for j in shown]
+        assert all(image.mode == "RGB" for image in row["images"])
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("write", [json_lines, parquet, saved, memory])
+def test_every_layout_from_every_place(schema, write, streaming, tmp_path):
+    source = write(tmp_path / "data", schema)
+    if streaming and write in (saved, memory):
+        source = data(schema).to_iterable_dataset()
+    rows = from_dataset(source, streaming=streaming)
+    kind = datasets.IterableDataset if streaming else datasets.Dataset
+    assert isinstance(rows, kind)
+    check(rows, schema)
+    check(from_dataset(source, schema, streaming=streaming), schema)
+
+
+def test_a_folder_of_files_by_split(tmp_path):
+    for split, n in (("train", 2), ("validation", 3)):
+        for part in range(2):
+            name = f"{split}-0000{part}-of-00002.parquet"
+            data("chartqa", n).to_parquet(tmp_path / name)
+    (tmp_path / "info.json").write_text("{}")  # about the files, no rows
+    assert len(from_dataset(tmp_path, split="train")) == 4
+    assert len(from_dataset(str(tmp_path), split="validation")) == 6
+    with pytest.raises(TaskError, match="several splits.*train, validation"):
+        from_dataset(tmp_path)
+    with pytest.raises(TaskError, match="no split 'test'"):
+        from_dataset(tmp_path, split="test")
+
+
+def test_several_splits_in_a_dictionary(tmp_path):
+    both = datasets.DatasetDict(train=data("gqa", 2), test=data("gqa", 3))
+    both.save_to_disk(tmp_path / "both")
+    for source in (both, tmp_path / "both"):
+        check(from_dataset(source, split="test"), "gqa", 3)
+        with pytest.raises(TaskError, match="train, test"):
+            from_dataset(source)
+
+
+def test_gqa_with_its_pictures_apart():
+    questions = data("gqa").remove_columns("image").add_column("imageId", ["b", "a", "b"])
+    pictures = datasets.Dataset.from_dict(
+        {"id": ["a", "b"], "image": [picture(0), picture(1)]},
+        features=datasets.Features(id=datasets.Value("string"), image=datasets.Image()),
+    )
+    for source in (questions, questions.to_iterable_dataset()):
+        rows = list(from_dataset(source, images=pictures))
+        assert [row["images"][0].size for row in rows] == [(13, 8), (12, 8), (13, 8)]
+        assert {row["task"] for row in rows} == {"gqa"}
+        with pytest.raises(TaskError, match="imageId.*images="):
+            from_dataset(source)
+        with pytest.raises(ImageError, match="Row 0 of the dataset: there is no image b"):
+            list(from_dataset(source, images=pictures.select([0])))
+        with pytest.raises(TaskError, match="no column id"):
+            from_dataset(source, images=pictures.remove_columns("id"))
+
+
+def test_gqa_on_the_hub_takes_its_pictures_from_the_subset_beside(monkeypatch):
+    questions = data("gqa", 1).remove_columns("image").add_column("imageId", ["a"])
+    subsets = {
+        "testdev_balanced_instructions": questions,
+        "testdev_balanced_images": datasets.Dataset.from_dict({"id": ["a"], "image": [png(2)]}),
+    }
+    calls = []
+
+    def load(path, name, *, split, streaming, **loading):
+        calls.append((path, split, streaming, loading))
+        return subsets[name]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = from_dataset(
+        "lmms-lab/GQA", name="testdev_balanced_instructions", split="testdev", revision="main"
+    )
+    assert rows[0]["images"][0].size == (14, 8)
+    assert calls == [("lmms-lab/GQA", "testdev", False, {"revision": "main"})] * 2
+
+
+def test_the_hub_without_a_network(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for options in ({"split": "validation"}, {}, {"split": "validation", "streaming": True}):
+        with pytest.raises(TaskError, match="lmms-lab/VQAv2 could not be opened.*network"):
+            from_dataset("lmms-lab/VQAv2", **options)
+
+
+def test_an_example_of_every_layout_is_nearer_to_itself_than_to_another():
+    """No layout takes the rows of another, whatever the order of the columns."""
+    for name, row in ROWS.items():
+        picture_column = "images" if name == "the_cauldron" else "image"
+        for columns in ([*row, picture_column], [picture_column, *reversed(row)]):
+            assert find(columns).name == name
+
+
+def test_pictures_are_read_only_when_asked_for(tmp_path):
+    source = json_lines(tmp_path / "data", "plain")
+    rows = from_dataset(source)
+    for path in (tmp_path / "data" / "pictures").iterdir():
+        path.unlink()
+    assert list(rows.select_columns("answer")["answer"]) == ["red"] * 3 and len(rows) == 3
+    with pytest.raises(ImageError, match="Row 1 of .*rows.jsonl: There is no file .*1.png"):
+        rows[1]
+
+
+def test_what_is_given_is_a_dataset_like_any_other():
+    rows = from_dataset(data("vqav2", 5))
+    assert rows.column_names == ["images", "question", "answer", "task", "kind", "answers"]
+    assert rows.select([4, 1])[0]["images"][0].tobytes() == picture(4).tobytes()
+    parts = rows.train_test_split(2, seed=0)
+    widths = [row["images"][0].width for part in parts.values() for row in part]
+    assert sorted(widths) == [12, 13, 14, 15, 16]
+    assert [len(row["images"]) for row in rows.shuffle(seed=1)] == [1] * 5
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_limit(streaming):
+    source = data("the_cauldron")
+    rows = from_dataset(source.to_iterable_dataset() if streaming else source, limit=3)
+    assert [row["answer"] for row in rows] == ["A dog.", "Yes.", "A dog."]
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
+def faulty():
+    """Rows 1, 3, 4 and 5 cannot be used; row 2 has one turn of two that can."""
+    image = datasets.Image(decode=False)
+    turn = ROWS["the_cauldron"]["texts"]
+    cells = [png(0), None, png(2), png(3)[:-30], b"no picture", b""]
+    texts = [turn, turn, [turn[0], {**turn[1], "assistant": " "}], turn, turn, turn]
+    return datasets.Dataset.from_dict(
+        {
+            "images": [[None if cell is None else {"bytes": cell, "path": None}] for cell in cells],
+            "texts": texts,
+        }
+    ).cast_column("images", datasets.List(image))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_unusable_rows_are_skipped_and_counted(streaming):
+    source, skipped = faulty(), []
+    if streaming:
+        rows = from_dataset(source.to_iterable_dataset(), on_error="skip", skipped=skipped)
+        rows = list(rows)
+    else:
+        with pytest.warns(UserWarning, match="the dataset: skipped 5, the first of them row 1"):
+            rows = from_dataset(source, on_error="skip", skipped=skipped)
+    assert [row["answer"] for row in rows] == ["A dog.", "Yes.", "A dog."]
+    assert [row["images"][0].width for row in rows] == [12, 12, 14]
+    assert [number for number, _ in skipped] == [1, 2, 3, 4, 5]
+    reasons = dict(skipped)
+    assert "no picture" in reasons[1] and "answer is empty" in reasons[2]
+    assert "damaged" in reasons[3] and "not an image" in reasons[4] and "0 bytes" in reasons[5]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_unusable_rows_are_named(streaming):
+    def given(source):
+        return from_dataset(source.to_iterable_dataset() if streaming else source)
+
+    with pytest.raises(TaskError, match="Row 2 of the dataset: the answer is empty"):
+        list(given(faulty().select([0, 0, 2])))
+    with pytest.raises(ImageError, match="Row 1 of the dataset: there is no picture"):
+        list(given(faulty().select([0, 1])))
+    with pytest.raises(ImageError, match="Row 1 of the dataset: .*damaged"):
+        list(given(faulty().select([0, 3])))
+    test_split = data("vqav2", 1).map(lambda row: {"multiple_choice_answer": None, "answers": None})
+    with pytest.raises(TaskError, match="Row 0 .*answer is empty.*test splits"):
+        list(given(test_split))
+    odd = data("vqav2", 1).remove_columns("answers").add_column("answers", [["down"]])
+    with pytest.raises(TaskError, match="Row 0 .*not laid out as vqav2"):
+        list(given(odd))
+    with pytest.raises(TaskError, match="Row 0 .*asks no question"):
+        list(given(faulty().select([0]).map(lambda row: {"texts": []})))
+
+
+def test_nothing_left(tmp_path):
+    with pytest.raises(TaskError, match="no row that can be used: row 0: there is no picture"):
+        from_dataset(faulty().select([1]), on_error="skip")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(TaskError, match="empty.jsonl"):
+        from_dataset(tmp_path / "empty.jsonl")
+
+
+def test_columns_of_no_layout():
+    rows = data("docvqa").remove_columns("answers")
+    with pytest.raises(TaskError) as caught:
+        from_dataset(rows)
+    message = str(caught.value)
+    assert "questionId" in message and "Nearest is" in message
+    for name, schema in SCHEMAS.items():
+        assert f"{name}: {schema.picture}, {', '.join(schema.needs)}" in message
+    bare = data("textvqa").select_columns(["image", "question", "answers"])
+    with pytest.raises(TaskError, match="They would do for docvqa or textvqa.*schema='docvqa'"):
+        from_dataset(bare)
+    assert from_dataset(bare, "textvqa")[0]["task"] == "textvqa"
+    with pytest.raises(TaskError, match="'chartqa' needs a column query and a column label, and"):
+        from_dataset(bare, "chartqa")
+    with pytest.raises(TaskError, match="a column image or images"):
+        from_dataset(bare.remove_columns("image"), "textvqa")
+    with pytest.raises(TaskError, match="no schema 'VQA2'; did you mean 'vqav2'"):
+        from_dataset(bare, "VQA2")
+
+
+def test_sources_that_cannot_be_opened(tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"question": ')
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    for name, says in {
+        "broken.jsonl": "cannot be read as json",
+        "broken.parquet": "cannot be read as parquet",
+        "notes.txt": "is no file of .parquet, .jsonl",
+        "saved": "The saved dataset .* cannot be read",
+        "empty": "holds no file of",
+        "nowhere.jsonl": "There is no file or folder",
+    }.items():
+        with pytest.raises(TaskError, match=says):
+            from_dataset(tmp_path / name)
+    with pytest.raises(TaskError, match="owner/name"):
+        from_dataset("vqav2")
+    with pytest.raises(TaskError, match="this is a list"):
+        from_dataset([{"question": "?"}])
+
+
+def test_options(tmp_path):
+    for options, says in (
+        ({"limit": 0}, "limit"),
+        ({"limit": 1.5}, "limit"),
+        ({"on_error": "ignore"}, "'raise' or 'skip'"),
+        ({"skipped": []}, "skipped"),
+        ({"skipped": {}, "on_error": "skip"}, "skipped"),
+    ):
+        with pytest.raises(TaskError, match=says):
+            from_dataset(data("plain"), **options)
+
+
+def test_splits_are_told_from_names():
+    names = {
+        "data/train-00000-of-00004.parquet": ["train"],
+        "val/part.parquet": ["val"],
+        "vqa_test.jsonl": ["test"],
+        "testdev-0.parquet": ["testdev"],
+        "latest.parquet": [],
+        "training.jsonl": [],
+    }
+    assert {name: opening._SPLITS.findall(name) for name in names} == names
+
+
+def test_your_own_rows_keep_their_task_and_numbers_become_text():
+    rows = datasets.Dataset.from_list(
+        [{"question": "How many?", "answer": 3, "task": "counting", "kind": "few"}]
+    ).add_column("image", [png()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (row,) = from_dataset(rows)
+    assert (row["answer"], row["task"], row["kind"]) == ("3", "counting", "few")
+    assert np.array_equal(row["images"][0], picture())
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def test_evaluation_reads_every_picture_once(monkeypatch):
+    read = []
+    monkeypatch.setattr("vlmkit.evaluation.check_processor", lambda processor: None)
+    monkeypatch.setattr(
+        "vlmkit.evaluation.answers",
+        lambda model, processor, images, questions, **rest: ["no"] * len(questions),
+    )
+    original = Pictures.__getitem__
+    monkeypatch.setattr(
+        Pictures, "__getitem__", lambda self, number: read.append(number) or original(self, number)
+    )
+    rows = from_dataset(data("gqa", 4))
+    assert vk.evaluate(None, None, rows, max_new_tokens=8).accuracy == 1
+    assert sorted(read) == [0, 1, 2, 3]
+
+
+def test_evaluation_scores_each_layout_by_its_own_metric(monkeypatch):
+    """The model is played: what is asked comes back as a known answer."""
+    replies = {
+        "vqav2": ("at table", 0.3),
+        "textvqa": ("nous les gosses", 0.9),
+        "docvqa": ("itc limitid", 10 / 11),
+        "chartqa": ("14.5", 1.0),
+        "gqa": ("No.", 1.0),
+        "aokvqa": ("smoke", 1 / 3),
+        "the_cauldron": ("a dog", 0.5),
+        "plain": ("blue", 0.0),
+    }
+    monkeypatch.setattr("vlmkit.evaluation.check_processor", lambda processor: None)
+    for schema, (reply, expected) in replies.items():
+        monkeypatch.setattr(
+            "vlmkit.evaluation.answers",
+            lambda model, processor, images, questions, reply=reply, **rest: (
+                [reply] * len(questions)
+            ),
+        )
+        rows = from_dataset(data(schema, 2))
+        scores = vk.evaluate(None, None, rows, max_new_tokens=8)
+        assert scores.accuracy == pytest.approx(expected), schema
+        assert list(scores.by_task.index) == [schema]
+        low, high = scores.interval
+        assert low <= scores.accuracy <= high
+        exact = vk.evaluate(None, None, rows, max_new_tokens=8, metric="exact_match")
+        assert set(exact.answers["correct"]) <= {True, False} and "score" not in exact.answers
+        stream = from_dataset(data(schema, 2).to_iterable_dataset())
+        again = vk.evaluate(None, None, list(stream.take(4)), max_new_tokens=8)
+        assert again.accuracy == scores.accuracy
