@@ -29,6 +29,7 @@ from vlmkit import COMPONENTS
 from vlmkit.errors import SensitivityError
 from vlmkit.evaluation import batches, check, naming_rows, room_for_answers
 from vlmkit.evaluation.asking import in_evaluation_mode, prepared
+from vlmkit.evaluation.prompts import answered_inputs
 from vlmkit.formats import rounding
 from vlmkit.layout import LINEAR
 from vlmkit.sensitivity.baseline import Baseline
@@ -229,35 +230,16 @@ class _Passes:
 
 
 def answer_tokens(model, processor, images, question, answer):
-    """The tokens of an expected answer as the chat template writes it, up to and with the token
-    that ends it: (1, tokens). Without a template, the answer's own and the ending token."""
+    """The tokens of an expected answer as the model's prompt goes on with it, up to and with the
+    one that ends it: (1, tokens)."""
     import torch
 
-    ends = model.generation_config.eos_token_id
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    tokenizer = processor.tokenizer
-    tokens = _continuation(processor, images, question, answer)
-    if tokens is None:
-        tokens = tokenizer(answer, add_special_tokens=False)["input_ids"] + ends[:1]
-    end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens) - 1)
-    return torch.tensor([tokens[: end + 1]], device=model.device)
-
-
-def _continuation(processor, images, question, answer):
-    """What the chat template adds to a prompt for its answer, as tokens; None if that is unknown.
-    Whether a space comes before the answer is the template's to say."""
-    if not getattr(processor, "chat_template", None):
-        return None
-    asked = [{"type": "image", "image": image} for image in images]
-    user = {"role": "user", "content": [*asked, {"type": "text", "text": question}]}
-    reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    prompt = processor.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
-    whole = processor.apply_chat_template([user, reply], tokenize=False)
-    before, after = (
-        processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole)
-    )
-    same = whole.startswith(prompt) and after[: len(before)] == before
-    return after[len(before) :] if same and len(after) > len(before) else None
+    _, ends = answered_inputs(processor, [images], [question], [answer])
+    tokens = torch.tensor(ends, device=model.device)
+    stops = model.generation_config.eos_token_id
+    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    found = torch.isin(tokens[0], torch.tensor(stops, device=model.device)).nonzero()
+    return tokens[:, : found[0].item() + 1] if len(found) else tokens
 
 
 def correlation(scores, damage, *, column="kl", draws=2_000, seed=0):
