@@ -297,6 +297,8 @@ def test_damage_by_bytes_is_a_line_for_each_scope():
     np.testing.assert_allclose(second.get_xydata(), [[0.1, 0]])
     low, high = ax.containers[0].lines[2][0].get_segments()[1][:, 1]
     assert (low, high) == pytest.approx((-30, -20))
-    assert [bars.get_label() for bars in ax.containers] == ["a", "b"]
-    assert [text.get_text() for text in ax.texts] == ["int4", "int2", "int4"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["int4", "int2", "a", "b"]
+    dots = [line for line in ax.lines if line.get_marker() in ("o", "^") and len(line.get_xdata())]
+    shapes = {tuple(dot.get_xydata()[0].round(3)): dot.get_marker() for dot in dots}
+    assert shapes == {(2, 0.4): "o", (3, -25): "^", (0.1, 0): "o"}
     assert "MB" in ax.get_xlabel() and ax.get_xscale() == "log"

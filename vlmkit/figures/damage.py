@@ -1,6 +1,9 @@
 """What is lost when bits go: the tables of `vlmkit.sensitivity`, drawn."""
 
-from vlmkit.figures.colors import COMPONENT_COLORS, MARKS, VERMILION
+import textwrap
+from itertools import cycle
+
+from vlmkit.figures.colors import COMPONENT_COLORS, GREY, MARKS, VERMILION
 
 
 def damage(table, worst=None, ax=None):
@@ -27,9 +30,9 @@ def damage(table, worst=None, ax=None):
     for row in table.itertuples():
         lost[scopes.index(row.scope), formats.index(row.format)] = -100 * row.difference
     highest = max(1.0, np.nanmax(lost)) if worst is None else worst
-    # cividis is read by any colour vision, and gets darker with the loss in print without colour.
+    # One hue: read by any colour vision, and darker with the loss in print without colour.
     shown = ax.imshow(
-        np.clip(lost, 0, None), cmap="cividis_r", norm=PowerNorm(0.5, 0, highest), aspect="auto"
+        np.clip(lost, 0, None), cmap="Blues", norm=PowerNorm(0.5, 0, highest), aspect="auto"
     )
     for row in table.itertuples():
         x, y = formats.index(row.format), scopes.index(row.scope)
@@ -42,7 +45,7 @@ def damage(table, worst=None, ax=None):
         if certain:
             frame = Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, lw=1.6)
             ax.add_patch(frame).set_edgecolor(VERMILION)
-    ax.set_xticks(range(len(formats)), formats)
+    ax.set_xticks(range(len(formats)), [textwrap.fill(name, 11) for name in formats])
     ax.set_yticks(range(len(scopes)), scopes)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
@@ -53,7 +56,7 @@ def damage(table, worst=None, ax=None):
 
 def damage_by_bytes(table, ax=None):
     """The change in right answers, in percentage points with 95% intervals, against what is saved,
-    in MB = 10^6 bytes on a logarithmic axis: a line per scope, a labelled mark per format.
+    in MB = 10^6 bytes on a logarithmic axis: a line for each scope, a shape for each format.
 
     table: as for `damage`, with the column bytes_saved as well, greater than 0.
     """
@@ -63,15 +66,17 @@ def damage_by_bytes(table, ax=None):
     if ax is None:
         _, ax = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
     ax.axhline(0, color="black", lw=0.8)
+    shapes = dict(zip(dict.fromkeys(table["format"]), cycle("o^sDvPX"), strict=False))
     for number, (scope, line) in enumerate(table.groupby("scope", sort=False)):
         line = line.sort_values("bytes_saved")
-        other, mark = MARKS[number % len(MARKS)]
+        color = COMPONENT_COLORS.get(scope, MARKS[number % len(MARKS)][0])
         x, y = line["bytes_saved"] / 1e6, 100 * line["difference"]
         intervals = [y - 100 * line["low"], 100 * line["high"] - y]
-        color = COMPONENT_COLORS.get(scope, other)
-        ax.errorbar(x, y, intervals, color=color, marker=mark, capsize=2, label=scope)
-        for place in zip(x, y, line["format"], strict=True):
-            ax.annotate(place[2], place[:2], (3, 4), textcoords="offset points", fontsize=7)
+        ax.errorbar(x, y, intervals, color=color, capsize=2, label=scope)
+        for format, *place in zip(line["format"], x, y, strict=True):
+            ax.plot(*place, shapes[format], color=color)
+    for format, shape in shapes.items():
+        ax.plot([], [], shape, color=GREY, label=format)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
