@@ -2,16 +2,21 @@
 
 import io
 import json
+import pickle
+import re
 import warnings
+from pathlib import Path
 
 import datasets
 import huggingface_hub
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import vlmkit as vk
 from vlmkit.errors import ImageError, TaskError
+from vlmkit.evaluation import OF_TASK
 from vlmkit.tasks import SCHEMAS, from_dataset
 from vlmkit.tasks.published import opening
 from vlmkit.tasks.published.reading import Pictures
@@ -301,6 +306,15 @@ def test_what_is_given_is_a_dataset_like_any_other():
     assert [len(row["images"]) for row in rows.shuffle(seed=1)] == [1] * 5
 
 
+def test_rows_go_to_the_processes_of_a_loader():
+    rows = from_dataset(data("vqav2", 5))
+    loader = torch.utils.data.DataLoader(rows, batch_size=2, num_workers=2, collate_fn=list)
+    widths = [row["images"][0].width for batch in loader for row in batch]
+    assert widths == [12, 13, 14, 15, 16]
+    again = pickle.loads(pickle.dumps(rows))
+    assert again[3]["images"][0].tobytes() == picture(3).tobytes()
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_limit(streaming):
     source = data("the_cauldron")
@@ -418,6 +432,7 @@ def test_options(tmp_path):
     for options, says in (
         ({"limit": 0}, "limit"),
         ({"limit": 1.5}, "limit"),
+        ({"prompt": "Briefly:"}, "{question}"),
         ({"on_error": "ignore"}, "'raise' or 'skip'"),
         ({"skipped": []}, "skipped"),
         ({"skipped": {}, "on_error": "skip"}, "skipped"),
@@ -499,3 +514,58 @@ def test_evaluation_scores_each_layout_by_its_own_metric(monkeypatch):
         stream = from_dataset(data(schema, 2).to_iterable_dataset())
         again = vk.evaluate(None, None, list(stream.take(4)), max_new_tokens=8)
         assert again.accuracy == scores.accuracy
+
+
+# --- docs/data.md ---------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_the_page_runs_on_files_of_your_own(tmp_path, monkeypatch):
+    """Its blocks but for the hub's, in their order, on the two lines of JSON that it shows."""
+    (shown,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for i in (1, 2):
+        picture(i).save(tmp_path / "pictures" / f"{i}.png")
+    (tmp_path / "questions.jsonl").write_text(shown)
+    (tmp_path / "exported").mkdir()
+    data("chartqa", 2).to_parquet(tmp_path / "exported" / "validation-00000.parquet")
+    data("chartqa", 2).to_parquet(tmp_path / "exported" / "train-00000.parquet")
+    data("docvqa", 2).save_to_disk(tmp_path / "saved")
+    opened = data("plain").rename_column("answer", "caption")
+    names = {"opened": opened, "vk": vk}
+    for block in BLOCKS:
+        if "lmms-lab" not in block:
+            exec(block, names)
+    assert [len(row["images"]) for row in names["rows"]] == [1, 2] and names["skipped"] == []
+    assert (
+        names["rows"][1]["question"]
+        == "Same car?\nAnswer the question using a single word or phrase."
+    )
+
+
+def test_the_pages_lines_for_the_hub(monkeypatch):
+    """With the hub played by this file's rows: each line is recognised as what it says."""
+    (block,) = (block for block in BLOCKS if "lmms-lab" in block)
+    lines = [line.split("  # ") for line in block.splitlines()]
+    assert {schema for _, schema in lines} == set(SCHEMAS) - {"plain"}
+    for line, schema in lines:
+
+        def load(path, name, *, split, streaming, schema=schema):
+            rows = data(schema, 2)
+            return rows.to_iterable_dataset() if streaming else rows
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        rows = eval(line, {"vk": vk})
+        check(rows, schema, 2)
+
+
+def test_the_page_says_which_columns_and_which_metric():
+    for name, schema in SCHEMAS.items():
+        (row,) = re.findall(rf"^\| `{name}` \|(.*)\|$", PAGE, re.MULTILINE)
+        needs, *_, metric = (cell.strip() for cell in row.split("|"))
+        for column in schema.needs:
+            assert column in needs.split(", ")
+        assert metric == f"`{OF_TASK.get(name, 'exact_match')}`"

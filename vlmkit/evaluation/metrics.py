@@ -75,7 +75,7 @@ def normalise_vqa(answer):
 
 
 def vqa_accuracy(predicted, accepted):
-    """VQA accuracy (Antol et al., 2015, arXiv 1505.00468, section 5; VQAv2 keeps it).
+    """VQA accuracy (Antol et al., 2015, arXiv 1505.00468; as visualqa.org/evaluation has it now).
 
     accepted: the answers that people gave to the question, ten in VQAv2 and TextVQA. Against nine
     of the ten, an answer is worth the share min(those who gave it / 3, 1); the result is the mean
@@ -93,7 +93,7 @@ def vqa_accuracy(predicted, accepted):
 
 
 def direct_answer(predicted, accepted):
-    """The direct-answer accuracy of A-OKVQA (Schwenk et al., 2022, arXiv 2206.01718, section 4).
+    """The direct-answer accuracy of A-OKVQA (Schwenk et al., 2022, arXiv 2206.01718).
 
     min(people who gave that answer / 3, 1), over all ten. The answers are compared after
     `normalise`, where the evaluation's script asks for equal strings.

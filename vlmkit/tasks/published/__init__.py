@@ -24,6 +24,7 @@ def from_dataset(
     *,
     name=None,
     images=None,
+    prompt=None,
     on_error="raise",
     skipped=None,
     **loading,
@@ -63,6 +64,8 @@ def from_dataset(
     limit: give this many rows at most, reading no further.
     images: for imageId, a source with the columns id and image; by default, on the hub, the subset
         called ..._images where that of the questions is called ..._instructions.
+    prompt: a text around each question, such as "{question}\\nAnswer the question using a single
+        word or phrase.", which many published results are made with.
     on_error: "raise" at a row without a question, an answer or a readable picture, or "skip" it and
         warn how many there were. Pictures are then all read once at the start, except in a stream.
     skipped: a list that takes (row number, why) for each one skipped, in a stream as it goes.
@@ -73,11 +76,11 @@ def from_dataset(
     """
     import datasets
 
-    _check_options(limit, on_error, skipped)
+    _check_options(limit, prompt, on_error, skipped)
     data, folder, title = opened(source, split, streaming, name, **loading)
     layout = find(columns_of(data), schema)
     noted = None if on_error == "raise" else [] if skipped is None else skipped
-    texts = Texts(layout, title, noted)
+    texts = Texts(layout, title, prompt, noted)
     if any(column in columns_of(data) for column in PICTURES):
         pictures = Pictures(data, folder, title)
     else:
@@ -105,9 +108,11 @@ def _images(images, source, split, name, loading, title):
     )
 
 
-def _check_options(limit, on_error, skipped):
+def _check_options(limit, prompt, on_error, skipped):
     if limit is not None and (type(limit) is not int or limit < 1):
         raise TaskError(f"limit is a whole number of rows from 1, or None; it is {limit!r}.")
+    if prompt is not None and "{question}" not in str(prompt):
+        raise TaskError(f"A prompt has {{question}} where the question goes; it is {prompt!r}.")
     if on_error not in ("raise", "skip"):
         raise TaskError(f"on_error is 'raise' or 'skip'; it is {on_error!r}.")
     if skipped is not None and (on_error != "skip" or not isinstance(skipped, list)):

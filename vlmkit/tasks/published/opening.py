@@ -31,7 +31,7 @@ def opened(source, split=None, streaming=False, name=None, **loading):
     path = Path(source).expanduser()
     if path.exists():
         found = _saved(path, split) if _is_saved(path) else _files(path, split, streaming, loading)
-        return found, path if path.is_dir() else path.parent, str(source)
+        return found, os.path.abspath(path if path.is_dir() else path.parent), str(source)
     if isinstance(source, os.PathLike) or path.suffix in BUILDERS or not _HUB_ID.fullmatch(source):
         raise TaskError(
             f"There is no file or folder {source}; the current directory is {os.getcwd()}. A hub "

@@ -10,11 +10,13 @@ from vlmkit.tasks.published.schemas import PICTURES
 class Texts:
     """Reads what the rows of a source ask, and keeps account of those that cannot be used.
 
+    prompt: a text with {question} where the question goes, or None for the question as it is.
     skipped: a list that takes (row number, why) of each, or None to raise at the first.
     """
 
-    def __init__(self, schema, title, skipped):
+    def __init__(self, schema, title, prompt, skipped):
         self.schema, self.title, self.skipped = schema, title, skipped
+        self.prompt = prompt or "{question}"
 
     def questions(self, row, number):
         """The questions of a row: dicts with question, answer, task, kind and answers."""
@@ -41,7 +43,7 @@ class Texts:
                 hint = " The answers of test splits are often kept back." * (what == "answer")
                 raise TaskError(f"the {what} {found}.{hint}")
         return {
-            "question": question,
+            "question": self.prompt.replace("{question}", question),
             "answer": answer,
             "task": task or self.schema.name,
             "kind": str(kind) if kind not in (None, "") else "all",
@@ -59,15 +61,16 @@ class Texts:
 class Pictures:
     """The pictures of a dataset by row number; as a transform, the column `images` of a batch.
 
-    dataset: with a column `image` or `images`, which is kept undecoded, so that a picture is read
-    by `vlmkit.images` and an error names its row. folder: where relative paths start.
+    dataset: with a column `images` or `image`, or both, of which a row uses the one that it fills.
+    They are kept undecoded, so that a picture is read by `vlmkit.images` and an error names its
+    row. folder: where relative paths start.
     """
 
     def __init__(self, dataset, folder, title):
-        self.column = next(name for name in PICTURES if name in columns_of(dataset))
-        self.dataset, self.folder, self.title = undecoded(dataset, self.column), folder, title
+        self.columns = [name for name in PICTURES if name in columns_of(dataset)]
+        self.dataset, self.folder, self.title = undecoded(dataset, self.columns), folder, title
         if hasattr(dataset, "__len__"):
-            self.dataset = self.dataset.select_columns([self.column])
+            self.dataset = self.dataset.select_columns(self.columns)
 
     def __call__(self, batch):
         batch = dict(batch)
@@ -83,10 +86,11 @@ class Pictures:
 
     def at(self, number):
         """The pictures of a row; an error does not name it."""
-        return self.read(self.dataset[number][self.column])
+        return self.read(self.dataset[number])
 
-    def read(self, cell):
-        """The RGB pictures in a cell: one or a list of them, each stored, a path or a PIL image."""
+    def read(self, row):
+        """The RGB pictures of a row: one or a list of them, each stored, a path or a PIL image."""
+        cell = next((row[name] for name in self.columns if row[name] is not None), None)
         cells = cell if isinstance(cell, list) else [cell]
         if not cells or any(one is None for one in cells):
             raise ImageError("there is no picture.")
@@ -129,16 +133,17 @@ def columns_of(dataset):
     return list(next(iter(dataset), {}))
 
 
-def undecoded(dataset, column):
-    """The dataset with the pictures of a column as they are stored, bytes or paths."""
+def undecoded(dataset, columns):
+    """The dataset with the pictures of these columns as they are stored, bytes or paths."""
     import datasets
 
-    feature = (dataset.features or {}).get(column)
     stored = datasets.Image(decode=False)
-    if isinstance(feature, datasets.Image):
-        return dataset.cast_column(column, stored)
-    if isinstance(getattr(feature, "feature", None), datasets.Image):
-        return dataset.cast_column(column, datasets.List(stored))
+    for column in columns:
+        feature = (dataset.features or {}).get(column)
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(column, stored)
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            dataset = dataset.cast_column(column, datasets.List(stored))
     return dataset
 
 
@@ -189,7 +194,7 @@ def streamed(dataset, texts, pictures, limit):
             if isinstance(pictures, Joined):
                 images = pictures.at(pictures.number(row))
             else:
-                images = pictures.read(row[pictures.column])
+                images = pictures.read(row)
         except ImageError as error:
             texts.failed(numbers[0], error)
             return found
