@@ -5,7 +5,7 @@ and the divergence from the unquantised model is its damage: it tells apart what
 few hundred questions know within some points, does not. The damages need not add up where several
 parts are rounded, so what the knapsack chooses is measured as a whole and held against the best
 uniform plan, still on the calibration half. The held-out half is asked once a plan is chosen, of
-the model that is loaded under it.
+the model that is loaded under it; it decides nothing but whether the uniform plan is returned.
 """
 
 import copy
@@ -13,7 +13,7 @@ import tempfile
 from functools import cached_property
 from pathlib import Path
 
-from vlmkit.errors import SensitivityError, SizeError
+from vlmkit.errors import AuditError, SensitivityError, SizeError
 from vlmkit.evaluation import check, room_for_answers
 from vlmkit.memory import measure, parse_size
 from vlmkit.planner.choosing import least_damage
@@ -163,12 +163,19 @@ class Planner:
         planned = self._planned(budget)
         rivals = self._uniform_within(budget)
         rival = min(rivals, key=lambda name: self.joint(rivals[name]), default=None)
+        more = ""
         if rival is not None and self.joint(rivals[rival]) <= self.joint(planned):
+            if rivals[rival] != planned:
+                more = (
+                    " As a whole, what the parts' damages spoke for diverges by "
+                    f"{self.joint(planned):.5f} nats a token on the calibration questions, and "
+                    f"this by {self.joint(rivals[rival]):.5f}."
+                )
             planned = rivals[rival]
         names = {tuple(a.items()): f"uniform {name}" for name, a in rivals.items()}
         chosen = self._trial(names.get(tuple(planned.items()), "planned"), planned)
         uniform = rival and self._trial(f"uniform {rival}", rivals[rival])
-        rejected, why = None, reason(chosen, uniform)
+        rejected, why = None, reason(chosen, uniform) + more
         if uniform is not None and is_worse(chosen, uniform):
             chosen, rejected = uniform, chosen
         base = {part.scope: self.parts.base for part in self.parts.parts}
@@ -264,7 +271,7 @@ class Planner:
         loaded, _ = load(self._folder, plan, processor=False, device=str(self.model.device))
         audit(loaded, plan)
         if measure(loaded).total != self.parts.counted(assignment):
-            raise SizeError(
+            raise AuditError(
                 f"loaded under {plan!r} the model takes {measure(loaded).total:,} bytes, and "
                 f"{self.parts.counted(assignment):,} were counted: please report it."
             )

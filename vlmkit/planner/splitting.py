@@ -13,7 +13,8 @@ def split(dataset, calibration=0.5, seed=0):
     """(row numbers for calibration, row numbers held out), disjoint, both in ascending order.
 
     A share `calibration` of the rows, drawn at random by `seed`, with the same share of each task
-    and kind of question, give or take one row.
+    and kind of question, give or take one row. A question that is in the dataset twice can be in
+    both.
     """
     import numpy as np
 
