@@ -27,7 +27,7 @@ def pebble():
 
 @pytest.fixture(scope="module")
 def questions():
-    return vk.tasks.dataset("all", n=84, seed=21)
+    return vk.tasks.dataset("all", n=60, seed=21)
 
 
 @pytest.fixture(scope="module")
