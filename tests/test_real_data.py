@@ -17,6 +17,7 @@ from PIL import Image
 import vlmkit as vk
 from vlmkit.errors import ImageError, TaskError
 from vlmkit.evaluation import OF_TASK
+from vlmkit.images import read_all
 from vlmkit.tasks import SCHEMAS, from_dataset
 from vlmkit.tasks.published import opening
 from vlmkit.tasks.published.reading import Pictures
@@ -375,6 +376,25 @@ def test_unusable_rows_are_named(streaming):
         list(given(odd))
     with pytest.raises(TaskError, match="Row 0 .*asks no question"):
         list(given(faulty().select([0]).map(lambda row: {"texts": []})))
+
+
+@pytest.mark.filterwarnings("ignore:the dataset. skipped 1")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_can_be_left_to_a_collator(streaming, tmp_path):
+    source = faulty()
+    rows = from_dataset(
+        source.to_iterable_dataset() if streaming else source, on_error="skip", decode=False
+    )
+    readable = []
+    for row in rows:
+        try:
+            readable.append(len(read_all(row["images"])) == 1)
+        except ImageError:
+            readable.append(False)
+    # Two turns of each row but the third, which has one; the first and the third have a picture.
+    assert readable == [True] * 2 + [False] * 2 + [True] + [False] * 6
+    (row,) = from_dataset(json_lines(tmp_path / "data", "plain", 1), decode=False)
+    assert row["images"] == [str(tmp_path / "data" / "pictures" / "0.png")]
 
 
 def test_nothing_left(tmp_path):

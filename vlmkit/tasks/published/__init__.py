@@ -27,6 +27,7 @@ def from_dataset(
     prompt=None,
     on_error="raise",
     skipped=None,
+    decode=True,
     **loading,
 ):
     """Questions from published data: a `datasets.Dataset` of rows like those of `dataset`.
@@ -69,6 +70,8 @@ def from_dataset(
     on_error: "raise" at a row without a question, an answer or a readable picture, or "skip" it and
         warn how many there were. Pictures are then all read once at the start, except in a stream.
     skipped: a list that takes (row number, why) for each one skipped, in a stream as it goes.
+    decode: False leaves pictures as bytes or paths, for a training whose collator reads them and
+        has a policy of its own for those that it cannot read; nothing is then read at the start.
     loading: further arguments of `datasets.load_dataset`, such as revision, token or cache_dir.
 
     Raises TaskError for a source that cannot be opened, several splits, columns of no known layout
@@ -82,9 +85,9 @@ def from_dataset(
     noted = None if on_error == "raise" else [] if skipped is None else skipped
     texts = Texts(layout, title, prompt, noted)
     if any(column in columns_of(data) for column in PICTURES):
-        pictures = Pictures(data, folder, title)
+        pictures = Pictures(data, folder, title, decode)
     else:
-        pictures = Joined(*_images(images, source, split, name, loading, title))
+        pictures = Joined(*_images(images, source, split, name, loading, title), decode)
     if isinstance(data, datasets.IterableDataset):
         return streamed(data, texts, pictures, limit)
     before = len(noted or ())

@@ -63,10 +63,11 @@ class Pictures:
 
     dataset: with a column `images` or `image`, or both, of which a row uses the one that it fills.
     They are kept undecoded, so that a picture is read by `vlmkit.images` and an error names its
-    row. folder: where relative paths start.
+    row. folder: where relative paths start. decode: False gives pictures as they are stored.
     """
 
-    def __init__(self, dataset, folder, title):
+    def __init__(self, dataset, folder, title, decode=True):
+        self.decode = decode
         self.columns = [name for name in PICTURES if name in columns_of(dataset)]
         self.dataset, self.folder, self.title = undecoded(dataset, self.columns), folder, title
         if hasattr(dataset, "__len__"):
@@ -91,10 +92,13 @@ class Pictures:
     def read(self, row):
         """The RGB pictures of a row: one or a list of them, each stored, a path or a PIL image."""
         cell = next((row[name] for name in self.columns if row[name] is not None), None)
-        cells = cell if isinstance(cell, list) else [cell]
-        if not cells or any(one is None for one in cells):
+        cells = (cell if isinstance(cell, list) else [cell]) or [None]
+        located = [self._located(one) for one in cells]
+        if not self.decode:
+            return located
+        if None in located:
             raise ImageError("there is no picture.")
-        return read_all([self._located(one) for one in cells])
+        return read_all(located)
 
     def _located(self, cell):
         if isinstance(cell, bytes):
@@ -109,7 +113,7 @@ class Pictures:
 class Joined(Pictures):
     """Pictures that another dataset holds, found by the `imageId` of a row (GQA)."""
 
-    def __init__(self, dataset, folder, title):
+    def __init__(self, dataset, folder, title, decode=True):
         missing = [name for name in ("id", "image") if name not in columns_of(dataset)]
         if missing or not hasattr(dataset, "__len__"):
             lacks = f"no column {' and no column '.join(missing)}" if missing else "no length"
@@ -117,7 +121,7 @@ class Joined(Pictures):
                 f"{title} is to hold the images by id, and has {lacks}: give a dataset with the "
                 "columns id and image, not streamed."
             )
-        super().__init__(dataset, folder, title)
+        super().__init__(dataset, folder, title, decode)
         self.numbers = {str(name): number for number, name in enumerate(dataset["id"])}
 
     def number(self, row):
@@ -166,7 +170,7 @@ def mapped(dataset, texts, pictures, limit):
             break
         try:
             picture = pictures.number(row) if isinstance(pictures, Joined) else number
-            if texts.skipped is not None:
+            if texts.skipped is not None and pictures.decode:
                 pictures.at(picture)
         except VlmkitError as error:
             texts.failed(number, error)
