@@ -202,8 +202,6 @@ def check(rows, schema, n=3):
 @pytest.mark.parametrize("write", [json_lines, parquet, saved, memory])
 def test_every_layout_from_every_place(schema, write, streaming, tmp_path):
     source = write(tmp_path / "data", schema)
-    if streaming and write in (saved, memory):
-        source = data(schema).to_iterable_dataset()
     rows = from_dataset(source, streaming=streaming)
     kind = datasets.IterableDataset if streaming else datasets.Dataset
     assert isinstance(rows, kind)
@@ -223,6 +221,10 @@ def test_a_folder_of_files_by_split(tmp_path):
         from_dataset(tmp_path)
     with pytest.raises(TaskError, match="no split 'test'"):
         from_dataset(tmp_path, split="test")
+    assert len(from_dataset(tmp_path / "train-00000-of-00002.parquet")) == 2
+    with pytest.raises(TaskError, match="no split 'validation'"):
+        from_dataset(tmp_path / "train-00000-of-00002.parquet", split="validation")
+    assert len(from_dataset(parquet(tmp_path / "own", "gqa"), split="validation")) == 3
 
 
 def test_several_splits_in_a_dictionary(tmp_path):
@@ -453,6 +455,7 @@ def test_options(tmp_path):
         ({"limit": 0}, "limit"),
         ({"limit": 1.5}, "limit"),
         ({"prompt": "Briefly:"}, "{question}"),
+        ({"split": "test"}, "one split already"),
         ({"on_error": "ignore"}, "'raise' or 'skip'"),
         ({"skipped": []}, "skipped"),
         ({"skipped": {}, "on_error": "skip"}, "skipped"),

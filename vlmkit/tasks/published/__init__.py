@@ -41,7 +41,7 @@ def from_dataset(
         opened dataset of the `datasets` library; or a hub id. Paths of pictures are relative to the
         file or folder.
     schema: one of `SCHEMAS`, by default told from the columns. The layouts, as published on the hub
-        up to November 2026 (the names after the arrow are those looked for):
+        up to November 2026, with the columns that are looked at:
 
         vqav2         lmms-lab/VQAv2 -> image, question, multiple_choice_answer, answers (ten
                       records with answer), answer_type
@@ -80,7 +80,11 @@ def from_dataset(
     import datasets
 
     _check_options(limit, prompt, on_error, skipped)
+    if split is not None and isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
+        raise TaskError(f"An opened dataset is one split already; split is {split!r}.")
     data, folder, title = opened(source, split, streaming, name, **loading)
+    if streaming and isinstance(data, datasets.Dataset):
+        data = data.to_iterable_dataset()
     layout = find(columns_of(data), schema)
     noted = None if on_error == "raise" else [] if skipped is None else skipped
     texts = Texts(layout, title, prompt, noted)

@@ -73,7 +73,9 @@ def _files(path, split, streaming, loading):
     for file, own in zip(files, builders, strict=True):
         if own == builder:
             told = _SPLITS.findall(str(file.relative_to(path.parent if path.is_file() else path)))
-            splits.setdefault(told[-1] if told else "train", []).append(str(file))
+            # A lone file whose name says nothing is whatever split it is said to be.
+            default = split if split and path.is_file() else "train"
+            splits.setdefault(told[-1] if told else default, []).append(str(file))
     chosen = _split_named(splits, split, str(path))
     try:
         return datasets.load_dataset(
