@@ -24,7 +24,7 @@ def damage(table, worst=None, ax=None):
 
     scopes, formats = (list(dict.fromkeys(table[name])) for name in ("scope", "format"))
     if ax is None:
-        size = (2.2 + 0.85 * len(formats), 1.1 + 0.55 * len(scopes))
+        size = (2.2 + 0.95 * len(formats), 1.1 + 0.55 * len(scopes))
         _, ax = plt.subplots(figsize=size, layout="constrained")
     lost = np.full((len(scopes), len(formats)), np.nan)
     for row in table.itertuples():
