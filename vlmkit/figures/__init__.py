@@ -4,6 +4,7 @@ Each function draws into the Axes it is given, or into a new figure, and returns
 global is changed, and the data can be read back from what was drawn.
 """
 
+from vlmkit.figures.budgets import frontier, layer_damage, scores_against_damage
 from vlmkit.figures.colors import COMPONENT_COLORS
 from vlmkit.figures.damage import damage, damage_by_bytes
 from vlmkit.figures.numbers import bits, error_by_bits
@@ -29,10 +30,13 @@ __all__ = [
     "damage",
     "damage_by_bytes",
     "error_by_bits",
+    "frontier",
+    "layer_damage",
     "learning",
     "parameters_by_component",
     "patches",
     "questions",
+    "scores_against_damage",
     "seconds",
     "what_fits",
 ]
