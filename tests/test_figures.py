@@ -302,3 +302,80 @@ def test_damage_by_bytes_is_a_line_for_each_scope():
     shapes = {tuple(dot.get_xydata()[0].round(3)): dot.get_marker() for dot in dots}
     assert shapes == {(2, 0.4): "o", (3, -25): "^", (0.1, 0): "o"}
     assert "MB" in ax.get_xlabel() and ax.get_xscale() == "log"
+
+
+def test_layers_are_drawn_in_the_colour_of_their_component():
+    rows = [("vision_encoder:0", "int3", 0.01, 0.0), ("vision_encoder:0", "int2", 0.5, -0.425)]
+    rows += [("projector", "int3", 0.0, 0.0), ("projector", "int2", 0.02, -0.01)]
+    table = pd.DataFrame(rows, columns=["scope", "format", "kl", "difference"])
+    ax = figures.layer_damage(table)
+    dots = [line for line in ax.lines if line.get_marker() in "os^" and len(line.get_xdata())]
+    assert [dot.get_xydata()[0].tolist() for dot in dots] == [[0.01, 0], [0.5, 0], [0.02, 1]]
+    assert [dot.get_marker() for dot in dots] == ["o", "s", "s"]  # a shape for each format
+    owner = ["vision_encoder"] * 2 + ["projector"]
+    assert [dot.get_color() for dot in dots] == [figures.COMPONENT_COLORS[c] for c in owner]
+    assert [text.get_text() for text in ax.texts] == ["−42.5 points", "−1.0 points"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["vision_encoder:0", "projector"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["int3", "int2"]
+    assert ax.get_xscale() == "log" and ax.yaxis_inverted()
+
+
+def test_scores_have_a_panel_each_with_their_correlation():
+    table = pd.DataFrame(
+        {
+            "scope": ["model.tower.0", "model.layers.1"],
+            "component": ["vision_encoder", "language_model"],
+            "sqnr": [3.0, 9.0],
+            "fisher": [0.1, 0.001],
+            "kl_true": [0.5, 0.02],
+        }
+    )
+    found = pd.DataFrame(
+        {"score": ["sqnr", "fisher"], "spearman": [-0.5, 0.9], "low": [-0.8, 0.7], "high": [0, 1.0]}
+    )
+    axes = figures.scores_against_damage(table, found)
+    assert [ax.get_title() for ax in axes] == [
+        "Spearman −0.50 [−0.80, 0.00]",
+        "Spearman 0.90 [0.70, 1.00]",
+    ]
+    for ax, score in zip(axes, ("sqnr", "fisher"), strict=True):
+        dots = [line.get_xydata()[0].tolist() for line in ax.lines]
+        assert dots == table[[score, "kl_true"]].to_numpy().tolist()
+        assert ax.lines[0].get_color() == figures.COMPONENT_COLORS["vision_encoder"]
+    assert axes[0].xaxis_inverted() and not axes[1].xaxis_inverted()
+    (legend,) = axes[0].figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["vision_encoder", "language_model"]
+
+
+def plans():
+    rows = [("uniform", "uniform int8", 4, 0.0, 0.9), ("uniform", "uniform int2", 1, 2.0, 0.1)]
+    rows += [
+        ("uniform", "uniform int8, head too", 3.5, 0.1, 0.9),
+        ("planned", "planned", 2, 0.2, 1),
+    ]
+    table = pd.DataFrame(rows, columns=["kind", "plan", "bytes", "kl", "accuracy"])
+    table["bytes"] = (10**6 * table["bytes"]).astype(int)
+    table["low"], table["high"] = table["accuracy"] - 0.05, (table["accuracy"] + 0.02).clip(upper=1)
+    return table.assign(kl_low=table["kl"] / 2, kl_high=table["kl"] * 2)
+
+
+def test_a_frontier_has_planned_and_uniform_plans_by_size():
+    ax = figures.frontier(plans())
+    drawn = {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in ax.containers}
+    assert drawn == {
+        "uniform": [[1, 10], [4, 90]],
+        "uniform, head too": [[3.5, 90]],
+        "planned": [[2, 100]],
+    }
+    (uniform,) = (bars for bars in ax.containers if bars.get_label() == "uniform")
+    low, high = uniform.lines[2][0].get_segments()[1][:, 1]
+    assert (low, high) == pytest.approx((85, 92))
+    assert {text.get_text() for text in ax.texts} == {"int8", "int2"}
+    assert "MB" in ax.get_xlabel()
+
+
+def test_a_frontier_of_divergences_leaves_out_none():
+    ax = figures.frontier(plans(), "kl")
+    drawn = {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in ax.containers}
+    assert drawn["uniform"] == [[1, 2.0]] and drawn["planned"] == [[2, 0.2]]
+    assert ax.get_yscale() == "log"

@@ -1,6 +1,6 @@
 """Layers and budgets: what `vlmkit.sensitivity` says of layers, and `vlmkit.planner` of plans."""
 
-from vlmkit.figures.colors import COMPONENT_COLORS, GREY, MARKS
+from vlmkit.figures.colors import BLACK, COMPONENT_COLORS, GREY, MARKS
 from vlmkit.figures.damage import points
 
 WORDS = {
@@ -86,35 +86,47 @@ def scores_against_damage(table, correlation, damage="kl_true"):
 
 
 def frontier(table, column="accuracy", ax=None):
-    """Plans against their size in MB = 10^6 bytes, with 95% intervals: the planned ones joined by a
-    line, the uniform ones by a dashed line, with their names.
+    """Plans against their size in MB = 10^6 bytes, on a logarithmic axis, with 95% intervals: the
+    planned ones joined by a line, the uniform ones by a dashed line, with the names of their
+    formats; those that round embeddings and head too are a line of their own.
 
     table: DataFrame with columns kind ("planned" or "uniform"), plan, bytes, and accuracy, low and
     high (from 0 to 1), or kl, kl_low and kl_high, as `Planner.frontier` returns. column:
-    "accuracy", or "kl", in nats a token on a logarithmic axis.
+    "accuracy", or "kl", in nats a token on a logarithmic axis, on which 0 is not drawn.
     """
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     if ax is None:
-        _, ax = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
-    ends, scale = {"accuracy": (("low", "high"), 100), "kl": (("kl_low", "kl_high"), 1)}[column]
-    styles = {"uniform": (GREY, "--", "s"), "planned": (MARKS[0][0], "-", "o")}
-    for kind, (color, line, mark) in styles.items():
-        own = table[table["kind"] == kind].sort_values("bytes").drop_duplicates("bytes")
-        if column == "kl":
-            own = own[own["kl"] > 0]
+        _, ax = plt.subplots(figsize=(7.6, 3.8), layout="constrained")
+    low, high = {"accuracy": ("low", "high"), "kl": ("kl_low", "kl_high")}[column]
+    scale, label = {
+        "accuracy": (100, "right answers, %"),
+        "kl": (1, "KL divergence, nats a token"),
+    }[column]
+    shown = table[table[column] > 0] if column == "kl" else table
+    parts = shown["plan"].str.partition(", ")[[0, 2]]
+    lines = parts[2].where(shown["kind"] == "uniform", "").radd(shown["kind"] + ", ")
+    for number, (name, own) in enumerate(shown.groupby(lines.str.removesuffix(", "), sort=False)):
+        own = own.sort_values("bytes").drop_duplicates("bytes")
         x, y = own["bytes"] / 1e6, scale * own[column]
-        low, high = (scale * own[end] for end in ends)
-        intervals = [(y - low).clip(lower=0), (high - y).clip(lower=0)]
-        ax.errorbar(x, y, intervals, color=color, ls=line, marker=mark, capsize=2, label=kind)
-        if kind == "uniform":
-            for place in zip(x, y, own["plan"], strict=True):
-                name = place[2].removeprefix("uniform ")
-                ax.annotate(name, place[:2], (4, -11), textcoords="offset points", fontsize=7)
+        # Where few answers are wrong, a share may lie on the very end of its interval
+        interval = [(y - scale * own[low]).clip(lower=0), (scale * own[high] - y).clip(lower=0)]
+        style = {"color": MARKS[0][0], "marker": "o", "zorder": 3}
+        if name != "planned":
+            color = GREY if number else BLACK
+            style = {"color": color, "marker": "sD"[number % 2], "ls": "--", "lw": 1}
+            for place in zip(x, y, parts[0][own.index], strict=True):
+                said = place[2].removeprefix("uniform ")
+                ax.annotate(said, place[:2], (5, 3), textcoords="offset points", fontsize=7)
+        ax.errorbar(x, y, interval, capsize=2, markersize=5, label=name, **style)
     if column == "kl":
         ax.set_yscale("log")
-    label = {"accuracy": "right answers, %", "kl": "KL divergence, nats a token"}[column]
-    ax.set(xlabel="MB of the whole model", ylabel=label)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set(xlabel="MB of the whole model (logarithmic)", ylabel=label)
     ax.grid(color="#dddddd")
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
