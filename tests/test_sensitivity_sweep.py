@@ -289,6 +289,7 @@ def test_rows_of_a_batch_take_their_images_along():
         ("blue", "red", False),
         ("redd", "red", False),
         ("caf\ufffd", "caf\u00e9", True),
+        ("\ufffde", "\ufffdee", True),
         ("3", "30", True),
     ],
 )

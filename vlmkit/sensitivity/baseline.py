@@ -255,7 +255,7 @@ def could_become(start, expected):
     """Whether a text that begins with `start` can be `expected`, a normalised answer. Spaces are
     left out of the comparison, and what is not a whole character yet."""
     start = "".join(start.replace("\ufffd", "").split()).casefold().rstrip(".,;:!?")
-    return "".join(expected.split()).startswith(start)
+    return "".join(expected.replace("\ufffd", "").split()).startswith(start)
 
 
 def _ends(model):
