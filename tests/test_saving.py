@@ -349,7 +349,7 @@ def test_what_was_there_stays_when_a_save_fails(small, tmp_path, overwrite):
 
 def test_too_little_room_is_seen_before_anything_is_written(small, tmp_path, monkeypatch):
     room = type("Usage", (), {"free": 100_000})
-    monkeypatch.setattr("vlmkit.loading.saving.shutil.disk_usage", lambda folder: room)
+    monkeypatch.setattr("vlmkit.folders.shutil.disk_usage", lambda folder: room)
     monkeypatch.setattr("vlmkit.loading.saving._write", None)
     with pytest.raises(CheckpointError, match="0.10 MB are free there.*takes 0.34"):
         vk.save(small, None, tmp_path / "saved")

@@ -2,14 +2,44 @@
 
     model = vk.finetuning.add_adapters(model, projector="full", language_model=vk.LoRA(r=16))
 
+    run = vk.finetuning.train(model, processor, dataset, "runs/first", steps=200)
+    vk.finetuning.save(model, "adapters")
+
 A component is frozen (None, or left out), trained in full ("full"), or given low-rank adapters (a
 LoRA).
+
+adapters.py    which modules get adapters, by full name
+collating.py   rows to batches, with the loss on the answers
+settings.py, training.py, trainer.py   the training, on transformers' Trainer
+gradients.py   what is to be trained and gets no gradient, and why
+saving.py      what was trained, to disk and back, and merged into the weights
 """
 
 from vlmkit.errors import FinetuningError
 from vlmkit.finetuning.adapters import LoRA, Target, adapted, parse, targets
+from vlmkit.finetuning.collating import Collator, token_table
+from vlmkit.finetuning.gradients import gradient_report
+from vlmkit.finetuning.saving import load, merge, save
+from vlmkit.finetuning.settings import Settings
+from vlmkit.finetuning.training import Run, train
 
-__all__ = ["LoRA", "Target", "adapted", "add_adapters", "parse", "targets"]
+__all__ = [
+    "Collator",
+    "LoRA",
+    "Run",
+    "Settings",
+    "Target",
+    "adapted",
+    "add_adapters",
+    "gradient_report",
+    "load",
+    "merge",
+    "parse",
+    "save",
+    "targets",
+    "token_table",
+    "train",
+]
 
 
 def add_adapters(model, **training):

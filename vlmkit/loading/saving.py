@@ -16,14 +16,11 @@ transformers alone reads them all in the one that config.json names, and vlmkit 
 
 import contextlib
 import copy
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from vlmkit.anatomy import on_meta
-from vlmkit.checkpoints import brief
 from vlmkit.errors import CheckpointError
+from vlmkit.folders import whole_folder
 from vlmkit.formats import FORMATS, torch_dtype
 from vlmkit.loading.audit import audit_layout, plan_of
 from vlmkit.loading.quiet import quiet
@@ -56,50 +53,13 @@ def save(model, processor, path, *, overwrite=False):
         )
     layout = plan_of(model).resolve(on_meta(model.config, trust_remote_code=True))
     audit_layout(model, layout)
-    path = Path(path).expanduser().resolve()
-    _require_free(path, overwrite)
     size = measure(model).total
-    made = [folder for folder in path.parents if not folder.exists()]
-    beside = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        room = shutil.disk_usage(path.parent).free
-        if room < size:
-            raise OSError(f"{room / MEGABYTE:,.2f} MB are free there")
-        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    need = f"The model takes {size / MEGABYTE:,.2f} MB."
+    with whole_folder(path, overwrite=overwrite, size=size, need=need) as folder:
         with quiet():
-            _write(model, processor, beside, layout)
-        _require_same(beside, layout)
-        _swap(beside, path)
-    except Exception as error:  # OSError, and what safetensors and tokenizers make of one
-        _remove(beside, made)
-        raise CheckpointError(
-            f"{path} could not be written: {brief(error)}. The model takes "
-            f"{size / MEGABYTE:,.2f} MB. Nothing was left there that was not there before."
-        ) from error
-    except BaseException:  # interrupted
-        _remove(beside, made)
-        raise
-    return path
-
-
-def _remove(beside, made):
-    """Remove what was written, and the folders that were made for it."""
-    if beside is not None:
-        shutil.rmtree(beside, ignore_errors=True)
-    for folder in made:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-
-
-def _require_free(path, overwrite):
-    if path.is_dir():
-        if any(path.iterdir()) and not overwrite:
-            raise CheckpointError(
-                f"{path} is not empty. Choose another folder, or replace it: overwrite=True."
-            )
-    elif path.exists() or path.is_symlink():
-        raise CheckpointError(f"{path} is not a folder. Choose another name.")
+            _write(model, processor, folder, layout)
+        _require_same(folder, layout)
+    return Path(path).expanduser().resolve()
 
 
 def _write(model, processor, folder, layout):
@@ -156,30 +116,3 @@ def _require_same(folder, layout):
     wrong = [row.name for row in layout.rows if stored.get(row.name, row.format) != row.format]
     if wrong or len(stored) < len(layout.rows) - len(meta.all_tied_weights_keys):
         raise OSError(f"{len(wrong)} weights came out in another format ({', '.join(wrong[:3])})")
-
-
-def _swap(beside, path):
-    """Give the folder `beside` the name `path`."""
-    beside.chmod(0o777 & ~_umask())  # mkdtemp's is for one's own eyes
-    old = None
-    if path.exists():
-        old = path.with_name(f"{beside.name}.old")
-        path.rename(old)
-    try:
-        beside.rename(path)
-    except BaseException:
-        if old:
-            old.rename(path)
-        raise
-    if old:
-        shutil.rmtree(old, ignore_errors=True)
-    with contextlib.suppress(OSError):  # so that the name outlives a power cut, where that is known
-        handle = os.open(path.parent, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

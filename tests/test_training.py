@@ -1,0 +1,312 @@
+"""Training: what is asked is trained, a killed run ends where it would have, what is saved comes
+back, and errors say what to do."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import vlmkit as vk
+from vlmkit.errors import CheckpointError, FinetuningError
+from vlmkit.finetuning import Collator, Settings, gradient_report
+from vlmkit.finetuning.trainer import last_checkpoint
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),
+]
+LORA = vk.LoRA(r=4, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return vk.tasks.dataset("vqa", 24, split="train")
+
+
+def adapted(plan=None, **training):
+    model, processor = vk.load("pebble", plan)
+    torch.manual_seed(0)
+    training = training or {"projector": "full", "language_model": LORA}
+    return vk.finetuning.add_adapters(model, **training), processor
+
+
+def trained(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def train(folder, rows, *, plan=None, training=None, **settings):
+    model, processor = adapted(plan, **(training or {}))
+    settings = {"steps": 4, "batch_size": 4} | settings
+    return vk.finetuning.train(model, processor, rows, folder, **settings)
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+def test_a_run(rows, tmp_path):
+    model, processor = adapted()
+    before = trained(model)
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    run = vk.finetuning.train(
+        model, processor, rows, tmp_path, evaluation=rows.select(range(6)), steps=6,
+        batch_size=4, accumulation=2, evaluate_every=3, save_every=3,
+        rate={"projector": 1e-4, "language_model": 1e-3},
+    )  # fmt: skip
+    assert run.curve["step"].tolist() == [1, 2, 3, 4, 5, 6] and run.curve["loss"].notna().all()
+    assert run.evaluations["step"].tolist() == [3, 6]
+    assert (run.evaluations["low"] <= run.evaluations["accuracy"]).all()
+    assert run.silent.empty and run.skipped == {} and run.model is model
+    after = trained(model)
+    assert all(not torch.equal(before[n], after[n]) for n in before if "lora_A" not in n)
+    assert all(torch.equal(p, dict(model.named_parameters())[n]) for n, p in frozen.items())
+    assert last_checkpoint(tmp_path).name == "checkpoint-6"
+
+
+def test_the_loss_is_that_of_a_bare_loop(rows, tmp_path):
+    run = train(
+        tmp_path, rows.select(range(4)), plan="fp32", training={"projector": "full"},
+        steps=1, precision="fp32",
+    )  # fmt: skip
+    model, processor = adapted("fp32", projector="full")
+    batch = Collator(processor)(list(rows.select(range(4))))
+    assert run.curve["loss"][0] == pytest.approx(model(**batch).loss.item(), rel=1e-3)
+
+
+def test_rates_are_those_of_the_components(rows, tmp_path):
+    with pytest.raises(FinetuningError, match="rate names language_model, and trained are"):
+        train(tmp_path, rows, rate={"language_model": 1e-3})
+    slow = train(tmp_path / "a", rows, rate={"projector": 1e-9, "language_model": 1e-3})
+    start = trained(adapted()[0])
+    moved = {n: (p - start[n]).abs().max().item() for n, p in trained(slow.model).items()}
+    assert max(v for n, v in moved.items() if "projector" in n) < 1e-5
+    assert max(v for n, v in moved.items() if "lora_B" in n) > 1e-4
+
+
+def test_a_projector_alone_beside_a_quantised_language_model(rows, tmp_path):
+    run = train(tmp_path, rows, training={"projector": "full"})
+    assert len(run.curve) == 4 and run.model.is_quantized
+
+
+def test_early_stopping_brings_the_best_weights_back(rows, tmp_path):
+    model, processor = adapted()
+    run = vk.finetuning.train(
+        model, processor, rows, tmp_path, evaluation=rows.select(range(8)), steps=40,
+        batch_size=4, rate=3e-1, evaluate_every=1, patience=2, warmup=0.0,
+    )  # fmt: skip
+    best = run.evaluations.loc[run.evaluations["accuracy"].idxmax(), "step"]
+    assert run.evaluations["step"].max() == best + 2 < 40
+    scores = vk.evaluate(model, processor, rows.select(range(8)))
+    assert scores.accuracy == run.evaluations["accuracy"].max()
+
+
+def test_adapters_without_a_gradient_are_named(tmp_path, rows):
+    # read at the last layer but one: the last of the two feeds nothing
+    folder = tiny.llava(tmp_path / "llava", tower="clip")
+    model, processor = vk.load(folder, "bf16")
+    model = vk.finetuning.add_adapters(model, vision_encoder=LORA, language_model=LORA)
+    with pytest.warns(UserWarning, match="got no gradient.*vision_feature_layer is -2"):
+        run = vk.finetuning.train(model, processor, rows, tmp_path / "run", steps=1, batch_size=2)
+    assert set(run.silent["gradient"]) == {"none"}
+    assert all(".layers.1." in name for name in run.silent["parameter"])
+    assert set(run.silent["component"]) == {"vision_encoder"}
+
+
+def test_a_first_gradient_of_zero_by_construction_is_no_news(rows):
+    model, processor = adapted()
+    model(**Collator(processor)(list(rows)[:2])).loss.backward()
+    assert not any(p.grad.any() for n, p in model.named_parameters() if "lora_A" in n)
+    assert gradient_report(model).empty
+
+
+# --- killed, and continued ------------------------------------------------------------------------
+
+KILLED = """
+import os, sys, torch
+sys.path[:0] = {path!r}
+torch.set_num_threads(1)
+from pathlib import Path
+from test_training import train
+import vlmkit as vk
+from vlmkit.finetuning import trainer
+class Kills(trainer.Progress):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            os._exit(9)
+trainer.Progress = Kills
+train(Path({folder!r}), vk.tasks.dataset("vqa", 24, split="train"), steps=8, save_every=2)
+"""
+
+
+def test_killed_and_continued_as_if_it_had_not_been(rows, tmp_path):
+    whole = train(tmp_path / "whole", rows, steps=8, save_every=2)
+    script = KILLED.format(path=sys.path, folder=str(tmp_path / "killed"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr
+    assert last_checkpoint(tmp_path / "killed").name == "checkpoint-4"
+    again = train(tmp_path / "killed", rows, steps=8, save_every=2)
+    assert again.curve["loss"].tolist() == whole.curve["loss"].tolist()
+    for name, parameter in trained(again.model).items():
+        assert torch.equal(parameter, trained(whole.model)[name]), name
+
+
+def test_another_training_is_not_continued(rows, tmp_path):
+    train(tmp_path, rows, save_every=2)
+    with pytest.raises(FinetuningError, match=r"other settings \(batch_size was 4, is 2"):
+        train(tmp_path, rows, save_every=2, batch_size=2)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(rows, tmp_path, monkeypatch):
+    from vlmkit.finetuning import saving
+
+    write = saving.write
+
+    def full(model, folder):
+        write(model, folder)
+        if folder.name == "checkpoint-4":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving, "write", full)
+    with pytest.raises(FinetuningError, match="checkpoint-4 could not.*checkpoint-2.*make room"):
+        train(tmp_path, rows, save_every=2)
+    assert [f.name for f in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    assert len(train(tmp_path, rows, save_every=2).curve) == 4
+
+
+# --- saved, loaded, merged ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", ["bf16", None])
+def test_what_was_trained_comes_back(plan, rows, tmp_path):
+    run = train(tmp_path / "run", rows, plan=plan, rate=1e-2)
+    batch = Collator(adapted()[1])(list(rows)[:4])
+    with torch.no_grad():
+        wanted = run.model.eval()(**batch).logits
+    vk.finetuning.save(run.model, tmp_path / "kept")
+    base, _ = vk.load("pebble", plan)
+    with torch.no_grad():
+        assert not torch.equal(base(**batch).logits, wanted)
+        again = vk.finetuning.load(base, tmp_path / "kept")
+        assert torch.equal(again(**batch).logits, wanted)
+    assert not trained(again)
+    base, _ = vk.load("pebble", plan)
+    again = vk.finetuning.load(base, tmp_path / "kept", trainable=True)
+    assert trained(again).keys() == trained(run.model).keys()
+
+
+def test_merged_answers_are_the_adapters(rows, tmp_path):
+    run = train(tmp_path, rows, plan="fp32", rate=1e-2)
+    batch = Collator(adapted()[1])(list(rows)[:4])
+    with torch.no_grad():
+        wanted = run.model.eval()(**batch).logits
+        merged, report = vk.finetuning.merge(run.model)
+        assert torch.allclose(merged(**batch).logits, wanted, atol=1e-3)
+    assert report["lost"].max() < 1e-5 and report["modules"].tolist() == [42]
+    assert type(merged).__name__ == "LlavaForConditionalGeneration"
+
+
+def test_merging_says_what_rounding_lost(rows, tmp_path):
+    lost = {}
+    for plan in ("bf16", None):
+        run = train(tmp_path / str(plan), rows, plan=plan, training={"language_model": LORA})
+        _, report = vk.finetuning.merge(run.model)
+        lost[report["format"].item()] = report["lost"].item()
+    assert 0.05 < lost["bf16"] < 1 < lost["nf4"]  # after four steps there is little to lose
+
+
+def test_adapters_of_another_base_are_refused(rows, tmp_path):
+    run = train(tmp_path / "run", rows, training={"language_model": LORA})
+    vk.finetuning.save(run.model, tmp_path / "kept")
+    other, _ = vk.load(tiny.llava(tmp_path / "llava"), "bf16", processor=False)
+    with pytest.raises(FinetuningError, match="trained on .*, and this model is another"):
+        vk.finetuning.load(other, tmp_path / "kept")
+    near, _ = vk.load("pebble")
+    with torch.no_grad():
+        near.model.language_model.layers[2].input_layernorm.weight.mul_(1.05)
+    with pytest.raises(FinetuningError, match=r"layers\.2\.input_layernorm\.weight differs"):
+        vk.finetuning.load(near, tmp_path / "kept")
+
+
+def test_nothing_to_load_or_save(tmp_path):
+    model, _ = vk.load("pebble")
+    model.requires_grad_(False)
+    with pytest.raises(FinetuningError, match="holds nothing that vk.finetuning.save wrote"):
+        vk.finetuning.load(model, tmp_path)
+    with pytest.raises((FinetuningError, CheckpointError), match="add_adapters"):
+        vk.finetuning.save(model, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+    with pytest.raises(FinetuningError, match="no adapters to merge"):
+        vk.finetuning.merge(model)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def test_nothing_to_learn_from(tmp_path):
+    model, processor = adapted()
+    with pytest.raises(FinetuningError, match="no rows"):
+        vk.finetuning.train(model, processor, [], tmp_path)
+    with pytest.raises(FinetuningError, match="no column images and no column question.*has image"):
+        vk.finetuning.train(model, processor, [{"image": None, "answer": "red"}], tmp_path)
+    model.requires_grad_(False)
+    with pytest.raises(FinetuningError, match="nothing in this model is trainable"):
+        vk.finetuning.train(model, processor, [], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"step": 3}, "did you mean steps"),
+        ({"steps": 0}, "steps is a whole number from 1"),
+        ({"batch_size": 5, "accumulation": 2}, "does not part into 2"),
+        ({"optimizer": "adamw_8bits"}, "did you mean 'adamw_8bit'"),
+        ({"rate": {"languge_model": 1e-3}}, "did you mean 'language_model'"),
+        ({"rate": -1}, "small number"),
+        ({"patience": 2}, "give evaluate_every"),
+    ],
+)
+def test_settings_that_cannot_be(given, message):
+    with pytest.raises(FinetuningError, match=message):
+        Settings.of(given)
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+SHARED = """
+import json, sys, torch, os
+sys.path[:0] = {path!r}
+torch.set_num_threads(1)
+from pathlib import Path
+from test_training import train
+import vlmkit as vk
+rows = vk.tasks.dataset("vqa", 24, split="train")
+run = train(Path({folder!r}), rows, plan={plan!r}, steps=4, batch_size=4, precision="fp32",
+            training={{"projector": "full", "language_model": vk.LoRA(r=4)}})
+if os.environ.get("RANK", "0") == "0":
+    Path({folder!r}, "losses.json").write_text(json.dumps(run.curve["loss"].tolist()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["fp32", None])
+def test_two_processes_come_to_the_same_loss(plan, rows, tmp_path):
+    alone = train(
+        tmp_path / "alone", rows, plan=plan, precision="fp32",
+        training={"projector": "full", "language_model": vk.LoRA(r=4)},
+    )  # fmt: skip
+    script = tmp_path / "script.py"
+    script.write_text(SHARED.format(path=sys.path, folder=str(tmp_path / "two"), plan=plan))
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu"]
+    launch += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*launch, str(script)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = json.loads((tmp_path / "two" / "losses.json").read_text())
+    assert losses == pytest.approx(alone.curve["loss"].tolist(), rel=2e-3)
