@@ -48,16 +48,12 @@ def main(argv=None):
 
     model, processor = vk.load("pebble", "bf16")
     args.output.mkdir(parents=True, exist_ok=True)
-
-    def by_scope(by):
-        measure = partial(layers, model, processor, by, args.n)
-        record(args.output / "06_layers.csv", "by", by, measure)
-
-    by_scope("layer")
     for name, (by, formats) in PLANNERS.items():
         measure = partial(frontier, model, processor, by, formats, args.n)
         record(args.output / "06_frontier.csv", "planner", name, measure)
-    by_scope("linear")
+    for by in BITS:
+        measure = partial(layers, model, processor, by, args.n)
+        record(args.output / "06_layers.csv", "by", by, measure)
 
 
 def layers(model, processor, by, n):
