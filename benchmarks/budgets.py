@@ -8,8 +8,8 @@ Two tables, both of `vlmkit`'s own functions, which the chapter shows:
 
 06_layers.csv    a row per layer, or per Linear layer, and format: the four scores on calibration
                  questions, and on others the true damage (kl_true; difference with its interval)
-06_frontier.csv  `Planner.frontier`, planned against uniform: by layer and by component in formats
-                 for experiments, and by component in those that `vk.load` knows
+06_frontier.csv  `Planner.frontier`, planned against uniform: by layer and by component, in formats
+                 for experiments
 
 What is in them already for the same weights of pebble is not repeated.
 """
@@ -30,7 +30,6 @@ GAP = 0.15  # a share of the larger
 PLANNERS = {  # (by, formats of the planner)
     "layer": ("layer", FORMATS),
     "component": ("component", FORMATS),
-    "loadable": ("component", None),
 }
 ROUNDED = {"weight_error": 4, "sqnr": 3, "fisher": 8, "kl": 8, "kl_true": 8, "bits": 4}
 ROUNDED |= {"predicted": 8, "joint": 8, "kl_low": 8, "kl_high": 8} | dict.fromkeys(

@@ -114,11 +114,11 @@ def frontier(table, column="accuracy", ax=None):
         interval = [(y - scale * own[low]).clip(lower=0), (scale * own[high] - y).clip(lower=0)]
         style = {"color": MARKS[0][0], "marker": "o", "zorder": 3}
         if name != "planned":
-            color = GREY if number else BLACK
+            color, below = (GREY, -9) if number else (BLACK, 4)
             style = {"color": color, "marker": "sD"[number % 2], "ls": "--", "lw": 1}
             for place in zip(x, y, parts[0][own.index], strict=True):
                 said = place[2].removeprefix("uniform ")
-                ax.annotate(said, place[:2], (5, 3), textcoords="offset points", fontsize=7)
+                ax.annotate(said, place[:2], (5, below), textcoords="offset points", fontsize=7)
         ax.errorbar(x, y, interval, capsize=2, markersize=5, label=name, **style)
     if column == "kl":
         ax.set_yscale("log")

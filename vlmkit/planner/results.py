@@ -147,6 +147,9 @@ class Result:
             f"{sum(self.fixed.values()) / MEGABYTE:.3f} MB are the same under every plan: {kept}."
         )
 
+    def __repr__(self):
+        return f"Result({self.chosen.name!r}, {self.bytes:,} bytes of {self.budget})"
+
     def __str__(self):
         parts = self.parts[["scope", "format", "bytes", "kl"]].round(4).to_string(index=False)
         return "\n".join([self._text_table().to_string(), *self._remarks(), parts])
