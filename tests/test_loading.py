@@ -345,3 +345,37 @@ def test_garbage_is_collected_again_after_a_load_and_after_a_failure(llava, tmp_
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+# --- what a load keeps, and what it leaves as it was ----------------------------------------------
+
+
+def test_a_layout_is_kept_for_the_same_config_and_plan_alone(llava):
+    from vlmkit.checkpoints import read_config
+    from vlmkit.layout import layout_for
+
+    config, plan = read_config(llava), vk.Plan()
+    layout = layout_for(config, plan)
+    assert layout_for(read_config(llava), vk.Plan()) is layout
+    assert layout_for(config, vk.Plan.parse("nf4")) is not layout
+    config.text_config.num_hidden_layers += 1
+    assert len(layout_for(config, plan).rows) > len(layout.rows)
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_the_environment_is_as_it_was_after_a_load(llava, before, monkeypatch):
+    import os
+
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    vk.load(llava, "bf16", processor=False)
+    assert os.environ.get(name) == before
+
+
+def test_building_on_meta_fills_in_nothing_and_loading_all(llava):
+    model, _ = vk.load(llava, "fp32", processor=False)
+    again, _ = vk.load(llava, "fp32", processor=False)
+    assert all(p.isfinite().all() and p.device.type == "cpu" for p in model.parameters())
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
