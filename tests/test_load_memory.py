@@ -48,5 +48,5 @@ def test_the_benchmark(llava, tmp_path):
     text = table.read_text()
     assert text == done.stdout
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + 5 + 1 + 4  # two tables with their heads
+    assert len(rows) == 1 + 5 + 1 + 4 + 1 + 4  # three tables with their heads
     assert rows[1].startswith("| bf16 | plain call | ") and "| 1.00 × |" in rows[1]
