@@ -12,7 +12,7 @@ import tiny
 import torch
 
 import vlmkit as vk
-from vlmkit.errors import CheckpointError, FinetuningError
+from vlmkit.errors import CheckpointError, FinetuningError, ImageError
 from vlmkit.finetuning import Collator, Settings, gradient_report
 from vlmkit.finetuning.trainer import last_checkpoint
 
@@ -121,6 +121,19 @@ def test_a_first_gradient_of_zero_by_construction_is_no_news(rows):
     model(**Collator(processor)(list(rows)[:2])).loss.backward()
     assert not any(p.grad.any() for n, p in model.named_parameters() if "lora_A" in n)
     assert gradient_report(model).empty
+
+
+def test_a_damaged_picture_in_a_file_of_ones_own_is_skipped_and_counted(rows, tmp_path):
+    with open(tmp_path / "rows.jsonl", "w") as file:
+        for number, row in enumerate(rows.select(range(8))):
+            row["images"][0].save(tmp_path / f"{number}.png")
+            told = {"image": f"{number}.png", "question": row["question"], "answer": row["answer"]}
+            file.write(json.dumps(told) + "\n")
+    (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:100])
+    own = vk.tasks.from_dataset(tmp_path / "rows.jsonl", decode=False)
+    with pytest.raises(ImageError, match=r"3\.png is damaged"):
+        train(tmp_path / "stops", own, steps=2)
+    assert train(tmp_path / "goes on", own, steps=2, unreadable="skip").skipped == {"unreadable": 1}
 
 
 # --- killed, and continued ------------------------------------------------------------------------
