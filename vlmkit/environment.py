@@ -24,6 +24,8 @@ TESTED = {
     "tqdm": "4.70.1",
     "numpy": "2.4.6",
     "pandas": "3.1.1",
+    "scipy": "1.17.1",
+    "rapidfuzz": "3.14.6",
     "pillow": "13.0.0",
     "matplotlib": "3.11.2",
     "typer": "0.29.2",
