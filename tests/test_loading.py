@@ -379,3 +379,15 @@ def test_building_on_meta_fills_in_nothing_and_loading_all(llava):
     again, _ = vk.load(llava, "fp32", processor=False)
     assert all(p.isfinite().all() and p.device.type == "cpu" for p in model.parameters())
     assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+def test_a_layout_follows_what_the_class_keeps_in_fp32(llava, monkeypatch):
+    from transformers import LlavaForConditionalGeneration as Llava
+
+    vk.load(llava, "bf16", processor=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(Llava, "_keep_in_fp32_modules_strict", ["post_layernorm"])
+        model, _ = vk.load(llava, "bf16", processor=False)
+        assert model.model.vision_tower.post_layernorm.weight.dtype == torch.float32
+    model, _ = vk.load(llava, "bf16", processor=False)
+    assert model.model.vision_tower.post_layernorm.weight.dtype == torch.bfloat16

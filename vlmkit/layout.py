@@ -142,6 +142,7 @@ def outermost(names, besides):
 
 _KEPT = {}  # the last layouts that layout_for has made
 _MOST = 32
+_KEEPS = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")  # transformers' own names
 
 
 def layout_for(config, plan, trust_remote_code=False):
@@ -153,9 +154,11 @@ def layout_for(config, plan, trust_remote_code=False):
     """
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    kind = type(config)  # the class that it means can be another tomorrow, in a notebook
+    kind = type(config)
     model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(kind, None)
-    key = (kind, model_class, config.to_json_string(use_diff=False), plan)
+    # In a notebook the class can be another tomorrow, or be told to keep other modules in fp32.
+    keeps = [getattr(model_class, name, None) or () for name in _KEEPS]
+    key = (kind, model_class, *map(tuple, keeps), config.to_json_string(use_diff=False), plan)
     if trust_remote_code or key not in _KEPT:
         if len(_KEPT) >= _MOST:
             _KEPT.clear()
