@@ -1,5 +1,6 @@
 """Fixtures: tiny checkpoints, made once a session. Tests that change a folder copy it first."""
 
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -77,3 +78,20 @@ def copy(tmp_path):
         return Path(shutil.copytree(folder, tmp_path / "copy"))
 
     return make
+
+
+# --- of a chapter's tests, which have a fixture `notebook` and the path of a BENCHMARK ------------
+
+
+@pytest.fixture
+def said(notebook):
+    """The chapter's text, in one line."""
+    import chapters
+
+    return " ".join(chapters.text(notebook).split())
+
+
+@pytest.fixture(scope="module")
+def benchmark(request):
+    """{name: object} of the script that records the chapter's results."""
+    return runpy.run_path(str(request.module.BENCHMARK))

@@ -5,7 +5,6 @@ connectors, so it has nothing to do on another family.
 """
 
 import ast
-import runpy
 from pathlib import Path
 
 import chapters
@@ -24,11 +23,6 @@ CONNECTORS = ("MLP", "PixelShuffle", "PatchMerger", "Resampler")
 @pytest.fixture
 def notebook():
     return chapters.read("02_connectors.ipynb")
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    return runpy.run_path(str(BENCHMARK))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ That it runs on pebble and prints what is stored in it is nbval's part (`make te
 
 import chapters
 import pytest
-from chapters import sources, text
+from chapters import sources
 from transformers import AutoConfig
 
 import vlmkit as vk
@@ -20,11 +20,6 @@ SIZE = 1024, 768
 @pytest.fixture
 def notebook():
     return chapters.read("04_memory.ipynb")
-
-
-@pytest.fixture
-def said(notebook):
-    return " ".join(text(notebook).split())
 
 
 def cell(notebook, start):

@@ -5,13 +5,12 @@ of the recorded results is held against them here. With other weights of pebble,
 benchmark-damage` records anew, and the tests that then fail name the sentences that are not so.
 """
 
-import runpy
 from pathlib import Path
 
 import chapters
 import pandas as pd
 import pytest
-from chapters import sources, text
+from chapters import sources
 
 import vlmkit as vk
 from vlmkit.formats import rounding
@@ -25,16 +24,6 @@ KINDS = 19  # of question, in all tasks
 @pytest.fixture
 def notebook():
     return chapters.read("05_sensitivity.ipynb")
-
-
-@pytest.fixture
-def said(notebook):
-    return " ".join(text(notebook).split())
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    return runpy.run_path(str(BENCHMARK))
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,13 @@ are not so.
 """
 
 import re
-import runpy
 from pathlib import Path
 
 import chapters
 import pandas as pd
 import pytest
 import torch
-from chapters import sources, text
+from chapters import sources
 
 import vlmkit as vk
 from vlmkit.sensitivity import correlation
@@ -28,16 +27,6 @@ FIRST = "vision_encoder:0"
 @pytest.fixture
 def notebook():
     return chapters.read("06_planning.ipynb")
-
-
-@pytest.fixture
-def said(notebook):
-    return " ".join(text(notebook).split())
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    return runpy.run_path(str(BENCHMARK))
 
 
 @pytest.fixture(scope="module")

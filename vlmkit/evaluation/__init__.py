@@ -180,16 +180,24 @@ def _check_dataset(dataset):
         )
     if len(dataset) == 0:
         raise TaskError("The dataset has no rows, so there is nothing to evaluate.")
-    missing = [name for name in COLUMNS if name not in _columns(dataset)]
-    if missing:
-        raise TaskError(
-            f"The dataset has no column {' and no column '.join(missing)}. It has "
-            f"{', '.join(_columns(dataset))}; needed are {', '.join(COLUMNS)}, and optionally task "
-            "and kind. dataset.rename_column gives a column its name."
-        )
+    lacking = lacking_columns(_columns(dataset))
+    if lacking:
+        raise TaskError(lacking)
     for row, answer in enumerate(_column(dataset, "answer")):
         if not isinstance(answer, str):
             raise TaskError(f"Row {row}: an answer is text, and this is a {type(answer).__name__}.")
+
+
+def lacking_columns(columns):
+    """What is wrong with a dataset of these columns, in words; None if it has all of COLUMNS."""
+    missing = [name for name in COLUMNS if name not in columns]
+    if not missing:
+        return None
+    return (
+        f"The dataset has no column {' and no column '.join(missing)}. It has "
+        f"{', '.join(columns)}; needed are {', '.join(COLUMNS)}, and optionally task and kind. "
+        "dataset.rename_column gives a column its name."
+    )
 
 
 def _read_row(row, number):

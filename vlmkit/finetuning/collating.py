@@ -9,14 +9,13 @@ teach nonsense without an error.
 from collections import Counter
 
 from vlmkit.errors import FinetuningError, ImageError, QuestionError
-from vlmkit.evaluation.asking import check_question
+from vlmkit.evaluation import COLUMNS, check_question
 from vlmkit.evaluation.prompts import answered_inputs
 from vlmkit.images import read_all
 
 IGNORED = -100
 """The label of a token that the loss does not see, as in torch.nn.functional.cross_entropy."""
 
-NEEDED = ("images", "question", "answer")
 RAISE, SKIP = "raise", "skip"
 
 
@@ -75,7 +74,7 @@ class Collator:
 
     def _read(self, row):
         """(images, question, answer) of a row; None if it is skipped."""
-        missing = [name for name in NEEDED if name not in row]
+        missing = [name for name in COLUMNS if name not in row]
         if missing:
             raise FinetuningError(
                 f"A row lacks {' and '.join(missing)}; it has {', '.join(row) or 'nothing'}. Rows "

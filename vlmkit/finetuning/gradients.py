@@ -23,7 +23,7 @@ def gradient_report(model):
 
     component_of = component_finder(model)
     parameters = dict(model.named_parameters())
-    rows = []
+    last, rows = _last_layer_read(model), []
     for name, parameter in parameters.items():
         if not parameter.requires_grad:
             continue
@@ -32,18 +32,18 @@ def gradient_report(model):
         other = parameters.get(name.replace(".lora_A.", ".lora_B."))
         if ".lora_A." in name and parameter.grad is not None and not other.any():
             continue
+        component = component_of(name)
         gradient = "none" if parameter.grad is None else "zero"
-        rows.append((component_of(name), name, gradient, _why(model, name)))
+        rows.append((component, name, gradient, _why(name, component, last)))
     return pandas.DataFrame(rows, columns=["component", "parameter", "gradient", "why"])
 
 
-def _why(model, name):
-    """Why the parameter may get no gradient, in words."""
-    last = _last_layer_read(model)
+def _why(name, component, last):
+    """Why the parameter may get no gradient, in words. last: see `_last_layer_read`."""
     layer = _LAYER.search(plain_name(name))
-    if component_finder(model)(name) == "vision_encoder":
-        if last is not None and layer and int(layer[1]) > last:
-            chosen = model.config.vision_feature_layer
+    if component == "vision_encoder":
+        if last and layer and int(layer[1]) > last[1]:
+            chosen, last = last
             return (
                 f"vision_feature_layer is {chosen}: the features are read after layer {last}, and "
                 "what comes later feeds nothing"
@@ -55,8 +55,8 @@ def _why(model, name):
 
 
 def _last_layer_read(model):
-    """The last layer of the vision encoder that the projector sees, counted from 0; None where the
-    config does not choose one."""
+    """(what the config chooses, the last layer of the vision encoder that the projector then sees,
+    counted from 0); None where it does not choose."""
     config = unwrapped(model).config
     chosen = getattr(config, "vision_feature_layer", None)
     layers = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)
@@ -64,4 +64,4 @@ def _last_layer_read(model):
         return None
     numbers = [chosen] if isinstance(chosen, int) else list(chosen)
     # hidden_states[0] is the embedding, hidden_states[i] what layer i - 1 gave
-    return max((n if n >= 0 else layers + 1 + n) for n in numbers) - 1
+    return chosen, max((n if n >= 0 else layers + 1 + n) for n in numbers) - 1

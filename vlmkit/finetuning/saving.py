@@ -147,8 +147,13 @@ def fingerprint(model):
             continue
         if len(means) == 64:
             break
-        means[plain] = parameter.detach().float().abs().mean().item()
+        means[plain] = _mean_of(parameter)
     return {"architecture": type(unwrapped(model)).__name__, "means": means}
+
+
+def _mean_of(vector):
+    """Mean magnitude of a parameter, as a number."""
+    return vector.detach().float().abs().mean().item()
 
 
 def _require_base(model, notes, path):
@@ -162,7 +167,7 @@ def _require_base(model, notes, path):
             break
         if name not in held:
             wrong = f"{name} is not in this model"
-        elif abs(held[name].detach().float().abs().mean().item() - mean) > 0.01 * mean + 1e-6:
+        elif abs(_mean_of(held[name]) - mean) > 0.01 * mean + 1e-6:
             wrong = f"{name} differs"
     if wrong:
         raise FinetuningError(

@@ -14,7 +14,8 @@ OPTIMIZERS = {
     "paged_adamw": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
-"""What `vk.memory` and we call an optimizer, and what transformers does."""
+"""What we call an optimizer, and what transformers does: the AdamW of PyTorch, and of bitsandbytes,
+with states in 8 bits, with states that can move to the host's memory ("paged"), and both."""
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 
@@ -77,13 +78,13 @@ class Settings:
                 f"batch_size {self.batch_size} does not part into {self.accumulation} equal parts"
             )
         for name, among in (
-            ("optimizer", tuple(OPTIMIZERS)),
             ("schedule", SCHEDULES),
             ("precision", ("bf16", "fp32")),
             ("too_long", (RAISE, SKIP)),
             ("unreadable", (RAISE, SKIP)),
         ):
             _require_among(name, getattr(self, name), among)
+        check_optimizer(self.optimizer)
         rates = self.rate if isinstance(self.rate, dict) else {"the model": self.rate}
         for component, rate in rates.items():
             if component != "the model":
@@ -105,6 +106,17 @@ class Settings:
                     f"{name!r} is not a setting of a training: {hint}they are {', '.join(names)}"
                 )
         return cls(**given)
+
+
+def check_optimizer(name):
+    """`name`, if it is one of OPTIMIZERS. Raises FinetuningError, with the nearest, if not."""
+    if name in OPTIMIZERS:
+        return name
+    near = difflib.get_close_matches(str(name), OPTIMIZERS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise FinetuningError(
+        f"{name!r} is not an optimizer: {hint}the optimizers are {', '.join(OPTIMIZERS)}"
+    )
 
 
 def _require_among(name, value, among):

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vlmkit.errors import FinetuningError
-from vlmkit.finetuning.collating import NEEDED, Collator, undecoded
+from vlmkit.evaluation import COLUMNS, lacking_columns
+from vlmkit.finetuning.collating import Collator, undecoded
 from vlmkit.finetuning.settings import OPTIMIZERS, Settings
 
 SETTINGS = "settings.json"
@@ -104,14 +105,10 @@ def _checked(dataset, settings):
     else:
         if settings.steps is None:
             raise FinetuningError("A dataset without a length has no epochs: say how many steps.")
-        columns = getattr(dataset, "column_names", None) or NEEDED
-    missing = [name for name in NEEDED if name not in columns]
-    if missing:
-        raise FinetuningError(
-            f"The dataset has no column {' and no column '.join(missing)}. It has "
-            f"{', '.join(columns)}; needed are {', '.join(NEEDED)}. dataset.rename_column gives a "
-            "column its name."
-        )
+        columns = getattr(dataset, "column_names", None) or COLUMNS
+    lacking = lacking_columns(columns)
+    if lacking:
+        raise FinetuningError(lacking)
     return undecoded(dataset)
 
 

@@ -8,12 +8,12 @@ from vlmkit.anatomy import on_meta
 from vlmkit.checkpoints import find
 from vlmkit.errors import FinetuningError
 from vlmkit.finetuning import parse
+from vlmkit.finetuning.settings import check_optimizer
 from vlmkit.formats import torch_dtype
 from vlmkit.memory.allocator import overhead
 from vlmkit.memory.demand import demand_of, smallest
 from vlmkit.memory.ledger import Ledger
 from vlmkit.memory.processors import settings_of
-from vlmkit.memory.training import check_optimizer
 from vlmkit.memory.visual_tokens import picture
 from vlmkit.memory.weights import predicted_weights
 from vlmkit.stored import planned

@@ -4,37 +4,18 @@ Adapters, gradients and the states of the optimizer. What a step holds for a whi
 `vlmkit.memory.running`.
 """
 
-import difflib
 from itertools import pairwise
 from math import ceil
 
 from vlmkit.anatomy import is_adapter, plain_name
-from vlmkit.errors import FinetuningError
 from vlmkit.memory.ledger import ADAPTER, GRADIENT, OPTIMIZER, UPCAST, Entry
 
-OPTIMIZERS = {
-    "adamw": "PyTorch's AdamW",
-    "adamw_8bit": "bitsandbytes' AdamW with states in 8 bits",
-    "paged_adamw": "bitsandbytes' AdamW whose states can move to the host's memory",
-    "paged_adamw_8bit": "the same, with states in 8 bits",
-}
 SMALLEST_8BIT = 4096
 """Parameters of fewer elements keep their states in float32 (bitsandbytes' `min_8bit_size`)."""
 STATE_BLOCK, STATE_CODE = 256, 256 * 4
 """Elements that share a scale in an 8-bit state, and bytes of the table of its 256 values."""
 SMALLEST_PAGED = 100_000
 """Elements from which on the states of a paged optimizer are paged."""
-
-
-def check_optimizer(name):
-    """`name`, if it is one of OPTIMIZERS. Raises FinetuningError, with the nearest, if not."""
-    if name in OPTIMIZERS:
-        return name
-    near = difflib.get_close_matches(str(name), OPTIMIZERS, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise FinetuningError(
-        f"{name!r} is not an optimizer: {hint}the optimizers are {', '.join(OPTIMIZERS)}"
-    )
 
 
 def adapter_entries(model, component_of):
@@ -60,7 +41,7 @@ def gradient_entries(learnt, component_of):
 
 
 def optimizer_entries(optimizer, parameters, component_of):
-    """Entries of the states of `optimizer`, one of OPTIMIZERS.
+    """Entries of the states of `optimizer`, one of `vlmkit.finetuning.settings.OPTIMIZERS`.
 
     parameters: {name: (elements, bytes of an element)} of those that get a gradient, in the model's
         order. The others get no states.
