@@ -8,6 +8,7 @@ import pytest
 
 from vlmkit import tasks
 from vlmkit.errors import TaskError
+from vlmkit.tasks import clock, dutch
 from vlmkit.tasks.drawing import COLORS, SHAPES
 
 # SHA-256 over every pixel, question and answer of the first 24 rows of each task for seed 7. The
@@ -19,7 +20,10 @@ DIGESTS = {
     "chart": "fe34d0f26e30e574",
     "multi_image": "f842dafed7bcc7f8",
     "video": "eff4dcf990578c23",
+    "clock": "0733c4e83d25a586",
+    "dutch": "018d860ccd60bd7f",
 }
+EVERY = tasks.RECIPES | tasks.DOMAINS
 
 NAME = re.compile(rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})")
 
@@ -34,7 +38,7 @@ def digest(task, indices, seed=7):
     return hashlib.sha256("".join(result[i] for i in sorted(result)).encode()).hexdigest()[:16]
 
 
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("task", EVERY)
 def test_same_seed_same_bytes_in_any_order(task):
     forwards, backwards = digest(task, range(24)), digest(task, reversed(range(24)))
     assert forwards == backwards == DIGESTS[task]
@@ -57,6 +61,13 @@ def test_all_alternates_between_the_tasks():
     assert set(tasks.dataset(["ocr", "chart"], n=4, seed=0)["task"]) == {"ocr", "chart"}
 
 
+def test_domains_that_pebble_never_saw_are_asked_by_name_alone():
+    """Nothing of pebble's recipe goes over them: neither its batches nor its tokenizer's text."""
+    assert set(tasks.DOMAINS) == {"clock", "dutch"} and not set(tasks.DOMAINS) & set(tasks.TASKS)
+    assert not set(tasks.DOMAINS) & set(tasks.RECIPES)
+    assert set(tasks.dataset(["clock", "dutch"], n=8, seed=0)["task"]) == {"clock", "dutch"}
+
+
 def test_the_splits_share_no_seed():
     """The split is part of what seeds a row, so no number given as a seed can make them meet."""
     rows = {}
@@ -72,11 +83,11 @@ def test_the_splits_share_no_seed():
     ("task", "kind"), [(task, kind) for task, kinds in tasks.KINDS.items() for kind in kinds]
 )
 def test_every_kind_has_four_phrasings_and_no_answer_that_wins_by_itself(task, kind):
-    recipe = tasks.RECIPES[task]
+    recipe = EVERY[task]
     phrasings, answers = set(), []
+    named = "|".join([*COLORS, *SHAPES, "left of", "right of", "above", "below"])
     for index in range(400):
         _, question, answer = recipe.example(kind, tasks.generator("test", task, kind, index))
-        named = "|".join([*COLORS, *SHAPES, "left of", "right of", "above", "below"])
         phrasings.add(re.sub(rf"\b(an?\s)?({named})\b", "_", question))
         answers.append(answer)
     assert len(phrasings) >= 4
@@ -84,10 +95,12 @@ def test_every_kind_has_four_phrasings_and_no_answer_that_wins_by_itself(task, k
     assert all(answer == answer.strip() and answer for answer in answers)
 
 
-@pytest.mark.parametrize("kind", ["color", "shape", "spatial", "value", "which", "moving", "word"])
+@pytest.mark.parametrize(
+    "kind", ["color", "shape", "spatial", "value", "which", "moving", "word", "time"]
+)
 def test_some_honest_answers_are_none(kind):
     task = next(task for task, kinds in tasks.KINDS.items() if kind in kinds)
-    recipe = tasks.RECIPES[task]
+    recipe = EVERY[task]
     asked = [recipe.example(kind, tasks.generator("none", kind, i)) for i in range(300)]
     assert 0.02 < sum(answer == tasks.NONE for _, _, answer in asked) / 300 < 0.5
 
@@ -112,6 +125,74 @@ def test_answers_agree_with_the_drawing():
         (x0, y0), (x1, y1) = path[0], path[-1]
         way = {(1, 0): "right", (-1, 0): "left", (0, 1): "down", (0, -1): "up", (0, 0): "none"}
         assert answer == way[((x1 > x0) - (x1 < x0), (y1 > y0) - (y1 < y0))]
+
+
+@pytest.mark.parametrize("kind", tasks.KINDS["vqa"])
+def test_dutch_is_vqa_in_other_words(kind):
+    """Every phrasing is translated, all of it, with the article and the ending of its noun."""
+    used = set()
+    for index in range(200):
+        rng = tasks.generator("dutch", kind, index)
+        _, english, answer = tasks.RECIPES["vqa"].example(kind, rng)
+        used |= {number for number, (p, _) in enumerate(dutch.PATTERNS) if p.match(english)}
+        asked = dutch.question_in_dutch(english)
+        assert not set(asked.split()) & {"THE", "ONE", "COLOR", "COLORED", "RELATION", "OF", "IS A"}
+        for article, color, noun in re.findall(r"(DE|HET|EEN) (ROOD|RODE|GEEL|GELE) (\w+)", asked):
+            neuter = noun in ("VIERKANT", "KRUIS", "VOORWERP")
+            assert article == "EEN" or (article == "HET") == neuter, asked
+            assert color.endswith("E") == (not neuter or article == "HET"), asked
+        said = dutch.answer_in_dutch(answer)
+        assert (said == answer) == (answer.isdigit()) or answer == "ring"
+    assert len(used) == 4
+    with pytest.raises(KeyError):
+        dutch.question_in_dutch("What is this?")
+
+
+def test_dutch_in_full():
+    for english, asked in {
+        "Is the red cross left of the blue ring?": (
+            "LIGT HET RODE KRUIS LINKS VAN DE BLAUWE RING?"
+        ),
+        "Can you see a red cross here?": "KUN JE HIER EEN ROOD KRUIS ZIEN?",
+        "Is there an orange circle?": "IS ER EEN ORANJE CIRKEL?",
+        "What is the color of the square?": "WAT IS DE KLEUR VAN HET VIERKANT?",
+        "Count the purple objects.": "TEL DE PAARSE VOORWERPEN.",
+    }.items():
+        assert dutch.question_in_dutch(english) == asked
+    assert [dutch.answer_in_dutch(a) for a in ("circle", "red", "no", "3")] == [
+        *("CIRKEL", "ROOD", "NEE", "3")
+    ]
+
+
+def test_a_clock_shows_its_time():
+    """Read off the pixels. All of 144 times are asked for, 12 included and 0 not."""
+    texts = [clock.clock_text((hour, 5 * fives)) for hour in range(12) for fives in range(12)]
+    assert len(set(texts)) == 144 and {"1200", "0105", "1155"} < set(texts)
+    assert clock.TURN == 144 and clock.direction(36) == (1024, 0) == clock.direction(180)
+    for index in range(60):
+        picture = tasks.DOMAINS["clock"].draw(tasks.generator("hands", index))
+        if picture.facts is None:
+            continue
+        assert clock.clock_text(picture.facts) == read_off(picture.frames[0])
+
+
+def read_off(pixels):
+    """The time that a clock shows, from its pixels alone."""
+    ys, xs = (pixels != pixels[0, 0]).any(axis=2).nonzero()
+    x, y = (xs.min() + xs.max()) // 2, (ys.min() + ys.max()) // 2
+    radius = ys.max() - y
+    ink = (pixels == pixels[y, x]).all(axis=2)
+
+    def drawn(part, near, far):
+        dx, dy = clock.direction(part)
+        steps = range(near, far)
+        return all(ink[y + round(dy * s / 1024), x + round(dx * s / 1024)] for s in steps)
+
+    (minute,) = (5 * m for m in range(12) if drawn(12 * m, radius * 6 // 10, radius - 9))
+    hands = [h for h in range(12) if drawn(12 * h + minute // 5, 3, radius // 2)]
+    if len(hands) > 1:  # the minute hand passes for one
+        hands = [h for h in hands if abs(12 * h + minute // 5 - 12 * (minute // 5)) % 144 > 5]
+    return clock.clock_text((hands[0], minute))
 
 
 def test_everything_drawn_is_visible():

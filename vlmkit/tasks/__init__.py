@@ -5,6 +5,9 @@ four phrasings, and where it makes sense some answers are an honest "none". Ever
 on (split, seed, task, row number): the same seed gives the same bytes on every machine, in any
 order and for any `n`. The split is part of that key, so training and evaluation never share a draw.
 
+Two more are kept from pebble, which was made on the six: `clock` and `dutch`, domains that it can
+be tuned to. "all" is the six.
+
 Published data, from a disk or the hub, comes in the same shape from `from_dataset`.
 """
 
@@ -12,7 +15,9 @@ import difflib
 
 from vlmkit.errors import TaskError
 from vlmkit.tasks.chart import CHART
+from vlmkit.tasks.clock import CLOCK
 from vlmkit.tasks.drawing import SIZE, to_image
+from vlmkit.tasks.dutch import DUTCH
 from vlmkit.tasks.ocr import OCR
 from vlmkit.tasks.pairs import MULTI_IMAGE
 from vlmkit.tasks.published import SCHEMAS, from_dataset
@@ -21,6 +26,7 @@ from vlmkit.tasks.scenes import CAPTION, VQA
 from vlmkit.tasks.video import VIDEO
 
 __all__ = [
+    "DOMAINS",
     "KINDS",
     "NONE",
     "RECIPES",
@@ -36,7 +42,8 @@ __all__ = [
 
 RECIPES = {recipe.name: recipe for recipe in (CAPTION, VQA, OCR, CHART, MULTI_IMAGE, VIDEO)}
 TASKS = tuple(RECIPES)
-KINDS = {name: tuple(recipe.kinds) for name, recipe in RECIPES.items()}
+DOMAINS = {recipe.name: recipe for recipe in (CLOCK, DUTCH)}
+KINDS = {name: tuple(recipe.kinds) for name, recipe in (RECIPES | DOMAINS).items()}
 SPLITS = ("train", "evaluation")
 
 
@@ -45,7 +52,7 @@ def example(task, index, *, seed, split="evaluation"):
 
     Kinds take turns, so that any run of rows holds each of them equally often.
     """
-    recipe = RECIPES[task]
+    recipe = RECIPES.get(task) or DOMAINS[task]
     kind = KINDS[task][index % len(KINDS[task])]
     rng = generator(split, seed, task, index)
     picture, question, answer = recipe.example(kind, rng)
@@ -56,7 +63,8 @@ def example(task, index, *, seed, split="evaluation"):
 def dataset(task="all", n=100, seed=0, split="evaluation"):
     """`n` rows as a `datasets.Dataset` with columns images, question, answer, task, kind.
 
-    task: one of `TASKS`, a list of them, or "all"; with several, rows alternate between them.
+    task: one of `TASKS` or `DOMAINS`, a list of them, or "all", which is `TASKS`; with several,
+        rows alternate between them.
     n: number of rows. seed: any integer. split: "evaluation", or "train" to train on.
     images: a list of SIZE × SIZE RGB pictures (one; two for multi_image; four frames for video).
     Raises TaskError for an unknown task or split, or an n that is no positive whole number.
@@ -87,11 +95,12 @@ def dataset(task="all", n=100, seed=0, split="evaluation"):
 
 def _names(task):
     names = list(TASKS) if task == "all" else [task] if isinstance(task, str) else list(task)
+    there = [*TASKS, *DOMAINS]
     for name in names:
-        if name not in RECIPES:
-            near = difflib.get_close_matches(str(name), TASKS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TaskError(f"task {name!r} does not exist{hint} There are {', '.join(TASKS)}.")
+        if name not in there:
+            near = difflib.get_close_matches(str(name), there, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise TaskError(f"task {name!r} does not exist{hint} There are {', '.join(there)}.")
     if not names:
-        raise TaskError(f"no task was named; there are {', '.join(TASKS)}, or 'all'")
+        raise TaskError(f"no task was named; there are {', '.join(there)}, or 'all'")
     return names

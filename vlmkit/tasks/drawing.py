@@ -66,6 +66,16 @@ def draw_rectangle(pixels, rgb, left, top, right, bottom):
     pixels[top:bottom, left:right] = rgb
 
 
+def draw_stroke(pixels, rgb, center, toward, near, far, width):
+    """Paint a straight stroke, `width` pixels wide, that lies from `near` to `far` pixels away from
+    `center` (x, y). toward: (x, y), its direction, an integer vector of length 1024."""
+    ys, xs = _grid()
+    dx, dy = xs - center[0], ys - center[1]
+    along = dx * toward[0] + dy * toward[1]
+    across = abs(dx * toward[1] - dy * toward[0])
+    pixels[(near * 1024 <= along) & (along <= far * 1024) & (across * 2 <= width * 1024)] = rgb
+
+
 GLYPH_WIDTH, GLYPH_HEIGHT = 6, 11
 """Pixels of one character of the bitmap font, before scaling."""
 
