@@ -20,7 +20,7 @@ nbval := --nbval --nbval-current-env --nbval-cell-timeout=600 notebooks
 as_root := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-all lint format benchmark-pebble benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity benchmark-damage benchmark-budgets benchmark-stages clean
+.PHONY: help setup lab test test-all lint format benchmark-pebble benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity benchmark-damage benchmark-budgets benchmark-domains benchmark-stages clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-22s %s\n", $$1, $$2}'
@@ -69,6 +69,9 @@ benchmark-damage: setup ## record for chapter 05 what pebble loses in eleven for
 
 benchmark-budgets: setup ## record for chapter 06 what layers lose, and planned against uniform
 	$(quietly) $(python) benchmarks/budgets.py $(BENCHMARK_ARGS)
+
+benchmark-domains: setup ## record for chapter 07 which component learns a new domain, and recovery
+	$(quietly) $(python) benchmarks/domains.py $(BENCHMARK_ARGS)
 
 benchmark-stages: setup ## train chapter 09's recipes, each with a stage left out or changed
 	$(quietly) $(python) benchmarks/stages.py $(BENCHMARK_ARGS)
