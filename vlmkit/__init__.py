@@ -42,6 +42,7 @@ _MODULES = (
     "architectures",
     "attention",
     "catalog",
+    "controls",
     "environment",
     "errors",
     "evaluation",

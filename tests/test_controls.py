@@ -1,0 +1,82 @@
+"""Controls change the pictures, and only them."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vlmkit as vk
+from vlmkit.errors import TaskError
+
+controls = vk.controls
+
+
+def grey(level, size=(4, 3)):
+    return Image.new("RGB", size, (level,) * 3)
+
+
+def row(*levels, answer="yes", kind="a"):
+    images = [grey(level) for level in levels]
+    return {"images": images, "question": "?", "answer": answer, "task": "t", "kind": kind}
+
+
+def levels(rows):
+    return [[image.getpixel((0, 0))[0] for image in row["images"]] for row in rows]
+
+
+def test_a_blank_has_its_pictures_size_and_one_grey():
+    rows = [row(1, 2)]
+    (made,) = controls.blank(rows, level=77)
+    assert levels([made]) == [[77, 77]] and made["images"][0].size == (4, 3)
+    assert {**made, "images": None} == {**rows[0], "images": None}
+    assert levels(rows) == [[1, 2]]  # as they were
+
+
+def test_pictures_are_exchanged_within_a_kind():
+    rows = [row(1), row(10, kind="b"), row(2), row(20, kind="b"), row(3, answer="no")]
+    made = controls.exchanged(rows)
+    assert levels(made) == [[2], [20], [3], [10], [1]]
+    assert [r["answer"] for r in made] == [r["answer"] for r in rows]
+
+
+def test_pictures_are_exchanged_between_rows_of_as_many():
+    assert levels(controls.exchanged([row(1), row(5, 6), row(2), row(7, 8)])) == [
+        [2],
+        [7, 8],
+        [1],
+        [5, 6],
+    ]
+    with pytest.raises(TaskError, match="only one row of t/b"):
+        controls.exchanged([row(1), row(2), row(3, kind="b")])
+
+
+def test_rows_need_neither_task_nor_kind():
+    rows = [{"images": [grey(n)], "question": "?", "answer": str(n)} for n in (1, 2)]
+    assert levels(controls.exchanged(rows)) == [[2], [1]]
+    assert controls.most_frequent(rows).accuracy == 0.5
+
+
+def test_an_order_may_leave_out_and_repeat_and_change_the_answer():
+    rows = [row(1, 2, 3, answer="left"), row(4, 5, 6, answer="none")]
+    made = controls.arranged(rows, [2, 2, 0], {"left": "right"})
+    assert levels(made) == [[3, 3, 1], [6, 6, 4]]
+    assert [r["answer"] for r in made] == ["right", "none"]
+    for order in ([0, 3], [-1]):
+        with pytest.raises(TaskError, match="Row 0 has 3 pictures"):
+            controls.arranged(rows, order)
+
+
+def test_blank_pictures_before_and_after():
+    assert levels(controls.among([row(1, 2)], before=1, after=2)) == [[128, 1, 2, 128, 128]]
+
+
+def test_the_most_frequent_answer_of_each_kind():
+    rows = [row(1, answer=a) for a in ("x", "x", "y")] + [row(1, answer="y", kind="b")]
+    scores = controls.most_frequent(rows)
+    assert scores.answers["predicted"].tolist() == ["x", "x", "x", "y"]
+    assert scores.accuracy == 0.75
+
+
+def test_a_dataset_is_taken_as_it_is():
+    rows = vk.tasks.dataset("video", n=4, seed=1)
+    (first, *_) = controls.arranged(rows, [3, 2, 1, 0])
+    assert np.array_equal(first["images"][0], rows[0]["images"][3])
