@@ -80,3 +80,45 @@ def test_a_dataset_is_taken_as_it_is():
     rows = vk.tasks.dataset("video", n=4, seed=1)
     (first, *_) = controls.arranged(rows, [3, 2, 1, 0])
     assert np.array_equal(first["images"][0], rows[0]["images"][3])
+
+
+def test_questions_about_other_pictures():
+    made = controls.about([row(1), row(2)], [row(7), row(8), row(9)], "nothing")
+    assert levels(made) == [[7], [8]] and {r["answer"] for r in made} == {"nothing"}
+
+
+def changed(before, after):
+    """The columns of the picture in which a pixel has changed."""
+    pictures = (np.asarray(r["images"][0]).astype(int) for r in (before, after))
+    return set((np.subtract(*pictures) != 0).any(axis=(0, 2)).nonzero()[0])
+
+
+def test_a_bar_is_painted_over_and_nothing_else():
+    as_it_is, asked, another = (controls.charts(40, hide) for hide in (None, "asked", "another"))
+    for one, two, three in zip(as_it_is, asked, another, strict=True):
+        assert one["question"] == two["question"] == three["question"]
+        assert one["answer"] == three["answer"] != "none" == two["answer"]
+        of_two, of_three = changed(one, two), changed(one, three)
+        assert of_two and of_three and not of_two & of_three  # each its own bar
+        for columns in (of_two, of_three):  # one bar: columns side by side
+            assert max(columns) - min(columns) == len(columns) - 1 <= 16
+        left = np.asarray(two["images"][0])[6:78, min(of_two)]
+        assert (left == np.asarray(two["images"][0])[6:78, 9]).all()  # grid lines go on
+
+
+def test_a_sign_is_on_its_quarter_of_the_page():
+    for page in controls.pages(12, seed=3):
+        pixels = np.asarray(page["images"][0])
+        assert pixels.shape == (168, 168, 3)
+        quarters = pixels.reshape(2, 84, 2, 84, 3).swapaxes(1, 2).reshape(4, -1, 3)
+        drawn = [len(np.unique(quarter, axis=0)) > 1 for quarter in quarters]
+        assert drawn == [place == page["quarter"] for place in range(4)]
+
+
+def test_signs_and_crowds_have_what_was_asked_for():
+    assert all(len(r["answer"]) == 6 for r in controls.signs(5, 6))
+    assert {r["answer"] for r in controls.crowds(5, 7)} == {"7"}
+    with pytest.raises(TaskError, match="1 to 6 letters, not 7"):
+        controls.signs(1, 7)
+    with pytest.raises(TaskError, match="0 to 9 objects, not 10"):
+        controls.crowds(1, 10)
