@@ -67,9 +67,7 @@ class Baseline:
                 texts[row] = text
             self.noise = max(self.noise, noise)
             agreed.append(agrees)
-        first = self.batches[0]
         self.replays = Replays(model)
-        self.replays.trace(lambda: self._one_pass(first.inputs, first.tokens))
         self.one_pass = bool(torch.cat(agreed).float().mean() >= AGREEMENT)
         self.scores = scored(dataset, texts)
         self.expected = [normalise(answer) for answer in self.scores.answers["answer"]]

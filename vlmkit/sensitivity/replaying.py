@@ -1,37 +1,34 @@
 """What a change cannot have changed is computed once: outputs of modules, kept and given again.
 
-Every module that has returned before the first changed one is called gives what it gave before:
-for the language model's layer 3 that is the whole vision encoder, the projector, and layers 0 to 2.
-Which modules these are is read off one traced forward pass, so that nothing needs to be known of an
-architecture. While a scope is changed, the `forward` of these module objects (not of their class)
-gives what it has kept for the batch at hand; the first time, it computes and keeps it.
+While a scope is changed, a module that holds no changed parameter, and is given what it was given
+before, gives what it gave before: for the language model that is the whole vision encoder and the
+projector, for its layer 3 the embeddings and layers 0 to 2 as well. What it is given is compared
+value by value, which costs next to nothing beside computing, so that nothing needs to be known of
+an architecture. The `forward` of these module objects (not of their class) looks into what is kept
+for the batch at hand; the first time, it computes and keeps.
 """
 
 import collections
 import contextlib
 import copy
-import itertools
+import functools
 import threading
 from dataclasses import dataclass, field
 
 LIMIT = 4 * 10**9
 """Bytes that are kept at most; what does not fit is computed each time."""
 
-
-@dataclass
-class Call:
-    """The `number`-th call of the module at `path`, from event `start` to event `end`."""
-
-    path: str
-    number: int
-    start: int
-    end: int = None
+PATIENCE = 2
+"""How often a call may have been given something else until it is taken to come after the change.
+The first time can be a leftover: what it was given while other parameters were changed."""
 
 
 @dataclass
 class Kept:
-    """An output, and the version of each tensor in it, which an in-place change would raise."""
+    """What a module was given and its output, and the version of each tensor in both, which an
+    in-place change would raise."""
 
+    given: tuple
     output: object
     tensors: list = field(repr=False)
     versions: list
@@ -40,75 +37,49 @@ class Kept:
     def unchanged(self):
         return [tensor._version for tensor in self.tensors] == self.versions
 
+    @property
+    def bytes(self):
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
 
 class Replays:
-    """The kept outputs of a model's modules, for batches by number."""
+    """The kept outputs of a model's modules, by batch, path and how many calls came before."""
 
     def __init__(self, model, limit=LIMIT):
         self.model, self.limit = model, limit
-        self.calls, self.first, self.bytes = [], {}, 0
-        self.wanted, self.kept = set(), {}
-        self.now = threading.local()
+        self.changed, self.bytes, self.kept = None, 0, {}
+        self.misses, self.pointless = collections.Counter(), set()
+        self.now, self.lock = threading.local(), threading.Lock()
 
-    def trace(self, run):
-        """Learn from `run()`, one forward pass, which modules are called, and when."""
-        calls, open_calls, handles, events = [], [], [], itertools.count()
-        numbers = collections.Counter()
+    def unaffected(self, parameters):
+        """{path: module} of the outermost modules that are called and hold none of `parameters`."""
+        import torch
 
-        def begin(path):
-            def hook(module, inputs):
-                calls.append(Call(path, numbers[path], next(events)))
-                numbers[path] += 1
-                open_calls.append(calls[-1])
+        changed, found = {id(parameter) for parameter in parameters}, {}
 
-            return hook
+        def look(module, prefix):
+            for name, child in module.named_children():
+                own = {id(parameter) for parameter in child.parameters()}
+                # A list of modules is never called itself
+                called = type(child).forward is not torch.nn.Module.forward
+                if called and own and not own & changed:
+                    found[prefix + name] = child
+                else:
+                    look(child, f"{prefix}{name}.")
 
-        def end(module, inputs, output):
-            open_calls.pop().end = next(events)
-
-        try:
-            for path, module in self.model.named_modules():
-                handles.append(module.register_forward_pre_hook(begin(path)))
-                handles.append(module.register_forward_hook(end))
-            run()
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.calls = calls
-        self.first = {call.path: call.start for call in reversed(calls)}
-
-    def before(self, parameters):
-        """(path, number) of the outermost calls that are over when the first module that holds one
-        of `parameters` is called."""
-        changed = {id(parameter) for parameter in parameters}
-        holders = [
-            path
-            for path, module in self.model.named_modules()
-            if any(id(own) in changed for own in module.parameters(recurse=False))
-        ]
-        first = min((self._first_call(path) for path in holders), default=0)
-        found, covered = set(), -1
-        for call in self.calls:
-            if call.end is not None and call.end < first and call.start > covered:
-                found.add((call.path, call.number))
-                covered = call.end
+        look(self.model, "")
         return found
-
-    def _first_call(self, path):
-        """When the module at `path` is first called; the one around it where it never is, since
-        that then reads its weight."""
-        while path and path not in self.first:
-            path = path.rpartition(".")[0]
-        return self.first.get(path, 0)
 
     @contextlib.contextmanager
     def without(self, parameters):
         """Within it, `parameters` are changed, and what they do not reach is replayed."""
-        wanted = self.before(parameters)
-        for key in [key for key in self.kept if key[1:] not in wanted]:
-            self.bytes -= _size(self.kept.pop(key))
-        self.wanted = wanted
-        modules = {path: self.model.get_submodule(path) for path, _ in wanted}
+        modules = self.unaffected(parameters)
+        changed = {id(parameter) for parameter in parameters}
+        if changed != self.changed:
+            self.changed = changed
+            self.misses.clear()
+            self.pointless.clear()
+            self._drop([key for key in self.kept if key[1] not in modules])
         own = {path: module.__dict__.get("forward") for path, module in modules.items()}
         try:
             for path, module in modules.items():
@@ -123,36 +94,71 @@ class Replays:
     @contextlib.contextmanager
     def batch(self, number):
         """Within it, this thread computes the batch `number`."""
-        self.now.batch, self.now.counts = number, {}
+        self.now.batch, self.now.counts = number, collections.Counter()
         try:
             yield
         finally:
             self.now.batch = None
 
     def _replaying(self, path, compute):
+        @functools.wraps(compute)
         def forward(*args, **kwargs):
             batch = getattr(self.now, "batch", None)
             if batch is None:
                 return compute(*args, **kwargs)
-            number = self.now.counts.get(path, 0)
-            self.now.counts[path] = number + 1
-            key = (batch, path, number)
+            key = (batch, path, self.now.counts[path])
+            self.now.counts[path] += 1
+            if key[1:] in self.pointless:
+                return compute(*args, **kwargs)
             kept = self.kept.get(key)
-            if kept is not None and kept.unchanged:
+            if kept is not None and kept.unchanged and _same(kept.given, (args, kwargs)):
                 return _copied(kept.output)
+            given = _copied((args, kwargs))
+            before = [tensor._version for tensor in _tensors(given)]
             output = compute(*args, **kwargs)
-            if key[1:] in self.wanted and kept is None:
-                self._keep(key, output)
+            with self.lock:
+                self._learn(key, kept, given, before, output)
             return output
 
         return forward
 
-    def _keep(self, key, output):
-        tensors = list(_tensors(output))
-        kept = Kept(_copied(output), tensors, [tensor._version for tensor in tensors])
-        if tensors and self.bytes + _size(kept) <= self.limit:
+    def _learn(self, key, missed, given, versions, output):
+        """Keep what was computed, unless such calls have been given something else too often."""
+        if missed is not None:
+            self._drop([key])
+            self.misses[key] += 1
+            if self.misses[key] == PATIENCE:
+                self.pointless.add(key[1:])
+                self._drop([other for other in self.kept if other[1:] == key[1:]])
+        made = list(_tensors(output))
+        versions = versions + [tensor._version for tensor in made]
+        kept = Kept(given, _copied(output), [*_tensors(given), *made], versions)
+        if made and key[1:] not in self.pointless and self.bytes + kept.bytes <= self.limit:
             self.kept[key] = kept
-            self.bytes += _size(kept)
+            self.bytes += kept.bytes
+
+    def _drop(self, keys):
+        for key in keys:
+            kept = self.kept.pop(key, None)
+            self.bytes -= kept.bytes if kept is not None else 0
+
+
+def _same(one, other):
+    """Whether two arguments are equal, their tensors in every bit."""
+    import torch
+
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+        return alike and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, (bool, int, float, str, torch.dtype)) and one == other
 
 
 def _tensors(x):
@@ -177,7 +183,3 @@ def _copied(x):
             new[key] = _copied(value)
         return new
     return type(x)(map(_copied, x)) if type(x) in (list, tuple) else x
-
-
-def _size(kept):
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept.tensors)
