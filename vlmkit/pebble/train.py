@@ -88,8 +88,10 @@ LESSONS = (
     MOTIONS,
 )
 """One skill each, among few objects. Mixed with everything else alone, "left of" stayed at chance
-for 7,000 steps. Most skills come when the lessons take turns; looking up a colour by its shape, and
-comparing two pictures, come in a few hundred steps when nothing else is asked, and then stay."""
+for 7,000 steps. A skill comes in a few hundred steps, asked alone, if the one that it stands on is
+there already: looking up a colour by its shape, then where a thing is, then which of two is left of
+the other. Asked where things were before it could look one up, a model stayed at 55%, and "left of"
+at chance. The other skills come when the lessons take turns, and then stay."""
 
 CAPTIONS = Group("captions", ("caption",), 64, 1)
 
@@ -100,9 +102,11 @@ STAGES = (
     Stage("language", 2500, 1.5e-3, ("language_model", "lm_head"), images=False),
     Stage("projector", 400, 2e-3, ("multi_modal_projector",)),
     Stage("instruct", 1500, 1e-3, LANGUAGE_SIDE, final=0.5),
-    Stage("lessons", 4000, 1e-3, LANGUAGE_SIDE, LESSONS, final=0.5),
+    Stage("lookups", 400, 1e-3, LANGUAGE_SIDE, (LOOKUPS,), final=0.9),
+    Stage("wheres", 500, 1e-3, LANGUAGE_SIDE, (WHERES,), final=0.9),
+    Stage("relations", 700, 1e-3, LANGUAGE_SIDE, (RELATIONS,), final=0.9),
+    Stage("lessons", 3000, 1e-3, LANGUAGE_SIDE, LESSONS, final=0.5),
     Stage("mixed", 1200, 1e-3, LANGUAGE_SIDE, HARD_GROUPS + LESSONS, focus=2, final=0.94),
-    Stage("lookups", 300, 1e-3, LANGUAGE_SIDE, (LOOKUPS,), final=0.9),
     Stage("matches", 300, 1e-3, LANGUAGE_SIDE, (MATCHES,), final=0.9),
     Stage("searches", 300, 1e-3, LANGUAGE_SIDE, (SEARCHES,), final=0.9),
     Stage("everything", 6500, 1e-3, LANGUAGE_SIDE, HARD_GROUPS + LESSONS, focus=2),
@@ -337,7 +341,7 @@ def log(file, stage, step, seconds, loss, accuracy):
     rows.append(row | shown)
     part = file.with_suffix(".part")
     with part.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, columns)
+        writer = csv.DictWriter(stream, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     os.replace(part, file)
