@@ -136,6 +136,45 @@ def test_a_damaged_picture_in_a_file_of_ones_own_is_skipped_and_counted(rows, tm
     assert train(tmp_path / "goes on", own, steps=2, unreadable="skip").skipped == {"unreadable": 1}
 
 
+def test_what_worker_processes_skip_is_counted(rows, tmp_path):
+    some = [dict(row) for row in rows.select(range(12))]
+    for number in (1, 6, 7):
+        some[number]["answer"] = " "
+    run = train(tmp_path, some, steps=None, workers=2, batch_size=2, unreadable="skip")
+    assert run.skipped == {"unreadable": 3} and len(run.curve) == 6
+
+
+@pytest.mark.parametrize("training", [{"projector": "full"}, {"projector": vk.LoRA(r=4)}])
+def test_questions_in_between_are_asked_of_the_model_as_it_was_loaded(
+    training, rows, tmp_path, monkeypatch
+):
+    from vlmkit.finetuning import trainer
+
+    asked = []
+
+    def evaluate(model, processor, questions):
+        batch = Collator(processor)(list(questions))
+        with torch.no_grad():
+            asked.append((model.config._attn_implementation, model(**batch).logits))
+        return vk.evaluate(model, processor, questions)
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    model, processor = adapted("fp32", **training)
+    few = rows.select(range(4))
+    vk.finetuning.train(
+        model, processor, rows, tmp_path, evaluation=few, steps=2, batch_size=2, evaluate_every=1
+    )
+    with torch.no_grad():
+        after = model(**Collator(processor)(list(few))).logits
+    assert [kind for kind, _ in asked] == ["sdpa"] * 2 == [model.config._attn_implementation] * 2
+    assert torch.equal(asked[-1][1], after)
+
+
+def test_a_training_shows_its_own_bar_and_no_other(rows, tmp_path, capfd):
+    train(tmp_path, rows, steps=1)
+    assert "Casting" not in capfd.readouterr().err
+
+
 # --- killed, and continued ------------------------------------------------------------------------
 
 KILLED = """

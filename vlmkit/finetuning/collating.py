@@ -6,6 +6,7 @@ nothing else. Nothing is ever cut: a picture's tokens without their picture, or 
 teach nonsense without an error.
 """
 
+import multiprocessing
 from collections import Counter
 
 from vlmkit.errors import FinetuningError, ImageError, QuestionError
@@ -17,6 +18,7 @@ IGNORED = -100
 """The label of a token that the loss does not see, as in torch.nn.functional.cross_entropy."""
 
 RAISE, SKIP = "raise", "skip"
+TOO_LONG, UNREADABLE = "too long", "unreadable"  # why a sample is skipped
 
 
 class Collator:
@@ -41,7 +43,8 @@ class Collator:
             raise FinetuningError(f"max_length is a number of tokens from 1, not {max_length!r}")
         self.processor, self.max_length = processor, max_length
         self.too_long, self.unreadable = too_long, unreadable
-        self.skipped = Counter()
+        # Memory that the processes share which a DataLoader reads with.
+        self._skipped = {why: multiprocessing.Value("q", 0) for why in (TOO_LONG, UNREADABLE)}
         self._last = None  # a sample that could be used
 
     def __call__(self, rows):
@@ -69,6 +72,12 @@ class Collator:
         inputs, ends = made
         return dict(inputs) | {"labels": _labels(inputs, ends)}
 
+    @property
+    def skipped(self):
+        """How many samples were skipped, by reason, as a Counter. What a DataLoader's workers read
+        ahead counts too."""
+        return Counter({why: n.value for why, n in self._skipped.items() if n.value})
+
     def _made(self, samples):
         return answered_inputs(self.processor, *zip(*samples, strict=True)) if samples else None
 
@@ -87,9 +96,9 @@ class Collator:
                 raise FinetuningError(f"The answer to {question!r} is empty: {answer!r}.")
             return read_all(list(row["images"])), question, answer.strip()
         except ImageError as error:
-            self._refuse(self.unreadable, "unreadable", ImageError(f"{question!r}: {error}"))
+            self._refuse(self.unreadable, UNREADABLE, ImageError(f"{question!r}: {error}"))
         except (FinetuningError, QuestionError) as error:
-            self._refuse(self.unreadable, "unreadable", error)
+            self._refuse(self.unreadable, UNREADABLE, error)
 
     def _too_long(self, samples, made):
         """Numbers of the samples with more than max_length tokens."""
@@ -105,13 +114,14 @@ class Collator:
                 'Raise it, make the pictures smaller, or skip such samples: too_long="skip". None '
                 "is ever cut."
             )
-            self._refuse(self.too_long, "too long", error)
+            self._refuse(self.too_long, TOO_LONG, error)
         return long
 
     def _refuse(self, way, reason, error):
         if way == RAISE:
             raise error
-        self.skipped[reason] += 1
+        with self._skipped[reason].get_lock():
+            self._skipped[reason].value += 1
 
 
 def _labels(inputs, ends):
@@ -148,6 +158,12 @@ def undecoded(dataset):
 
     features = getattr(dataset, "features", None)
     feature = (features or {}).get("images")
-    if isinstance(getattr(feature, "feature", None), datasets.Image):
+    if not isinstance(getattr(feature, "feature", None), datasets.Image):
+        return dataset
+    bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()  # of a cast that only changes what the column is said to hold
+    try:
         return dataset.cast_column("images", datasets.List(datasets.Image(decode=False)))
-    return dataset
+    finally:
+        if bars:
+            datasets.enable_progress_bars()

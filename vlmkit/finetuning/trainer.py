@@ -15,6 +15,7 @@ from vlmkit.errors import FinetuningError
 from vlmkit.evaluation import evaluate
 from vlmkit.finetuning import saving
 from vlmkit.finetuning.gradients import gradient_report
+from vlmkit.finetuning.passes import attending, attention_of, without_autocast
 
 COMPLETE = "trainer_state.json"
 """The file that a Trainer writes last: a checkpoint without it is cut off."""
@@ -29,8 +30,19 @@ class Trainer(transformers.Trainer):
 
     def __init__(self, model, *, settings, processor, **arguments):
         self.settings, self.asking = settings, processor
+        self.attention = attention_of(model)
         with _passes_for_trainable(model):
             super().__init__(model, **arguments)
+
+    def train(self, *args, **kwargs):
+        """As transformers', with the attention that is fast on this device.
+
+        On a CPU in bf16 the backward pass of the fused attention takes up to five times as long as
+        the plain one's; in fp32 it does not, and on a GPU the fused one is the faster.
+        """
+        plain = self.args.bf16 and self.args.device.type == "cpu"
+        with attending(self.model, "eager" if plain else self.attention):
+            return super().train(*args, **kwargs)
 
     def create_optimizer(self, model=None):
         """AdamW or a relative, with a group for each component and its rate; norms and biases do
@@ -73,7 +85,8 @@ class Trainer(transformers.Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """How often the model's own answers are right, as `vk.evaluate` counts it."""
         model = self.accelerator.unwrap_model(self.model)
-        scores = evaluate(model, self.asking, eval_dataset or self.eval_dataset)
+        with attending(model, self.attention), without_autocast(model):
+            scores = evaluate(model, self.asking, eval_dataset or self.eval_dataset)
         low, high = scores.interval
         found = {"accuracy": scores.accuracy, "low": low, "high": high}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}

@@ -11,6 +11,7 @@ Under `accelerate launch` it runs on several processes or GPUs: a batch is share
 import json
 import os
 import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,7 +33,8 @@ class Run:
         high; empty without questions.
     silent: DataFrame of what is to be trained and got no gradient in the first step (see
         `gradient_report`); None where a finished run was only looked at.
-    skipped: how many samples were skipped, by reason; what worker processes skip is not counted.
+    skipped: how many samples were skipped, by reason, on all processes; what was read ahead of the
+        last step counts too.
     """
 
     model: object
@@ -93,7 +95,7 @@ def train(model, processor, dataset, folder, *, evaluation=None, **settings):
         trainer.evaluate()
     _warn_of(gradients.silent)
     curve, evaluations = _tables(trainer.state.log_history)
-    return Run(model, curve, evaluations, gradients.silent, dict(collator.skipped))
+    return Run(model, curve, evaluations, gradients.silent, _on_all_processes(collator.skipped))
 
 
 def _checked(dataset, settings):
@@ -200,6 +202,13 @@ def _remove_printing(trainer, progress):
         ):
             trainer.remove_callback(type(callback))
     trainer.add_callback(progress())
+
+
+def _on_all_processes(counts):
+    """The sum of the Counters of all processes, as a dictionary."""
+    from accelerate.utils import gather_object
+
+    return dict(sum(gather_object([counts]), start=Counter()))
 
 
 def _evaluated_at_end(state):
