@@ -1,4 +1,4 @@
-"""The command line: a first answer, the same for one's own pictures, and questions about memory.
+"""The command line: a first answer, one's own pictures, questions about memory, and training.
 
     vlmkit                                            # the bundled model and picture
     vlmkit ask cat.jpg "What is on the sofa?"         # one's own, or another model
@@ -6,6 +6,7 @@
     vlmkit memory pebble --plan nf4                   # what it needs
     vlmkit fit                                        # what fits on which graphics card
     vlmkit lint pebble quantization_config.json       # what somebody's config will do
+    vlmkit train train.yaml                           # fine-tuning, as a file says
 
 `python -m vlmkit` is the same. Exit status: 0 for an answer, 1 where the answer is no (`lint` finds
 an error, `memory` is over its budget), 2 for a mistake in what was asked, told in a sentence, and
@@ -20,7 +21,7 @@ from typing import Annotated
 import typer
 
 from vlmkit import __version__
-from vlmkit.cli import answering, checking, sizing
+from vlmkit.cli import answering, checking, sizing, training
 from vlmkit.errors import VlmkitError
 
 # No rich: its boxes are made of characters that not every terminal and no log file likes.
@@ -37,6 +38,7 @@ for command, short, epilog in (
     (sizing.memory, "What a model needs, by component.", sizing.MEMORY_EXAMPLES),
     (sizing.fit, "Which models fit on which graphics cards.", sizing.FIT_EXAMPLES),
     (checking.lint, "What a quantisation config will really do.", checking.EXAMPLES),
+    (training.train, "Train a model as a file says.", training.EXAMPLES),
 ):
     app.command(short_help=short, epilog=epilog)(command)
 

@@ -1,0 +1,157 @@
+"""Trainings from a file: what it says is done, and what it says wrong is named."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+import vlmkit as vk
+from vlmkit import cli
+from vlmkit.errors import FinetuningError, PlanError
+from vlmkit.finetuning import Settings, configs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+EXAMPLE = Path(__file__).parent.parent / "docs" / "train.yaml"
+SAID = {
+    "train": {"projector": "full", "language_model": {"r": 4}},
+    "data": {"task": "vqa", "n": 16},
+    "settings": {"steps": 4, "batch_size": 4, "save_every": 2},
+    "evaluation": {"task": ["vqa", "ocr"], "n": 4},
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    """file(**changes) is a path of the YAML file of SAID with these keys changed."""
+
+    def write(text=None, **changes):
+        said = {**SAID, "output": str(tmp_path / "out"), **changes}
+        (tmp_path / "train.yaml").write_text(text or yaml.safe_dump(said))
+        return tmp_path / "train.yaml"
+
+    return write
+
+
+def test_the_example_shows_every_setting():
+    config = configs.read(EXAMPLE)
+    assert config.training == {
+        "vision_encoder": None,
+        "projector": "full",
+        "language_model": vk.LoRA(r=16, alpha=16),
+    }
+    assert config.plan == vk.Plan(vision_encoder="bf16", projector="bf16", language_model="nf4")
+    assert Settings.of(config.settings).rate == {"projector": 1e-4, "language_model": 2e-4}
+    text = EXAMPLE.read_text()
+    for kind in (configs.Config, configs.Rows, vk.LoRA, Settings):
+        assert [n for n in kind.__dataclass_fields__ if f"{n}:" not in text] == []
+
+
+def test_rows_of_tasks_and_of_files(file, tmp_path):
+    config = configs.read(file())
+    assert configs.rows(config.data, "train")[3] == vk.tasks.dataset("vqa", 16, split="train")[3]
+    row = vk.tasks.dataset("vqa", 1)[0]
+    row["images"][0].save(tmp_path / "1.png")
+    told = {"image": "1.png", "question": row["question"], "answer": row["answer"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(told) + "\n")
+    config = configs.read(file(data={"source": str(tmp_path / "rows.jsonl"), "limit": 1}))
+    assert configs.rows(config.data, "train")[0]["answer"] == row["answer"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modle": "pebble"}, "'modle' is no key: did you mean model"),
+        ({"train": {"projectr": "full"}}, "did you mean 'projector'"),
+        ({"train": {"projector": "ful"}}, "train: projector is frozen, full, lora, .*'ful'"),
+        ({"train": {"projector": True}}, "train: projector is frozen.*True"),
+        ({"train": {"projector": {"rank": 4}}}, "train: projector: 'rank' is no key.*they are r,"),
+        ({"train": {"projector": {"r": "4"}}}, "projector: r is a whole number, not '4'"),
+        ({"train": {"projector": "frozen"}}, "nothing is trained"),
+        ({"train": "lora"}, "train is a mapping, not 'lora'"),
+        ({"train": None}, "train is missing"),
+        ({"output": None}, "output is missing"),
+        ({"settings": {"step": 3}}, "settings: 'step' is no key: did you mean steps"),
+        ({"settings": {"steps": "3"}}, "settings: steps is a whole number, not '3'"),
+        ({"settings": {"warmup": "a little"}}, "settings: warmup is a number, not 'a little'"),
+        ({"settings": {"checkpointing": 1}}, "checkpointing is true or false, not 1"),
+        ({"settings": {"steps": 0}}, "steps is a whole number from 1"),
+        ({"settings": {"evaluate_every": 2}, "evaluation": None}, "evaluate_every needs questions"),
+        ({"data": {"n": 4}}, "data names either a task .* neither"),
+        ({"data": {"task": "vqa", "source": "x"}}, "both"),
+        ({"data": {"task": "vqa", "schema": "gqa"}}, "data: schema does nothing for a task"),
+        ({"data": {"source": "x", "seed": 1}}, "data: seed does nothing for a source"),
+        ({"data": {"taks": "vqa"}}, "data: 'taks' is no key: did you mean task"),
+        ({"data": ["vqa"]}, "data is a mapping"),
+    ],
+)
+def test_what_is_wrong_is_named(changes, message, file):
+    with pytest.raises(FinetuningError, match=f"train.yaml: .*{message}"):
+        configs.read(file(**changes))
+
+
+def test_what_is_no_config(file, tmp_path):
+    with pytest.raises(PlanError, match="train.yaml: .*'nf4'"):
+        configs.read(file(plan={"language_model": "nf5"}))
+    with pytest.raises(FinetuningError, match="There is no file .*nowhere.yaml; the current dir"):
+        configs.read(tmp_path / "nowhere.yaml")
+    with pytest.raises(FinetuningError, match="no mapping of keys to values"):
+        configs.read(file(text="- a list"))
+    with pytest.raises(FinetuningError, match="is not YAML: .*line 2"):
+        configs.read(file(text="model: [pebble\ntrain: }"))
+    with pytest.raises(FinetuningError, match="'model' stands there twice"):
+        configs.read(file(text="model: pebble\nmodel: other\n"))
+
+
+def test_a_training_from_a_file(file, tmp_path, capsys):
+    path, out = file(), tmp_path / "out"
+    assert cli.main(["train", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert len(pd.read_csv(out / "loss.csv")) == 4
+    model, processor = vk.load("pebble")
+    scores = vk.evaluate(model, processor, vk.tasks.dataset(["vqa", "ocr"], 4))
+    summary = (out / "summary.md").read_text()
+    assert summary in said and f"before     {scores!r}" in said
+    assert "- projector: " in summary and "- 4 steps; loss " in summary
+    model = vk.finetuning.load(model, out / "adapters")
+    scores = vk.evaluate(model, processor, vk.tasks.dataset(["vqa", "ocr"], 4))
+    for task, row in scores.by_task.iterrows():
+        line = next(line for line in summary.splitlines() if line.startswith(f"| {task} |"))
+        assert line.endswith(f"{row['accuracy']:.1%} [{row['low']:.1%}, {row['high']:.1%}] |")
+
+    losses = pd.read_csv(out / "loss.csv")["loss"].tolist()
+    assert cli.main(["train", str(path)]) == 2
+    assert "is not empty. Give --resume" in capsys.readouterr().err
+    (out / "loss.csv").unlink()
+    assert cli.main(["train", str(path), "--resume"]) == 0  # nothing is left to do
+    assert pd.read_csv(out / "loss.csv")["loss"].tolist() == losses
+
+
+def test_mistakes_are_told_in_a_sentence(file, capsys):
+    assert cli.main(["train", str(file(settings={"steps": "many"}))]) == 2
+    assert "steps is a whole number, not 'many'" in capsys.readouterr().err
+    assert cli.main(["train"]) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_train_from_a_file(file, tmp_path):
+    assert cli.main(["train", str(file(plan="fp32", settings=FP32))]) == 0
+    path = file(plan="fp32", settings=FP32, output=str(tmp_path / "two"))
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu"]
+    launch += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*launch, "-m", "vlmkit", "train", str(path)],
+        capture_output=True, text=True, env=environment, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("written to") == 1
+    alone, two = (pd.read_csv(tmp_path / name / "loss.csv")["loss"] for name in ("out", "two"))
+    assert two.tolist() == pytest.approx(alone.tolist(), rel=2e-3)
+
+
+FP32 = {"steps": 2, "batch_size": 4, "precision": "fp32"}
