@@ -5,8 +5,8 @@ four phrasings, and where it makes sense some answers are an honest "none". Ever
 on (split, seed, task, row number): the same seed gives the same bytes on every machine, in any
 order and for any `n`. The split is part of that key, so training and evaluation never share a draw.
 
-Two more are kept from pebble, which was made on the six: `clock` and `dutch`, domains that it can
-be tuned to. "all" is the six.
+Three more are kept from pebble, which was made on the six: `clock`, `dutch` and `dutch_throughout`,
+domains that it can be tuned to. "all" is the six.
 
 Published data, from a disk or the hub, comes in the same shape from `from_dataset`.
 """
@@ -17,7 +17,7 @@ from vlmkit.errors import TaskError
 from vlmkit.tasks.chart import CHART
 from vlmkit.tasks.clock import CLOCK
 from vlmkit.tasks.drawing import SIZE, to_image
-from vlmkit.tasks.dutch import DUTCH
+from vlmkit.tasks.dutch import DUTCH, DUTCH_THROUGHOUT
 from vlmkit.tasks.ocr import OCR
 from vlmkit.tasks.pairs import MULTI_IMAGE
 from vlmkit.tasks.published import SCHEMAS, from_dataset
@@ -42,7 +42,7 @@ __all__ = [
 
 RECIPES = {recipe.name: recipe for recipe in (CAPTION, VQA, OCR, CHART, MULTI_IMAGE, VIDEO)}
 TASKS = tuple(RECIPES)
-DOMAINS = {recipe.name: recipe for recipe in (CLOCK, DUTCH)}
+DOMAINS = {recipe.name: recipe for recipe in (CLOCK, DUTCH, DUTCH_THROUGHOUT)}
 KINDS = {name: tuple(recipe.kinds) for name, recipe in (RECIPES | DOMAINS).items()}
 SPLITS = ("train", "evaluation")
 

@@ -1,12 +1,14 @@
-"""The questions about scenes, asked and answered in Dutch: a new way to speak of what is seen.
+"""The questions about scenes, answered in Dutch: a new way to speak of what is seen.
 
-Pictures and questions are those of `vqa`, so that nothing new has to be seen. Each of its phrasings
-is translated as a whole, and what stands in it, a shape or a colour, gets the article and the
-ending that Dutch wants: "the red cross" is "het rode kruis", "a red cross" is "een rood kruis".
+Pictures and questions are those of `vqa`, so that nothing new has to be seen. In `dutch` the
+question stays in English, and only the answer is new; in `dutch_throughout` it is asked in Dutch as
+well, which has to be read first. There each phrasing is translated as a whole, and what stands in
+it, a shape or a colour, gets the article and the ending that Dutch wants: "the red cross" is "het
+rode kruis", "a red cross" is "een rood kruis".
 
-All is written in capitals, as on signs. Capitals are the letters that pebble has learnt to say, on
-signs; it never said a small one by itself, and the rows of its output head for what it never said
-are all but equal: adapters, which leave that head alone, cannot part them.
+All Dutch is written in capitals, as on signs. Capitals are the letters that pebble has learnt to
+say, on signs; it never said a small one by itself, and the rows of its output head for what it
+never said are all but equal: adapters, which leave that head alone, cannot part them.
 """
 
 import re
@@ -126,12 +128,19 @@ def answer_in_dutch(answer):
     return WORDS.get(answer, answer).upper()
 
 
-def _asking(kind):
+def _asking(kind, question):
     def ask(things, rng):
         asked = VQA.kinds[kind](things, rng)
-        return asked and (question_in_dutch(asked[0]), answer_in_dutch(asked[1]))
+        return asked and (question(asked[0]), answer_in_dutch(asked[1]))
 
     return ask
 
 
-DUTCH = Recipe("dutch", VQA.draw, {kind: _asking(kind) for kind in VQA.kinds}, VQA.describe)
+def _recipe(name, question):
+    return Recipe(
+        name, VQA.draw, {kind: _asking(kind, question) for kind in VQA.kinds}, VQA.describe
+    )
+
+
+DUTCH = _recipe("dutch", str)
+DUTCH_THROUGHOUT = _recipe("dutch_throughout", question_in_dutch)
