@@ -1,12 +1,13 @@
 """Chapter 09's ablations: pebble's early stages with one of them left out or changed.
 
     python benchmarks/stages.py                  # what is recorded, half an hour on two cores
-    python benchmarks/stages.py --workers 1 --steps 4 4 --lesson-steps 4 --n 8 --output trial.csv
+    python benchmarks/stages.py --steps 3 3 3 --lesson-steps 3 --n 8 --output trial.csv  # a trial
 
 A recipe is what pebble begins with and which parts then learn, for how many steps; all recipes have
-equally many, on the same pictures and questions in the same order (tasks of one picture, smaller
-batches than in the run that made pebble). A seed gives the pictures, and the weights of what has
-learnt nothing yet. Scores are exact match on fresh questions, equally many a task.
+equally many, on tasks of one picture and in smaller batches than in the run that made pebble. A
+seed gives the weights of what has learnt nothing yet, and with a stage's first step its pictures:
+recipes see the same ones until a stage of one of them ends. Scores are exact match on fresh
+questions, equally many a task.
 
 The lessons begin at the end of `instruct` with the batches of the run that made pebble, so that its
 log is what they are compared with; they are scored on the pictures they learn from, each seen once.
@@ -45,43 +46,49 @@ its first, second and third part. Two equal parts in a row are one stage."""
 LESSONS = {"where, asked alone": "wheres", "relation, asked alone": "relations"}
 COLUMNS = ("weights", "recipe", "seed", "stage", "steps", "task", "n", "accuracy", "low", "high")
 TRAINING = "in training"
+HELP = "processes of one thread each, by default one a core; 0: none but this one"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Leave out or change a stage of pebble's.")
     parser.add_argument("--steps", type=int, nargs=3, default=(150, 200, 150), metavar="N")
-    parser.add_argument("--lesson-steps", type=int, default=900)
+    parser.add_argument("--lesson-steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=2, help="of the recipes (2)")
     parser.add_argument("--n", type=int, default=1200, help="questions, of four tasks (1200)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="of one thread each")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help=HELP)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args(argv)
-    weights, order, rows = digest(), [], []
+    weights, rows = digest(), []
     if args.output.exists():
         with args.output.open(newline="") as stream:
             rows = [row for row in csv.DictReader(stream) if row["weights"] == weights]
     order = [(name, seed) for seed in range(args.seeds) for name in RECIPES]
     order += [(name, 0) for name in LESSONS]
     done = {(row["recipe"], int(row["seed"])) for row in rows}
+    for (name, seed), made in results([one for one in order if one not in done], args):
+        rows += [{"weights": weights, "recipe": name, "seed": seed, **row} for row in made]
+        rows.sort(key=lambda row: order.index((row["recipe"], int(row["seed"]))))
+        write(args.output, rows)
+        last = made[-1]
+        print(f"{name}, seed {seed}: {last['task']} {last['accuracy']:.1%}", flush=True)
+
+
+def results(todo, args):
+    """Each recipe and seed with the rows of its run, in the order in which they are done."""
+    if not args.workers:
+        yield from ((one, run(*one, args)) for one in todo)
+        return
     # Fresh processes: a forked one would inherit torch's threads, half alive.
     with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
-        runs = {
-            pool.submit(lesson, one[0], args.lesson_steps)
-            if one[0] in LESSONS
-            else pool.submit(recipe, *one, args.steps, args.n): one
-            for one in order
-            if one not in done
-        }
-        for run in as_completed(runs):
-            name, seed = runs[run]
-            made = [
-                {"weights": weights, "recipe": name, "seed": seed, **row} for row in run.result()
-            ]
-            rows += made
-            rows.sort(key=lambda row: order.index((row["recipe"], int(row["seed"]))))
-            write(args.output, rows)
-            last = made[-1]
-            print(f"{name}, seed {seed}: {last['task']} {last['accuracy']:.1%}", flush=True)
+        runs = {pool.submit(run, *one, args): one for one in todo}
+        for finished in as_completed(runs):
+            yield runs[finished], finished.result()
+
+
+def run(name, seed, args):
+    if name in LESSONS:
+        return lesson(name, args.lesson_steps)
+    return recipe(name, seed, args.steps, args.n)
 
 
 def digest():
@@ -121,7 +128,7 @@ def begin(state, fresh, seed):
 
 
 def stages_of(learns, steps, seed):
-    """The stages of a recipe; their names seed the pictures, and are the same for all recipes."""
+    """The stages of a recipe; their names seed the pictures."""
     from vlmkit.pebble import connecting
 
     parts = []
