@@ -1,0 +1,84 @@
+"""Training over the loading matrix: every family, with its own processor, trains what is asked."""
+
+import importlib
+
+import pytest
+from families import FAMILIES
+from processors import PROCESSORS, tokenizer
+from test_finetuning import lora_everywhere
+
+import vlmkit as vk
+from vlmkit.anatomy import component_finder
+from vlmkit.finetuning import Collator
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),
+    pytest.mark.filterwarnings("ignore:.*got no gradient"),  # which is what `silent` is asked for
+]
+QUICK = ("llava", "qwen2_vl", "mllama")  # plain; projector inside the tower; cross-attention
+NOT_BUILT = {
+    "smolvlm": ("SmolVLMProcessor", "num2words"),
+    "mistral3": ("PixtralProcessor", "torchvision"),
+}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Their question is short: what the tiny Gemma 3 answers reaches back 30 tokens."""
+    return [row | {"question": "What?"} for row in vk.tasks.dataset("vqa", 8, split="train")]
+
+
+def quick_or_slow(names):
+    return [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("name", quick_or_slow(PROCESSORS))
+def test_two_steps(name, family, rows, tmp_path):
+    model, _ = vk.load(family(name), processor=False)
+    ways = lora_everywhere(model)
+    model = vk.finetuning.add_adapters(model, **ways)
+    vk.audit(model, "recommended")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    run = vk.finetuning.train(
+        model, PROCESSORS[name](), rows, tmp_path, steps=2, batch_size=4, rate=1e-2, warmup=0.0
+    )
+    assert run.curve["loss"].notna().all() and len(run.curve) == 2
+    vk.audit(model, "recommended")
+    component_of = component_finder(model)
+    changed = {n for n, p in model.named_parameters() if p.ne(before[n]).any()}
+    assert {component_of(n) for n in changed} == set(ways)
+    silent = set(run.silent["parameter"])
+    if name in ("llava", "llava_next"):  # vision_feature_layer=-2: the last layer feeds nothing
+        assert silent and all("vision_tower.encoder.layers.1." in n for n in silent)
+        assert run.silent["why"].str.contains("vision_feature_layer is -2").all()
+    else:
+        assert silent == set()
+    # an A learns from the second step on, when its B is no longer zero
+    assert changed == {n for n, p in model.named_parameters() if p.requires_grad} - silent
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_the_loss_sees_the_answer_alone(name, rows):
+    processor = PROCESSORS[name]()
+    batch = Collator(processor)(list(rows))
+    end = "<eos>"
+    for row, labels in zip(rows, batch["labels"], strict=True):
+        told = processor.tokenizer.decode(labels[labels != -100])
+        assert told.strip() == row["answer"] + end
+
+
+def test_the_matrix_is_covered():
+    assert {*PROCESSORS, *NOT_BUILT} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", NOT_BUILT)
+def test_why_a_processor_is_not_built(name):
+    """A package that vlmkit does not require; with it, this test is where to add the family."""
+    kind, package = NOT_BUILT[name]
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is here")
+    folder = {"smolvlm": "smolvlm", "mistral3": "pixtral"}[name]
+    with pytest.raises(ImportError, match=package):
+        module = importlib.import_module(f"transformers.models.{folder}.processing_{folder}")
+        getattr(module, kind)(None, tokenizer(), None)
