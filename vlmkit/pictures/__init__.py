@@ -1,6 +1,7 @@
 """Pictures to ask about before there are any of one's own.
 
-`vlmkit.tasks` drew them from its evaluation split, so pebble was not trained on them.
+`vlmkit.tasks` drew them from its evaluation split, so pebble was not trained on them. They are among
+those that it answers rightly: a first example is no measurement.
 `python -m vlmkit.pictures` draws them anew, where a recipe has changed.
 """
 
@@ -32,7 +33,7 @@ class Sample:
 
 
 SAMPLES = (
-    Sample("shapes", "vqa", 384, "What color is the circle?", "red"),
+    Sample("shapes", "vqa", 4104, "What color is the circle?", "green"),
     Sample("sign", "ocr", 0, "What does the sign say?", "HAT"),
     Sample("chart", "chart", 0, "Name the color of the highest bar.", "red"),
 )
