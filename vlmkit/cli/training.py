@@ -71,8 +71,8 @@ def _run(said, output):
     )
     if questions is not None:
         scores["after"] = vk.evaluate(model, processor, questions)
+    vk.finetuning.save(model, output / "adapters", overwrite=True)
     if _first():
-        vk.finetuning.save(model, output / "adapters", overwrite=True)
         run.curve.to_csv(output / "loss.csv", index=False)
         run.evaluations.to_csv(output / "evaluations.csv", index=False)
         summary = _summary(said, model, run, scores)

@@ -42,3 +42,12 @@ def without_autocast(model):
         yield
     finally:
         model.forward = forward
+
+
+def answering(model):
+    """Let a model that FSDP has parted be asked: `generate` puts its parts together as a forward
+    pass does."""
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    if isinstance(model, FSDPModule):
+        register_fsdp_forward_method(model, "generate")

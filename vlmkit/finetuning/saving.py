@@ -10,6 +10,7 @@ sense on one.
 """
 
 import json
+import os
 from pathlib import Path
 
 from vlmkit.anatomy import component_finder, is_adapter, plain_name, shape_of, unwrapped
@@ -25,39 +26,52 @@ def save(model, path, *, overwrite=False):
     model: what `add_adapters` or `load` returned.
     overwrite: whether a folder that is there and not empty is replaced.
 
-    The whole folder appears at once, or nothing. Raises FinetuningError if nothing is trained, and
-    CheckpointError if the folder is taken or cannot be written.
+    The whole folder appears at once, or nothing. Of several processes all call it, and the first
+    one writes. Raises FinetuningError if nothing is trained, and CheckpointError if the folder is
+    taken or cannot be written.
     """
-    with whole_folder(path, overwrite=overwrite) as folder:
-        write(model, folder)
+    tensors = gathered(model)
+    if os.environ.get("RANK", "0") == "0":
+        with whole_folder(path, overwrite=overwrite) as folder:
+            write(model, folder, tensors)
     return Path(path).expanduser().resolve()
 
 
-def write(model, folder):
-    """The files of `save`, in a folder that is there."""
+def gathered(model):
+    """{full name: tensor} of what `write` needs. Where FSDP has parted a parameter among processes
+    it is put together, and so every process has to call this."""
+    return {
+        name: parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or is_adapter(name) or parameter.dim() == 1
+    }
+
+
+def write(model, folder, tensors):
+    """The files of `save`, in a folder that is there. tensors: what `gathered` gave."""
     from safetensors.torch import save_file
 
-    in_full = in_full_of(model)
+    in_full = {plain_name(name): tensors[name] for name in in_full_of(model)}
     adapters = hasattr(model, "peft_config")
     if not in_full and not adapters:
         raise FinetuningError(
             "nothing in this model is trained: begin with vk.finetuning.add_adapters"
         )
     if adapters:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=tensors)
     if in_full:
         save_file({n: p.detach().contiguous() for n, p in in_full.items()}, folder / IN_FULL)
-    notes = {"base": unwrapped(model).name_or_path, "fingerprint": fingerprint(model)}
+    notes = {"base": unwrapped(model).name_or_path, "fingerprint": fingerprint(model, tensors)}
     (folder / NOTES).write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
 
 
 def in_full_of(model):
-    """{plain name: parameter} of what is trained and is no adapter."""
-    return {
-        plain_name(name): parameter
+    """Full names of what is trained and is no adapter."""
+    return [
+        name
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and not is_adapter(name)
-    }
+    ]
 
 
 def load(model, path, *, trainable=False):
@@ -105,9 +119,12 @@ def restore(model, path):
     if (path / IN_FULL).exists():
         _put(model, load_file(path / IN_FULL), path)
     if (path / ADAPTERS).exists():
-        from peft import load_peft_weights, set_peft_model_state_dict
+        from peft import load_peft_weights
 
-        set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"))
+        adapter = f".{model.active_adapter}.weight"  # which peft leaves out in its files
+        stored = load_peft_weights(str(path), device="cpu")
+        stored = {f"{name.removesuffix('.weight')}{adapter}": t for name, t in stored.items()}
+        _put(model, {plain_name(name): tensor for name, tensor in stored.items()}, path)
 
 
 def _put(model, stored, path):
@@ -128,17 +145,28 @@ def _put(model, stored, path):
             )
     with torch.no_grad():
         for name, tensor in stored.items():
-            held[name].copy_(tensor)
+            held[name].copy_(_parted_as(held[name], tensor))
+
+
+def _parted_as(parameter, tensor):
+    """`tensor`, parted among the processes where FSDP has parted `parameter`."""
+    if not hasattr(parameter, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    tensor = tensor.to(parameter.device, parameter.dtype)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 
 # --- on which base ------------------------------------------------------------------------------
 
 
-def fingerprint(model):
+def fingerprint(model, tensors):
     """What a base is known by under any plan: its architecture, and the mean magnitude of each of
     its vectors (norms and biases), which are never quantised. {"architecture", "means"}.
 
-    Vectors that are trained, or of which there are more than the first 64, are left out.
+    Vectors that are trained, or of which there are more than the first 64, are left out. tensors:
+    what `gathered` gave.
     """
     means = {}
     for name, parameter in model.named_parameters():
@@ -147,7 +175,7 @@ def fingerprint(model):
             continue
         if len(means) == 64:
             break
-        means[plain] = _mean_of(parameter)
+        means[plain] = _mean_of(tensors[name])
     return {"architecture": type(unwrapped(model)).__name__, "means": means}
 
 

@@ -2,10 +2,12 @@
 and checkpoints with everything that is trained, each whole or not there."""
 
 import contextlib
+import os
 import shutil
 from pathlib import Path
 
 import transformers
+from accelerate.utils import str_to_bool
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -13,9 +15,8 @@ from vlmkit.anatomy import component_finder
 from vlmkit.checkpoints import brief
 from vlmkit.errors import FinetuningError
 from vlmkit.evaluation import evaluate
-from vlmkit.finetuning import saving
+from vlmkit.finetuning import passes, saving
 from vlmkit.finetuning.gradients import gradient_report
-from vlmkit.finetuning.passes import attending, attention_of, without_autocast
 
 COMPLETE = "trainer_state.json"
 """The file that a Trainer writes last: a checkpoint without it is cut off."""
@@ -30,9 +31,15 @@ class Trainer(transformers.Trainer):
 
     def __init__(self, model, *, settings, processor, **arguments):
         self.settings, self.asking = settings, processor
-        self.attention = attention_of(model)
+        self.attention = passes.attention_of(model)
         with _passes_for_trainable(model):
             super().__init__(model, **arguments)
+        if str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "no")) and not self.is_fsdp_enabled:
+            raise FinetuningError(
+                "FSDP was asked for, and accelerate leaves it out on a CPU and on one process "
+                f"(found: {self.accelerator.distributed_type.value}): each process would hold the "
+                "whole model. Launch on several GPUs, or without FSDP."
+            )
 
     def train(self, *args, **kwargs):
         """As transformers', with the attention that is fast on this device.
@@ -41,7 +48,7 @@ class Trainer(transformers.Trainer):
         the plain one's; in fp32 it does not, and on a GPU the fused one is the faster.
         """
         plain = self.args.bf16 and self.args.device.type == "cpu"
-        with attending(self.model, "eager" if plain else self.attention):
+        with passes.attending(self.model, "eager" if plain else self.attention):
             return super().train(*args, **kwargs)
 
     def create_optimizer(self, model=None):
@@ -85,7 +92,8 @@ class Trainer(transformers.Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """How often the model's own answers are right, as `vk.evaluate` counts it."""
         model = self.accelerator.unwrap_model(self.model)
-        with attending(model, self.attention), without_autocast(model):
+        passes.answering(model)
+        with passes.attending(model, self.attention), passes.without_autocast(model):
             scores = evaluate(model, self.asking, eval_dataset or self.eval_dataset)
         low, high = scores.interval
         found = {"accuracy": scores.accuracy, "low": low, "high": high}
@@ -96,11 +104,13 @@ class Trainer(transformers.Trainer):
         )
         return metrics
 
-    def _save(self, output_dir=None, state_dict=None):
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+    def save_model(self, output_dir=None, _internal_call=False):
+        model = self.accelerator.unwrap_model(self.model)
+        tensors = saving.gathered(model)
         if self.args.should_save:
-            saving.write(self.accelerator.unwrap_model(self.model), folder)
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            saving.write(model, folder, tensors)
 
     def _save_checkpoint(self, model, trial):
         try:

@@ -127,6 +127,7 @@ def _continued(folder, settings, last):
                 f"{folder} holds a training with other settings ({told}). Continue it with its "
                 "own, or choose another folder."
             )
+        return last  # nothing is written: of several processes another may just be reading
     folder.mkdir(parents=True, exist_ok=True)
     notes.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
     return last
