@@ -1,7 +1,7 @@
 """Pictures to ask about before there are any of one's own.
 
-`vlmkit.tasks` drew them from its evaluation split, so pebble was not trained on them. They are among
-those that it answers rightly: a first example is no measurement.
+`vlmkit.tasks` drew them from its evaluation split, so pebble was not trained on them. They are
+among those that it answers rightly: a first example is no measurement.
 `python -m vlmkit.pictures` draws them anew, where a recipe has changed.
 """
 
