@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -155,3 +156,16 @@ def test_two_processes_train_from_a_file(file, tmp_path):
 
 
 FP32 = {"steps": 2, "batch_size": 4, "precision": "fp32"}
+
+
+def test_the_configs_of_the_page_on_training_are_read(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    ours, fsdp = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    file = tmp_path / "train.yaml"
+    file.write_text(ours)
+    said = configs.read(file)
+    assert said.model == "Qwen/Qwen2.5-VL-7B-Instruct" and said.settings.accumulation == 16
+    tried = yaml.safe_load((Path(__file__).parent / "data" / "fsdp.yaml").read_text())
+    layers = "fsdp_transformer_layer_cls_to_wrap"
+    same = [one["fsdp_config"] | {layers: ""} for one in (yaml.safe_load(fsdp), tried)]
+    assert same[0] == same[1]
