@@ -164,7 +164,7 @@ def test_the_configs_of_the_page_on_training_are_read(tmp_path):
     file = tmp_path / "train.yaml"
     file.write_text(ours)
     said = configs.read(file)
-    assert said.model == "Qwen/Qwen2.5-VL-7B-Instruct" and said.settings.accumulation == 16
+    assert said.model == "Qwen/Qwen2.5-VL-7B-Instruct" and said.settings["accumulation"] == 16
     tried = yaml.safe_load((Path(__file__).parent / "data" / "fsdp.yaml").read_text())
     layers = "fsdp_transformer_layer_cls_to_wrap"
     same = [one["fsdp_config"] | {layers: ""} for one in (yaml.safe_load(fsdp), tried)]
