@@ -21,6 +21,14 @@ def text(notebook):
     return "\n".join(sources(notebook, "markdown"))
 
 
+def shown(cell):
+    """The first table that a cell shows: {first cell of a row: the others}, as text."""
+    (data,) = (o["data"] for o in cell.outputs if "text/html" in o.get("data", ()))
+    table = data["text/html"].partition("<table")[2].partition("</table>")[0]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr")]
+    return {row[0]: row[1:] for row in rows if row}
+
+
 def run(notebook, model, monkeypatch):
     """Run a chapter with `VLMKIT_MODEL` set, in place; raises at the first cell that does."""
     from nbclient import NotebookClient

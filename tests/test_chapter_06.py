@@ -6,14 +6,13 @@ pebble, `make benchmark-budgets` records anew, and the tests that then fail name
 are not so.
 """
 
-import re
 from pathlib import Path
 
 import chapters
 import pandas as pd
 import pytest
 import torch
-from chapters import sources
+from chapters import shown, sources
 
 import vlmkit as vk
 from vlmkit.sensitivity import correlation
@@ -52,14 +51,6 @@ def cell(notebook, start):
     """The code cell that begins with `start`."""
     (found,) = (c for c in notebook.cells if c.cell_type == "code" and c.source.startswith(start))
     return found
-
-
-def shown(cell):
-    """The first table that a cell shows: {first cell of a row: the others}, as text."""
-    (data,) = (o["data"] for o in cell.outputs if "text/html" in o.get("data", ()))
-    table = data["text/html"].partition("<table")[2].partition("</table>")[0]
-    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr")]
-    return {row[0]: row[1:] for row in rows if row}
 
 
 def test_runs_to_its_end_on_another_family(notebook, other_family, monkeypatch):
