@@ -38,10 +38,12 @@ def test_is_the_models_own_attention(pebble):
     model, processor = pebble
     found = over_patches(model, processor, FIRST.path, FIRST.question)
     assert found.answer == vk.ask(model, processor, FIRST.path, FIRST.question) == FIRST.answer
-    assert found.tokens == (" red", "<|end|>")
+    assert found.tokens == (f" {FIRST.answer}", "<|end|>")
     (weights,) = found.weights
     assert weights.dtype == np.float32 and weights.shape == (2, 6, 6, 7, 7)
-    expected = own_weights(model, processor, FIRST.path, FIRST.question, ["Ġred", "<|end|>"])
+    expected = own_weights(
+        model, processor, FIRST.path, FIRST.question, [f"Ġ{FIRST.answer}", "<|end|>"]
+    )
     np.testing.assert_allclose(weights.reshape(2, 6, 6, 49), expected, atol=1e-5)
     np.testing.assert_allclose(found.mean(token=1), weights[1].mean((0, 1)))
     given = weights.sum((-2, -1))

@@ -118,7 +118,7 @@ def test_a_connectors_tokens_are_made_as_large_as_pebbles_own(pebble):
     before, own = tokens(model), tokens(pebble[0])
     connecting.match_size(pool, pebble[0])
     after = tokens(model)
-    assert before.square().mean() < 0.3 * own.square().mean()
+    assert before.square().mean() < 0.5 * own.square().mean()
     torch.testing.assert_close(after.square().mean(), own.square().mean(), rtol=0.2, atol=0)
     torch.testing.assert_close(F.normalize(after, dim=-1), F.normalize(before, dim=-1))
 

@@ -29,6 +29,7 @@ TESTED = {
     "pillow": "13.0.0",
     "matplotlib": "3.11.2",
     "typer": "0.29.2",
+    "pyyaml": "6.0.3",
 }
 """The packages that the course needs, in the versions it was tested with: those of
 `constraints.txt`, which an installed package does not bring along."""

@@ -88,10 +88,11 @@ LESSONS = (
     MOTIONS,
 )
 """One skill each, among few objects. Mixed with everything else alone, "left of" stayed at chance
-for 7,000 steps. Asked alone, a skill comes in a few hundred steps: looking up a colour by its shape,
-then where a thing is, then which of two is left of the other. In this order, since an earlier model
-that was asked where things were before it could look one up stayed at 55%; this recipe's does not
-need it (chapter 09). The other skills come when the lessons take turns, and then stay."""
+for 7,000 steps. Asked alone, a skill comes in a few hundred steps: looking up a colour by its
+shape, then where a thing is, then which of two is left of the other. In this order, since an
+earlier model that was asked where things were before it could look one up stayed at 55%; this
+recipe's does not need it (chapter 09). The other skills come when the lessons take turns, and then
+stay."""
 
 CAPTIONS = Group("captions", ("caption",), 64, 1)
 
