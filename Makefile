@@ -20,7 +20,7 @@ nbval := --nbval --nbval-current-env --nbval-cell-timeout=600 notebooks
 as_root := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-all lint format benchmark-pebble benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity benchmark-damage benchmark-budgets benchmark-finetuning benchmark-domains benchmark-stages clean
+.PHONY: help setup lab test test-all lint format benchmark-pebble benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity benchmark-damage benchmark-budgets benchmark-finetuning benchmark-domains benchmark-stages solutions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-22s %s\n", $$1, $$2}'
@@ -78,6 +78,9 @@ benchmark-stages: setup ## train chapter 09's recipes, each with a stage left ou
 
 benchmark-finetuning: setup ## steps a second of training, against a bare loop and an untuned Trainer
 	$(quietly) $(python) benchmarks/finetuning.py $(BENCHMARK_ARGS)
+
+solutions: setup ## make notebooks/solutions/ from the lessons, and run them
+	$(quietly) $(python) scripts/solutions.py
 
 clean: ## remove .venv, caches and builds; the next call makes them again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

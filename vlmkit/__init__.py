@@ -46,6 +46,7 @@ _MODULES = (
     "environment",
     "errors",
     "evaluation",
+    "exercises",
     "explorer",
     "figures",
     "finetuning",

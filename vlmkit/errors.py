@@ -56,3 +56,7 @@ class QuestionError(VlmkitError, ValueError):
 
 class TaskError(VlmkitError, ValueError):
     """A task, a split or a size that no dataset can be made from."""
+
+
+class ExerciseError(VlmkitError, ValueError):
+    """A check is asked for that no exercise has, or is given data that it does not take."""

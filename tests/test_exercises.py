@@ -1,0 +1,168 @@
+"""The exercises of every chapter: solutions are right, mistakes are named, and nothing raises.
+
+What a stub needs of its chapter is taken from it as `scripts/solutions.py` does, and run once a
+chapter, in this process. A chapter that is new needs its mistakes in MISTAKES and nothing else.
+"""
+
+import ast
+import contextlib
+import io
+import os
+import runpy
+
+import nbformat
+import pytest
+import torch
+from chapters import FOLDER
+
+import vlmkit as vk
+from vlmkit.exercises import EXERCISES, verdict
+
+script = runpy.run_path(str(FOLDER.parent / "scripts" / "solutions.py"))
+LESSONS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+
+# Of each exercise: wrong answers, as expressions that see what the stub sees, and hints' words.
+MISTAKES = {
+    "equal cost": {
+        "8": "at equal ranks",
+        "3": "upside down",
+        "20": "1.05 times as many",
+        "19.5": "a whole number",
+    },
+    "learnable word": {
+        "'rood'": "tokens are r, o, o, d, and pebble has never said r, o, d",
+        "'RING'": "capital letters",
+        "'red'": "four are asked for",
+        "['ring']": "a str; this is a list",
+    },
+}
+
+
+class Hostile:
+    """Raises whatever is done with it."""
+
+    def __getattribute__(self, name):
+        raise RuntimeError("touched")
+
+    __call__ = __len__ = __iter__ = __float__ = __eq__ = __repr__ = __bool__ = __getattribute__
+    __hash__ = None
+
+
+NONSENSE = ["", "nonsense", float("nan"), -1, True, [], {}, object(), Hostile(), lambda: 1 / 0]
+NONSENSE += [torch.full((2, 3), torch.nan), torch.nn.Linear(2, 2), [None], {"a": None}, len, int]
+
+
+@contextlib.contextmanager
+def as_found():
+    """Leave behind no folder, gradient mode or number of threads that a chapter chose."""
+    folder, threads = os.getcwd(), torch.get_num_threads()
+    os.chdir(FOLDER)
+    torch.set_num_threads(1)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        os.chdir(folder)
+
+
+class Chapter:
+    """A lesson whose setting has run in `scope`; .exercises: {name: (stub, answer, given)}."""
+
+    def __init__(self, path):
+        self.path = path
+        self.lesson = nbformat.read(path, as_version=4)
+        self.stubs = script["stubs"](self.lesson)
+        self.scope = {}
+        for source in script["setting"](self.lesson):
+            exec(source.replace("../data/", "data/"), self.scope)
+
+    def calls(self):
+        """(stub, name of the exercise, name of the answer, data given) of each check."""
+        for stub in self.stubs:
+            source = stub.source[stub.source.index(script["CHECK"]) :]
+            call = ast.parse(source).body[0].value
+            name, answer = call.args
+            given = {k.arg: eval(ast.unparse(k.value), self.scope) for k in call.keywords}
+            yield stub, name.value, answer.id, given
+
+
+@pytest.fixture(scope="module", params=LESSONS, ids=lambda path: path.stem)
+def chapter(request):
+    before = {name: os.environ.pop(name, None) for name in ("VLMKIT_MODEL", "MPLBACKEND")}
+    with as_found():
+        yield Chapter(request.param)
+    os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def said(source, scope):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(source, scope)
+    return " ".join(printed.getvalue().split())
+
+
+def test_has_two_or_three_with_their_effort(chapter):
+    assert 2 <= len(chapter.stubs) <= 3
+    for number, stub in enumerate(chapter.stubs, 1):
+        text = script["asked"](chapter.lesson, stub)
+        assert text.startswith(f"**{number}. ") and " minutes)*" in text
+        assert set(stub.metadata["solution"]) == {"code", "text"}
+    assert any(f"(solutions/{chapter.path.name})" in cell.source for cell in chapter.lesson.cells)
+
+
+def test_unattempted_and_solved(chapter):
+    for stub, name, _, _ in chapter.calls():
+        assert said(stub.source, dict(chapter.scope)) == f"{name}: not attempted yet"
+        assert said(script["solved"](stub), dict(chapter.scope)).startswith("Right: ")
+
+
+def test_mistakes_are_named(chapter):
+    for _, name, _, given in chapter.calls():
+        assert len(MISTAKES[name]) >= 2
+        for answer, words in MISTAKES[name].items():
+            hint = verdict(name, eval(answer, dict(chapter.scope)), **given)
+            assert hint.startswith("Not yet: ") and words in hint, (name, answer, hint)
+
+
+def test_whatever_the_answer_a_sentence_comes_out(chapter):
+    for _, name, _, given in chapter.calls():
+        for answer in NONSENSE:
+            assert verdict(name, answer, **given).startswith("Not yet: "), (name, answer)
+
+
+def test_committed_solutions_are_those_of_the_lesson(chapter):
+    made = script["solutions"](chapter.path)
+    committed = nbformat.read(script["FOLDER"] / chapter.path.name, as_version=4)
+    for notebook in (made, committed):
+        notebook.cells = [(cell.id, cell.cell_type, cell.source) for cell in notebook.cells]
+    assert committed.cells == made.cells
+
+
+def test_every_check_is_of_an_exercise_and_has_mistakes():
+    asked = [
+        ast.literal_eval(stub.source.partition(script["CHECK"])[2].split(",")[0])
+        for path in LESSONS
+        for stub in script["stubs"](nbformat.read(path, as_version=4))
+    ]
+    assert sorted(asked) == sorted(EXERCISES) == sorted(MISTAKES)
+
+
+def test_our_own_mistakes_are_errors():
+    with pytest.raises(vk.exercises.ExerciseError, match="no exercise 'unheard of'; there are"):
+        vk.exercises.check("unheard of", 1)
+    with pytest.raises(vk.exercises.ExerciseError, match="takes trained, rank beside the answer"):
+        vk.exercises.check("equal cost", None, ranks=8)
+
+
+def test_a_slice_keeps_what_is_needed_and_its_order():
+    """What is changed on the way counts as needed; what only shows does not."""
+    cells = ["import a\nimport plt", "x = a.one()\n\n\ndef f(y):\n    return x + y + z\n\n\nw = 3"]
+    cells += ["plt.plot(x)\nx[0] += 1\nz = [x for x in w]", "a.seed(1)\nz.append(a.two())\nw = x"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    stub = nbformat.v4.new_code_cell('answer = None\nvk.exercises.check("it", answer, f=f)')
+    stub.metadata["solution"] = {"code": "import vk\n\nanswer = 1", "text": ""}
+    notebook.cells.append(stub)
+    kept = ["import a", "x = a.one()\n\n\ndef f(y):\n    return x + y + z\n\n\nw = 3"]
+    kept += ["x[0] += 1\nz = [x for x in w]", "a.seed(1)\nz.append(a.two())"]
+    assert script["setting"](notebook) == kept
