@@ -134,7 +134,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
     assert not heavy & set(done.stdout.splitlines())
 
 
-@pytest.mark.parametrize("command", ["ask", "anatomy", "memory", "fit", "lint"])
+@pytest.mark.parametrize("command", ["ask", "anatomy", "memory", "fit", "lint", "doctor"])
 def test_each_command_has_examples_in_its_help_and_they_parse(command, capsys):
     assert run(command, "--help") == 0
     text = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""vlmkit/environment.py: what is missing is said in words, and nothing that is missing stops it."""
+"""vlmkit/environment/: what is missing is said in words, and nothing that is missing stops it."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from vlmkit import environment
-from vlmkit.environment import FINE, MISSING, NOTE, TESTED, check
+from vlmkit.environment import FINE, MISSING, NOTE, OLDEST, TESTED, check
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,9 +36,11 @@ def row(what):
 
 
 def test_knows_the_packages_of_pyproject_and_the_versions_of_constraints():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert set(TESTED) == {Requirement(line).name for line in project["dependencies"]}
-    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    bounds = {r.name: str(r.specifier) for r in map(Requirement, project["dependencies"])}
+    assert bounds == {name: f">={version}" for name, version in OLDEST.items()}
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert {f"{name}=={version}" for name, version in TESTED.items()} <= set(pins)
 
 
@@ -47,6 +49,11 @@ def test_tested_versions_are_fine_whatever_the_build(versions):
     assert check().ready
     assert {row(name).state for name in TESTED} == {FINE}
     assert "Everything" in check().summary
+
+
+def test_the_oldest_that_was_tried_is_not_missing(versions):
+    versions.update(OLDEST)
+    assert check().ready
 
 
 @pytest.mark.parametrize("found", [None, "4.57.1"])

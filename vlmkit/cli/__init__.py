@@ -7,10 +7,11 @@
     vlmkit fit                                        # what fits on which graphics card
     vlmkit lint pebble quantization_config.json       # what somebody's config will do
     vlmkit train train.yaml                           # fine-tuning, as a file says
+    vlmkit doctor                                     # what this machine can run
 
 `python -m vlmkit` is the same. Exit status: 0 for an answer, 1 where the answer is no (`lint` finds
-an error, `memory` is over its budget), 2 for a mistake in what was asked, told in a sentence, and
-130 after Ctrl-C. A traceback means a defect of vlmkit's.
+an error, `memory` is over its budget, `doctor` finds that the course cannot run), 2 for a mistake
+in what was asked, told in a sentence, and 130 after Ctrl-C. A traceback means a defect of vlmkit's.
 """
 
 import os
@@ -21,7 +22,7 @@ from typing import Annotated
 import typer
 
 from vlmkit import __version__
-from vlmkit.cli import answering, checking, sizing, training
+from vlmkit.cli import answering, checking, doctoring, sizing, training
 from vlmkit.errors import VlmkitError
 
 # No rich: its boxes are made of characters that not every terminal and no log file likes.
@@ -39,6 +40,7 @@ for command, short, epilog in (
     (sizing.fit, "Which models fit on which graphics cards.", sizing.FIT_EXAMPLES),
     (checking.lint, "What a quantisation config will really do.", checking.EXAMPLES),
     (training.train, "Train a model as a file says.", training.EXAMPLES),
+    (doctoring.doctor, "What this machine can run, and what is missing.", doctoring.EXAMPLES),
 ):
     app.command(short_help=short, epilog=epilog)(command)
 

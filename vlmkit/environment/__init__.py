@@ -1,17 +1,20 @@
 """Environment: whether this Python has what the course needs, said in words.
 
     vlmkit.environment.check()      # a row for Python, each package, the processor and the memory
+    vlmkit.environment.doctor.diagnose()    # that, the rest of the machine, and which models fit
+    python -m vlmkit.environment            # the same in a terminal, as `vlmkit doctor` is
 
 It works where packages are missing, since that is when it is needed: nothing outside Python's own
 library is imported at the top, and not even pandas makes the table.
 """
 
 import html
-import os
 import re
 import sys
 from dataclasses import dataclass
 from importlib import metadata
+
+from vlmkit.environment import limits
 
 TESTED = {
     "torch": "2.13.0",
@@ -33,6 +36,27 @@ TESTED = {
 }
 """The packages that the course needs, in the versions it was tested with: those of
 `constraints.txt`, which an installed package does not bring along."""
+
+OLDEST = {
+    "torch": "2.13",
+    "transformers": "5.23",
+    "bitsandbytes": "0.50.2",
+    "accelerate": "1.15",
+    "peft": "0.21.2",
+    "datasets": "5.2",
+    "safetensors": "0.8",
+    "tqdm": "4.70",
+    "numpy": "2.4",
+    "pandas": "3.1",
+    "scipy": "1.17",
+    "rapidfuzz": "3.14.6",
+    "pillow": "13.0",
+    "matplotlib": "3.11",
+    "typer": "0.29.2",
+    "pyyaml": "6.0.3",
+}
+"""The oldest versions that were tried: the lower bounds of `pyproject.toml`. They are written out
+here because the installed package's own metadata may be missing, or of an earlier set-up."""
 
 OLDEST_PYTHON = (3, 11)
 GIGABYTE = 10**9
@@ -89,13 +113,7 @@ class Environment:
             yield (row.what, row.found, row.tested, row.verdict)
 
     def __str__(self):
-        lines = list(self._cells())
-        widths = [max(len(line[i]) for line in lines) for i in range(3)]
-        rows = [
-            "  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]]).rstrip()
-            for line in lines
-        ]
-        return "\n".join([*rows, self.summary])
+        return "\n".join([*columns(list(self._cells())), self.summary])
 
     __repr__ = __str__
 
@@ -104,6 +122,13 @@ class Environment:
         rows = ["<tr>" + "".join(f"<th>{c}</th>" for c in head) + "</tr>"]
         rows += [f"<tr><th>{a}</th><td>{'</td><td>'.join(rest)}</td></tr>" for a, *rest in body]
         return f"<table>{''.join(rows)}</table><p>{html.escape(self.summary)}</p>"
+
+
+def columns(lines):
+    """Lines of cells as lines of text, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*lines)]  # noqa: B905 (for an old Python too)
+    cells = [[cell.ljust(widths[i]) for i, cell in enumerate(line)] for line in lines]
+    return ["  ".join(line).rstrip() for line in cells]
 
 
 def check():
@@ -128,9 +153,8 @@ def _package(name, tested):
         return Finding(name, "none", tested, MISSING, "missing")
     if _release(found) == _release(tested):
         return Finding(name, found, tested, FINE, "fine")
-    if _release(found) < _release(tested)[:2]:
-        return Finding(name, found, tested, MISSING, f"too old: needs {tested} or newer")
-    # newer, or a bug fix behind
+    if _release(found) < _release(OLDEST[name]):
+        return Finding(name, found, tested, MISSING, f"too old: needs {OLDEST[name]} or newer")
     verdict = "not the tested version: numbers may differ, the rest should work"
     return Finding(name, found, tested, NOTE, verdict)
 
@@ -141,7 +165,7 @@ def _release(version):
 
 
 def _processor():
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = limits.cores()
     cpu = f"CPU, {cores} core{'s' * (cores != 1)}"
     try:
         import torch
@@ -158,11 +182,8 @@ def _processor():
 
 
 def _memory():
-    try:
-        import psutil
-
-        free = psutil.virtual_memory().available
-    except Exception:
+    free = limits.free_memory()
+    if free is None:
         return Finding("free memory", "unknown", "", NOTE, "cannot be read")
     wanted = f"{WANTED_MEMORY / GIGABYTE:.0f} GB"
     found = f"{free / GIGABYTE:.1f} GB"
