@@ -20,7 +20,7 @@ nbval := --nbval --nbval-current-env --nbval-cell-timeout=600 notebooks
 as_root := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-all lint format benchmark-pebble benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity benchmark-damage benchmark-budgets benchmark-finetuning benchmark-domains benchmark-stages solutions clean
+.PHONY: help setup lab site times browser test test-all lint format benchmark-pebble benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity benchmark-damage benchmark-budgets benchmark-finetuning benchmark-domains benchmark-stages solutions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-22s %s\n", $$1, $$2}'
@@ -33,11 +33,22 @@ lab: setup ## show the first result in the terminal, then open the course in Jup
 	$(python) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
 	  $(as_root) $(LAB_ARGS)
 
+site: setup ## build the course as a site into build/site, from the committed notebooks
+	$(quietly) $(python) -m sphinx -c docs -d build/doctrees -E -W --keep-going -q -j auto . build/site
+	@echo "The site is in build/site; its first page is build/site/index.html"
+
+times: setup ## record how long Run All takes in each chapter; some fifteen minutes
+	$(quietly) $(python) scripts/times.py
+
+browser: setup ## install what the test in a browser needs, and Chromium if none is found
+	$(python) -m pip install -q -c constraints.txt -e '.[browser]'
+	-$(python) scripts/chromium.py --install
+
 test: lint ## check style, run the tests, run every notebook and compare its outputs
 	$(pytest) -m "not slow"
 	$(pytest) $(nbval)
 
-test-all: lint ## the same, with the slow tests
+test-all: lint browser ## the same, with the slow tests
 	$(pytest)
 	$(pytest) $(nbval)
 

@@ -65,6 +65,6 @@ touch "$begun"
 "$chosen" -m venv "$venv"
 # One call, so that pip sees torch's pin: without it the newest torch, and gigabytes, would come.
 "$venv/bin/python" -m pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
-    --constraint constraints.txt --editable '.[course,dev]'
+    --constraint constraints.txt --editable '.[course,dev,site]'
 printf '%s\n%s\n' "$folder" "$requirements" >"$ready"
 rm -f "$begun"

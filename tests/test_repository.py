@@ -80,7 +80,7 @@ def committed_texts():
 
 def test_every_requirement_is_pinned_within_its_bounds():
     pinned = pins()
-    for requirement in requirements("course", "dev"):
+    for requirement in requirements("course", "dev", "site", "browser"):
         version = pinned.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement} has no line in constraints.txt"
         assert requirement.specifier.contains(version), f"{requirement}, but pinned to {version}"
@@ -90,7 +90,7 @@ def test_installed_versions_are_the_pinned_ones():
     pinned = pins()
     differing = {
         name: f"installed {version}, pinned {pinned[name]}"
-        for name, version in pulled_in("course", "dev").items()
+        for name, version in pulled_in("course", "dev", "site").items()
         # a build such as 2.13.0+cpu is a build of 2.13.0
         if name in pinned and version.public != pinned[name].public
     }
@@ -99,7 +99,7 @@ def test_installed_versions_are_the_pinned_ones():
 
 def test_torchvision_is_only_in_the_hub_extra():
     assert [Requirement(line).name for line in EXTRAS["hub"]] == ["torchvision"]
-    assert "torchvision" not in pulled_in("course", "dev")
+    assert "torchvision" not in pulled_in("course", "dev", "site")
     assert "torchvision" not in pins()
 
 

@@ -1,0 +1,72 @@
+"""How Sphinx makes the site: `make site`, from the notebooks as they are committed.
+
+The source folder is the repository itself, so that a link from one file to another leads to the
+same place here as in the repository; this folder is only where the configuration lies. Nothing is
+run, and no page loads anything from elsewhere (`tests/test_site.py`).
+"""
+
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+sys.path[:0] = [str(FOLDER / "extensions"), str(FOLDER.parent), str(FOLDER.parent / "scripts")]
+
+import vlmkit  # noqa: E402
+
+project = "vlmkit"
+author = "The vlmkit authors"
+project_copyright = "The vlmkit authors. Text: CC BY 4.0, code: Apache-2.0"
+version = release = vlmkit.__version__
+language = "en"
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.viewcode",
+    "docstrings",
+    "execution_times",
+    "figure_texts",
+    "glossary_links",
+]
+root_doc = "docs/index"
+include_patterns = [
+    "docs/*.md",
+    "docs/*.rst",
+    "notebooks/*.ipynb",
+    "notebooks/solutions/*.ipynb",
+    "vlmkit/pebble/MODEL_CARD.md",
+    "README.md",
+    "CONTRIBUTING.md",
+    "LICENSE-TEXT.md",
+]
+exclude_patterns = [".*", "build", "dist", "runs", "**/.ipynb_checkpoints", "**/__pycache__"]
+
+nb_execution_mode = "off"
+nb_ipywidgets_js = {}  # the widgets' scripts would come from elsewhere: pages have their pictures
+nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
+myst_enable_extensions = ["deflist"]
+myst_heading_anchors = 4
+suppress_warnings = [
+    "myst-nb.mime_type",  # the explorer's widget: its picture is shown in its place
+]
+nitpicky = True
+
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True}
+add_module_names = False
+python_use_unqualified_type_names = True
+
+html_theme = "furo"
+html_title = "vlmkit"
+html_templates = ["templates"]
+templates_path = ["templates"]
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_additional_pages = {"index": "to_landing_page.html"}
+html_copy_source = False
+html_show_sphinx = False
+html_use_smartypants = False
+pygments_style = "a11y-high-contrast-light"
+pygments_dark_style = "a11y-high-contrast-dark"
+html_theme_options = {"navigation_with_keys": True}
