@@ -117,7 +117,7 @@ class Bench:
         self.weights = digest()
         self.results = []
         if self.output.exists():
-            with self.output.open(newline="") as stream:
+            with self.output.open(newline="", encoding="utf-8") as stream:
                 found = list(csv.DictReader(stream))
             self.results = [row for row in found if row["weights"] == self.weights]
 
@@ -169,7 +169,7 @@ class Bench:
     def write(self):
         self.output.parent.mkdir(parents=True, exist_ok=True)
         part = self.output.with_suffix(".part")
-        with part.open("w", newline="") as stream:
+        with part.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, self.results[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.results)

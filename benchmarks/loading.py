@@ -147,7 +147,7 @@ def _machine():
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        lines = info.read_text().splitlines()
+        lines = info.read_text(encoding="utf-8").splitlines()
         name = next((line.split(": ")[1] for line in lines if "model name" in line), name)
     packages = ("torch", "transformers", "bitsandbytes")
     return (
@@ -321,7 +321,7 @@ class _Memory:
 
 def _anonymous():
     """MB of this process's memory that no file backs."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("RssAnon:")[1].split()[0]) * 1024 / MEGABYTE
 
 

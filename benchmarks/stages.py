@@ -60,7 +60,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     weights, rows = digest(), []
     if args.output.exists():
-        with args.output.open(newline="") as stream:
+        with args.output.open(newline="", encoding="utf-8") as stream:
             rows = [row for row in csv.DictReader(stream) if row["weights"] == weights]
     order = [(name, seed) for seed in range(args.seeds) for name in RECIPES]
     order += [(name, 0) for name in LESSONS]
@@ -103,7 +103,7 @@ def digest():
 def write(file, rows):
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
-    with part.open("w", newline="") as stream:
+    with part.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

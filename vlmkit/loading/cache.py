@@ -71,7 +71,7 @@ class Entry:
         if not self.manifest.exists():
             return None
         try:
-            if json.loads(self.manifest.read_text()) != self._digests():
+            if json.loads(self.manifest.read_text(encoding="utf-8")) != self._digests():
                 raise CheckpointError(f"{self.folder} was changed")
             model = load(self.folder, read_config(self.folder))
         except (OSError, ValueError, VlmkitError):
@@ -105,7 +105,7 @@ def _digest_of(file, root):
     before = identity()
     note = root / "digests" / before
     if note.exists():
-        return note.read_text()
+        return note.read_text(encoding="utf-8")
     with open(file, "rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     if identity() == before:
@@ -119,7 +119,7 @@ def _write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent)
     try:
-        with open(handle, "w") as file:
+        with open(handle, "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(name, path)
     except BaseException:

@@ -331,7 +331,7 @@ def log(file, stage, step, seconds, loss, accuracy):
     columns = ["stage", "step", "seconds", "loss", "patches", *ALL_KINDS]
     rows = []
     if file.exists():
-        with file.open(newline="") as stream:
+        with file.open(newline="", encoding="utf-8") as stream:
             rows = [
                 row
                 for row in csv.DictReader(stream)
@@ -341,7 +341,7 @@ def log(file, stage, step, seconds, loss, accuracy):
     row = {"stage": stage.name, "step": step, "seconds": f"{seconds:.0f}", "loss": f"{loss:.4f}"}
     rows.append(row | shown)
     part = file.with_suffix(".part")
-    with part.open("w", newline="") as stream:
+    with part.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -80,7 +80,7 @@ class Records:
         if not raw.endswith(b"\n") or len(whole) < raw.count(b"\n"):
             text = "".join(json.dumps(line) + "\n" for line in whole)
             beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-            beside.write_text(text)
+            beside.write_text(text, encoding="utf-8")
             os.replace(beside, self.path)
 
     def begin(self):
