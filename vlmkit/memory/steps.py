@@ -32,6 +32,36 @@ class Training:
     prepare_kbit: bool
 
 
+@dataclass(frozen=True)
+class Passes:
+    """What a prompt and the tokens after it need.
+
+    inputs: tensors without data. cache: entries of the keys and values in the end. prefill, decode:
+        {component: bytes} live at the peak of the prompt, and of its last token, cache and all;
+        `decode` is empty where no token follows.
+    """
+
+    inputs: dict
+    cache: tuple
+    prefill: dict
+    decode: dict
+
+
+def rehearsed(model, layout, demand):
+    """The Passes of a prompt. model: on the meta device, to be used up."""
+    stage = Stage(shadow(model, layout))
+    inputs = _inputs(stage, demand)
+    cache, prefill = stage.prefill(inputs)
+    places = stage.places
+    kept = tuple(predicted_cache(cache, places, demand.new_tokens))
+    decode = {}
+    if demand.new_tokens:
+        before = demand.length + demand.new_tokens - 1
+        stretch(cache, places, before, stage.rehearsal)
+        _, decode = stage.decode(cache, demand.batch, before)
+    return Passes(inputs, kept, prefill, decode)
+
+
 @quiet()
 def prompt(model, layout, demand):
     """(entries, notes) of a prompt, and of the tokens that follow it: inputs, keys and values, and
@@ -39,25 +69,16 @@ def prompt(model, layout, demand):
 
     model: on the meta device, to be used up.
     """
-    stage = Stage(shadow(model, layout))
-    inputs = _inputs(stage, demand)
-    cache, peak = stage.prefill(inputs)
-    places = stage.places
-    kept = tuple(predicted_cache(cache, places, demand.new_tokens))
-    total = sum(entry.bytes for entry in kept)
+    passes = rehearsed(model, layout, demand)
+    total = sum(entry.bytes for entry in passes.cache)
     beside = {}
-    for entry in kept:
+    for entry in passes.cache:
         beside[entry.component] = beside.get(entry.component, 0) + entry.bytes
+    peak = max(passes.prefill, passes.decode, key=lambda live: sum(live.values()))
     need = max(0, sum(peak.values()) - total)
-    if demand.new_tokens:
-        before = demand.length + demand.new_tokens - 1
-        stretch(cache, places, before, stage.rehearsal)
-        _, later = stage.decode(cache, demand.batch, before)
-        if sum(later.values()) - total > need:
-            peak, need = later, sum(later.values()) - total
     entries = [
-        *_input_entries(inputs),
-        *kept,
+        *_input_entries(passes.inputs),
+        *passes.cache,
         *_activations(peak, beside, need, "the forward pass"),
     ]
     return entries, []

@@ -1,0 +1,435 @@
+"""Predictions held against a GPU: published models at full size, with random weights.
+
+    make benchmark-gpu                                          # some minutes, 25 GB of disk
+    python benchmarks/gpu.py --models SmolVLM --output smol.json
+    python benchmarks/gpu.py --scratch /mnt/fast                # where checkpoints are made
+
+Bytes and speed do not depend on what the weights are, so each model is made from its config in the
+catalog, saved, and loaded as from a download. What is measured, and what is predicted of it:
+
+loads       bytes that PyTorch's allocator counts after a load, the peak during it, and seconds
+            beside those of `from_pretrained` with the same quantisation config (the files are in
+            the page cache; the two take turns, the first load of a model is not counted)
+passes      what a prompt, and one token after it, hold at most beside weights and inputs; the
+            cache of keys and values
+steps       what a training step with LoRA on the language model holds at most
+trainings   steps a second and peak of `vk.finetuning.train`, and of peft and Trainer as people set
+            them up
+quantiser   NF4 made on the GPU and on the CPU: whether the bytes are the same, and how far the
+            products are from each other and from the exact ones
+
+The results are written as JSON after each of them, so that a run cut short leaves what it has.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import gpu_setups as setups
+import torch
+
+import vlmkit as vk
+from vlmkit.anatomy import on_meta
+from vlmkit.formats import torch_dtype
+from vlmkit.loading.quiet import quiet
+from vlmkit.memory.demand import demand_of
+from vlmkit.memory.measuring import measure_peak
+from vlmkit.memory.steps import rehearsed
+from vlmkit.stored import planned
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MODELS = (
+    "HuggingFaceTB/SmolVLM-256M-Instruct",
+    "llava-hf/llava-1.5-7b-hf",
+    "Qwen/Qwen2.5-VL-7B-Instruct",
+    "meta-llama/Llama-3.2-11B-Vision-Instruct",
+)
+TRAINED = MODELS[-1:]
+FORMATS = ("bf16", "nf4", "nf4-dq", "int8")
+"""Of the language model; everything else stays in bf16, as in the recommended plan."""
+TOKENS = 128  # of text in every prompt
+PICTURES = (1, 8)
+LORA = {"language_model": vk.LoRA(r=16)}
+
+
+@dataclass
+class Results:
+    """What was measured so far, kept in a file."""
+
+    path: Path
+    found: dict = field(default_factory=dict)
+
+    def add(self, kind, **row):
+        self.found.setdefault(kind, []).append(row)
+        self.write()
+        print(kind, json.dumps(row), file=sys.stderr, flush=True)
+
+    def write(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.path)
+
+    @contextmanager
+    def attempt(self, what):
+        """A failure is a result: it is kept, with what it was of, and the rest goes on."""
+        try:
+            yield
+        except Exception as error:
+            self.add("failures", what=what, error=f"{type(error).__name__}: {error}"[:1000])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="*", help="parts of names; by default all four")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script")
+    parser.add_argument("--output", type=Path, help="by default a new file in benchmarks/results")
+    parser.add_argument("--scratch", type=Path, help="a folder with room for a checkpoint")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA GPU here: --device cpu tries the script without one")
+    chosen = [n for n in MODELS if not args.models or any(part in n for part in args.models)]
+    if not chosen:
+        parser.error(f"no model has any of {args.models} in its name: they are {', '.join(MODELS)}")
+    configs = {name: setups.published(name) for name in chosen}
+    results = run(configs, args.device, args.output, args.scratch)
+    print(report(results.found))
+    return int("failures" in results.found)
+
+
+def run(configs, device, output=None, scratch=None, trained=TRAINED, pictures=PICTURES, steps=8):
+    """Measure the models of `configs` ({name: config}) on `device`. Returns the Results."""
+    machine = _machine(device)
+    name = machine["device"].lower().replace(" ", "-")
+    results = Results(output or RESULTS / f"{name}-{machine['date']}.json", {"machine": machine})
+    with quiet(), results.attempt("quantiser"):
+        for row in quantiser(device):
+            results.add("quantiser", **row)
+    for name, config in configs.items():
+        with tempfile.TemporaryDirectory(dir=scratch) as folder, quiet():
+            with results.attempt(f"{name}: making it"):
+                setups.make(config, folder, device)
+                for label in FORMATS:
+                    with results.attempt(f"{name} in {label}"):
+                        model_under(name, folder, label, device, results, pictures)
+                    _free()
+                for checkpointing in (False, True) if name in trained else ():
+                    what = f"training {name}, {'' if checkpointing else 'no '}checkpointing"
+                    with results.attempt(what):
+                        train(name, folder, checkpointing, device, results, steps)
+                    _free()
+            shutil.rmtree(folder, ignore_errors=True)  # before the next, which needs the room
+            Path(folder).mkdir()
+    return results
+
+
+# --- loads ----------------------------------------------------------------------------------------
+
+
+def model_under(name, folder, label, device, results, pictures):
+    """Load the model in `folder` with its language model in `label`; measure load and passes."""
+    plan = vk.Plan(language_model=label)
+    layout = planned(folder, plan)[1]
+    if label == FORMATS[0]:  # what only the first load of a model pays for is nobody's
+        setups.plain(folder, layout, device)
+        _free()
+    plain, plain_seconds = _timed(lambda: setups.plain(folder, layout, device), device)
+    del plain
+    _free()
+    before, _ = _counted(device)
+    _restart(device)
+    (model, _), seconds = _timed(
+        lambda: vk.load(folder, plan, processor=False, device=device), device
+    )
+    peak = _peak(device)
+    _free()
+    allocated, reserved = _counted(device)
+    predicted = vk.memory.predict(folder, plan)
+    with_allocator = vk.memory.predict(folder, plan, allocator="cuda")
+    unused = with_allocator.by_kind["allocator unused"]
+    measured = vk.memory.measure(model)
+    results.add(
+        "loads",
+        model=name,
+        plan=label,
+        seconds=round(seconds, 3),
+        plain_seconds=round(plain_seconds, 3),
+        predicted=predicted.total,
+        measured=measured.total,
+        by_component=measured.by_component,
+        predicted_allocated=with_allocator.total - unused,
+        allocated=None if allocated is None else allocated - before,
+        predicted_reserved=with_allocator.total,
+        reserved=reserved,
+        peak=None if peak is None else peak - before,
+        audit=str(vk.audit(model, plan)),
+    )
+    for count in pictures:
+        with results.attempt(f"{name} in {label}: {count} pictures"):
+            results.add("passes", model=name, plan=label, **passes(model, folder, plan, count))
+
+
+def passes(model, folder, plan, count):
+    """What a prompt of `count` pictures holds at most, and one token after it."""
+    config, layout = planned(folder, plan)
+    sizes = {"tokens": TOKENS, "images": count, "batch": 1}
+    try:
+        demand_of(config, folder, **sizes)
+    except vk.errors.SizeError:  # so many pictures have no room in one prompt of this model
+        sizes |= {"images": 1, "batch": count}
+    demand = demand_of(config, folder, **sizes, new_tokens=1)
+    blank = on_meta(config, torch_dtype(layout.load_dtype))
+    predicted = rehearsed(blank, layout, demand)
+    inputs = setups.inputs(model, demand)
+    last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    kept = {}
+
+    @torch.no_grad()
+    def prompt():
+        kept.clear()
+        kept["cache"] = model(**inputs, use_cache=True, **last).past_key_values
+
+    prompt()  # cuBLAS takes its workspace in the first
+    kept.clear()
+    prefill = measure_peak(prompt)
+    after_prompt = _cache_bytes(model, kept["cache"])
+    one = setups.one_token(model, demand)
+
+    @torch.no_grad()
+    def token():
+        model(**one, past_key_values=kept["cache"], use_cache=True)
+
+    decode = measure_peak(token) + after_prompt
+    growing = [e for e in predicted.cache if e.component != "cross_attention"]
+    return {
+        **sizes,
+        "positions": demand.length,
+        "predicted_prefill": sum(predicted.prefill.values()),
+        "prefill": prefill,
+        "predicted_decode": sum(predicted.decode.values()),
+        "decode": decode,
+        "predicted_cache": sum(e.bytes for e in predicted.cache),
+        "cache": _cache_bytes(model, kept["cache"]),
+        "cache_per_token": sum(e.bytes for e in growing) // (demand.length + 1),
+    }
+
+
+def _cache_bytes(model, cache):
+    return vk.memory.measure(model, cache=cache).by_kind["kv cache"]
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def train(name, folder, checkpointing, device, results, steps):
+    """A QLoRA step with a picture; then trainings of `steps` steps, ours and the usual one."""
+    plan = vk.Plan.recommended()
+    sizes = {"tokens": TOKENS, "images": 1, "batch": 1}
+    training = {"training": LORA, "checkpointing": checkpointing}
+    predicted = vk.memory.predict(folder, plan, **sizes, **training)
+    model, _ = vk.load(folder, plan, processor=False, device=device)
+    model = vk.finetuning.add_adapters(model, **LORA)
+    demand = demand_of(model.config, folder, **sizes)
+    step = setups.step(model, setups.inputs(model, demand), checkpointing)
+    step()  # which makes the optimizer's states, and takes cuBLAS' workspace
+    own = measure_peak(step)
+    kinds = predicted.by_kind
+    results.add(
+        "steps",
+        model=name,
+        checkpointing=checkpointing,
+        predicted_step=sum(kinds.get(kind, 0) for kind in ("activation", "gradient")),
+        step=own,
+        predicted_peak=predicted.total,
+        peak=_peak(device),
+        positions=demand.length,
+    )
+    del model, step
+    _free()
+    for way in (setups.ours, setups.usual):
+        with results.attempt(f"{name}: {way.__name__} training, checkpointing {checkpointing}"):
+            _restart(device)
+            seconds, loss, trained = way(folder, plan, LORA["language_model"], checkpointing,
+                                         device, steps)  # fmt: skip
+            results.add(
+                "trainings",
+                model=name,
+                checkpointing=checkpointing,
+                way=way.__name__,
+                steps_a_second=round(1 / median(seconds), 4),
+                seconds=[round(s, 4) for s in seconds],
+                loss=round(loss, 4),
+                trained=trained,
+                peak=_peak(device),
+            )
+        _free()
+
+
+# --- the quantiser --------------------------------------------------------------------------------
+
+
+def quantiser(device, shapes=((4096, 4096), (1024, 14336), (320, 1000))):
+    """NF4 of the same weights on the GPU and on the CPU, a row for each shape."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    from vlmkit.loading import quantizing
+
+    for seed, shape in enumerate(shapes):
+        generator = torch.Generator().manual_seed(seed)
+        weight = (torch.randn(shape, generator=generator) * 0.02).bfloat16()
+        x = torch.randn(16, shape[1], generator=generator).bfloat16()
+        sides = {}
+        for place in ("cpu", device):
+            packed, state = quantize_4bit(weight.to(place), blocksize=64, quant_type="nf4")
+            rounded = dequantize_4bit(packed, state)
+            y = torch.nn.functional.linear(x.to(place), rounded)
+            sides[place] = [t.cpu() for t in (packed.flatten(), state.absmax, rounded, y)]
+        ours = quantizing.quantize_4bit(weight, "nf4")
+        here, there = sides["cpu"], sides[device]
+        exact = x.double() @ weight.double().T
+        yield {
+            "shape": list(shape),
+            "codes": here[0].numel() * 2,
+            "codes_that_differ": _differing(here[0], there[0]),
+            "codes_that_differ_from_vlmkits": _differing(ours[0].flatten(), there[0]),
+            "scales_that_differ": int((here[1] != there[1]).sum()),
+            "rounded_weights_that_differ": int((here[2] != there[2]).sum()),
+            "products_apart": _relative(here[3], there[3].double()),
+            "products_from_exact": _relative(there[3], exact),
+            "weights_from_exact": _relative(there[2], weight.double()),
+        }
+
+
+def _differing(one, other):
+    """How many 4-bit codes differ: two are packed into a byte."""
+    change = one ^ other
+    return int((change & 15 != 0).sum() + (change >> 4 != 0).sum())
+
+
+def _relative(found, exact):
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+# --- device and clock -----------------------------------------------------------------------------
+
+
+def _timed(work, device):
+    _wait(device)
+    start = time.perf_counter()
+    result = work()
+    _wait(device)
+    return result, time.perf_counter() - start
+
+
+def _wait(device):
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def _free():
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _restart(device):
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _counted(device):
+    """Bytes in blocks given out, and in segments, by PyTorch's allocator; None on a CPU."""
+    if device == "cpu":
+        return None, None
+    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+
+def _peak(device):
+    return None if device == "cpu" else torch.cuda.max_memory_allocated()
+
+
+def _machine(device):
+    packages = ("torch", "transformers", "bitsandbytes", "peft", "accelerate")
+    found = {"date": date.today().isoformat(), "device": "cpu", "python": platform.python_version()}
+    if device != "cpu":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"device": properties.name, "bytes": properties.total_memory}
+        found |= {"cuda": torch.version.cuda, "driver": _driver()}
+    return found | {package: version(package) for package in packages}
+
+
+def _driver():
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+PAIRS = {
+    "loads": {
+        "bytes": ("predicted", "measured"),
+        "allocated": ("predicted_allocated", "allocated"),
+        "reserved": ("predicted_reserved", "reserved"),
+    },
+    "passes": {
+        "prefill": ("predicted_prefill", "prefill"),
+        "decode": ("predicted_decode", "decode"),
+        "cache": ("predicted_cache", "cache"),
+    },
+    "steps": {"step": ("predicted_step", "step"), "peak": ("predicted_peak", "peak")},
+}
+"""Kind of result -> what is compared: (predicted, measured)."""
+
+
+def report(found):
+    """The results as Markdown: predicted, measured, and how far the prediction is off."""
+    lines = [", ".join(f"{key} {value}" for key, value in found["machine"].items())]
+    for kind, pairs in PAIRS.items():
+        if not found.get(kind):
+            continue
+        lines += [
+            "",
+            f"| {kind} | what | predicted, MB | measured, MB | off |",
+            "|---|---|--:|--:|--:|",
+        ]
+        for row in found[kind]:
+            label = ", ".join(
+                str(row[key]) for key in ("model", "plan", "images", "batch", "checkpointing")
+                if key in row
+            )  # fmt: skip
+            for what, (a, b) in pairs.items():
+                if row[b] is not None:
+                    off = f"{row[a] / row[b] - 1:+.3%}"
+                    lines.append(
+                        f"| {label} | {what} | {row[a] / 1e6:,.1f} | {row[b] / 1e6:,.1f} | {off} |"
+                    )
+    if found.get("loads"):
+        lines += ["", "| load | vlmkit, s | plain call, s | peak, MB |", "|---|--:|--:|--:|"]
+        for row in found["loads"]:
+            peak = "" if row["peak"] is None else f"{row['peak'] / 1e6:,.1f}"
+            lines.append(
+                f"| {row['model']}, {row['plan']} | {row['seconds']:.2f} "
+                f"| {row['plain_seconds']:.2f} | {peak} |"
+            )
+    for kind in ("trainings", "quantiser", "failures"):
+        lines += ["", *(json.dumps(row) for row in found.get(kind, ()))]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""What `benchmarks/gpu.py` measures: checkpoints, inputs, and two ways to train."""
+
+import tempfile
+import time
+from itertools import count, pairwise
+
+import peft
+import torch
+import transformers
+from finetuning import plain_collator
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+import vlmkit as vk
+from vlmkit.catalog import folder_of
+from vlmkit.checkpoints import read_config
+from vlmkit.memory.inputs import batch_of, image_id
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def published(name):
+    """The config of a model of the catalog."""
+    return read_config(folder_of(name))
+
+
+def make(config, folder, device):
+    """Save a model of `config` in `folder`, with random weights in bf16, in shards as published."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="5GB")
+
+
+def plain(folder, layout, device):
+    """`from_pretrained` with the quantisation config of the layout."""
+    config = layout.quantization_config()
+    more = {"quantization_config": config} if config else {}
+    return AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.bfloat16, device_map={"": device}, **more
+    )
+
+
+# --- inputs ---------------------------------------------------------------------------------------
+
+
+def inputs(model, demand):
+    """Tensors of the Demand on the model's device: pictures of noise."""
+
+    def pixels(shape):
+        return torch.randn(shape, device=model.device)
+
+    tensors = batch_of(
+        model.config, demand.pictures, demand.tokens, demand.batch, pixels, demand.sizes
+    )
+    return {name: tensor.to(model.device) for name, tensor in tensors.items()}
+
+
+def one_token(model, demand):
+    """What comes after a prompt: a token for each sample."""
+    batch, length = demand.batch, demand.length
+    tensors = {
+        "input_ids": torch.ones(batch, 1, dtype=torch.long),
+        "attention_mask": torch.ones(batch, length + 1, dtype=torch.long),
+    }
+    if model.config.model_type.startswith("qwen"):
+        tensors["position_ids"] = torch.full((3, batch, 1), length)
+    return {name: tensor.to(model.device) for name, tensor in tensors.items()}
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def step(model, tensors, checkpointing):
+    """A function that takes a training step in the formats of the plan."""
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    model.train()
+
+    def work():
+        model(**tensors, labels=tensors["input_ids"], use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return work
+
+
+def mllama_processor(config):
+    """A real MllamaProcessor with a tokenizer of bytes: the published one is not in the catalog."""
+    image = image_id(config)
+    specials = ["<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    free = (number for number in count() if number != image)
+    words = dict(zip([*specials, *letters], free, strict=False)) | {"<|image|>": image}
+    backend = Tokenizer(models.BPE(words, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=specials[0],
+        eos_token=specials[1],
+        pad_token=specials[2],
+        extra_special_tokens=["<|image|>"],
+    )
+    side = config.vision_config.image_size
+    pictures = MllamaImageProcessorPil(
+        size={"height": side, "width": side}, max_image_tiles=config.vision_config.max_num_tiles
+    )
+    template = (
+        "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: "
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}<|image|>"
+        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return transformers.MllamaProcessor(pictures, tokenizer, template)
+
+
+def rows(config, number):
+    """Questions about pictures so large that each becomes as many tiles as there can be."""
+    side = 2 * config.vision_config.image_size
+    found = vk.tasks.dataset("vqa", number, split="train")
+    return [row | {"images": [i.resize((side, side)) for i in row["images"]]} for row in found]
+
+
+class Clock:
+    """Takes the time at each forward pass of a model, when the device has come so far."""
+
+    def __init__(self, model):
+        self.model, self.times = model, []
+
+    def __enter__(self):
+        self.hook = self.model.register_forward_pre_hook(self._mark)
+        return self
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+    def _mark(self, *_):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+    @property
+    def seconds(self):
+        """Of each step but the first two, in which kernels are chosen and memory is got."""
+        return [b - a for a, b in pairwise(self.times)][2:]
+
+
+def ours(folder, plan, lora, checkpointing, device, steps):
+    """`vk.finetuning.train`. Returns seconds of the steps, the mean loss, and how many parameters
+    were trained."""
+    model, _ = vk.load(folder, plan, processor=False, device=device)
+    processor = mllama_processor(model.config)
+    model = vk.finetuning.add_adapters(model, language_model=lora)
+    with Clock(model) as clock, tempfile.TemporaryDirectory() as runs:
+        run = vk.finetuning.train(
+            model, processor, rows(model.config, steps), runs, steps=steps, batch_size=1,
+            rate=1e-4, checkpointing=checkpointing,
+        )  # fmt: skip
+    return clock.seconds, run.curve["loss"].mean(), _trained(model)
+
+
+def usual(folder, plan, lora, checkpointing, device, steps):
+    """peft and Trainer as their pages show it: 4 bits for all that transformers quantises by
+    itself, `prepare_model_for_kbit_training`, adapters on the language model, bf16 autocast."""
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.bfloat16, device_map={"": device}, quantization_config=quantization
+    )
+    model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    targets = r".*language_model.*(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+    adapters = peft.LoraConfig(r=lora.r, lora_alpha=lora.r, target_modules=targets)
+    model = peft.get_peft_model(model, adapters)
+    processor = mllama_processor(model.config)
+    with Clock(model) as clock, tempfile.TemporaryDirectory() as runs:
+        arguments = transformers.TrainingArguments(
+            runs, max_steps=steps, per_device_train_batch_size=1, learning_rate=1e-4, bf16=True,
+            save_strategy="no", report_to="none", remove_unused_columns=False, disable_tqdm=True,
+            gradient_checkpointing=checkpointing, use_cpu=device == "cpu",
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            model, arguments, plain_collator(processor), train_dataset=rows(model.config, steps)
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        done = trainer.train()
+    return clock.seconds, done.training_loss, _trained(model)
+
+
+def _trained(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
