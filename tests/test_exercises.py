@@ -23,6 +23,18 @@ LESSONS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 
 # Of each exercise: wrong answers, as expressions that see what the stub sees, and hints' words.
 MISTAKES = {
+    "projector kept": {
+        "vk.Plan.recommended()": "Still as large as in bf16: vision_encoder",
+        'vk.Plan.uniform("nf4")': "in this plan it is nf4",
+        'vk.Plan(vision_encoder="int8", language_model="int8")': "Fewer bits",
+        '{"language_model": "nf4"}': "a vk.Plan",
+    },
+    "beyond noise": {
+        "4": "as large as its noise",
+        "3": "the noise of 3 changed answers is 3.5",
+        "30": "29 lost would be, too",
+        "49": "this counts every question",
+    },
     "equal cost": {
         "8": "at equal ranks",
         "3": "upside down",

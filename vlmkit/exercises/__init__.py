@@ -22,7 +22,7 @@ from vlmkit.exercises import (  # noqa: F401, they fill EXERCISES
 from vlmkit.exercises.answers import EXERCISES, Hint, told
 
 
-def check(name, answer, **given):
+def check(name, answer, /, **given):
     """Print "not attempted yet" for None, and otherwise "Right: ..." or "Not yet: ...", with why.
 
     name: of an exercise; given: the data that it is about. Raises ExerciseError for a name that is
@@ -31,7 +31,7 @@ def check(name, answer, **given):
     print(textwrap.fill(verdict(name, answer, **given), 100, break_on_hyphens=False))
 
 
-def verdict(name, answer, **given):
+def verdict(name, answer, /, **given):
     """The sentence that `check` prints."""
     if name not in EXERCISES:
         known = ", ".join(sorted(EXERCISES))
