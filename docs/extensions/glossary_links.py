@@ -9,8 +9,8 @@ import re
 from docutils import nodes
 from sphinx import addnodes
 
-AMBIGUOUS = {"block", "group", "head", "parameter", "scale", "stage"}
-"""Terms that are also ordinary words, or mean something else beside: looked up, never linked."""
+AMBIGUOUS = {"block", "group", "head", "keys and values", "moment", "parameter", "scale", "stage"}
+"""Terms that are also ordinary words or mean something else besides: looked up, never linked."""
 
 NOT_IN = (
     nodes.literal,

@@ -1,0 +1,243 @@
+"""The site: built from the committed notebooks without a warning, whole, and at rest offline.
+
+That it works in a real browser is `test_browser.py`'s part.
+"""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import chapters
+import pytest
+from building import ROOT, page, site
+
+import vlmkit as vk
+
+sys.path.insert(0, str(ROOT / "docs" / "extensions"))
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+HEADINGS = ["h1", "h2", "h3", "h4", "h5", "h6"]
+
+
+@pytest.fixture(scope="module")
+def pages():
+    return site()[0]
+
+
+@pytest.fixture(scope="module")
+def every(pages):
+    """{name: page} of all but the copies of the package's source code."""
+    names = [path.relative_to(pages).as_posix() for path in pages.rglob("*.html")]
+    return {n: page(pages / n) for n in sorted(names) if not n.startswith(("_modules", "_static"))}
+
+
+@pytest.fixture(scope="module")
+def glossary(pages):
+    """{tuple of synonyms: the definition} of the glossary."""
+    found = {}
+    for definition in page(pages / "docs/glossary.html").select("dl.glossary dd"):
+        terms = []
+        for earlier in definition.find_previous_siblings(["dt", "dd"]):
+            if earlier.name == "dd":
+                break
+            terms.insert(0, earlier.get_text().removesuffix("¶").strip())
+        found[tuple(terms)] = definition
+    return found
+
+
+def is_elsewhere(address):
+    return bool(urlsplit(address).netloc) or urlsplit(address).scheme not in ("", "data")
+
+
+# --- the whole -----------------------------------------------------------------------------------
+
+
+def test_is_built_without_a_warning_as_make_site_builds_it():
+    _, built = site()
+    assert (built.returncode, built.stderr) == (0, "")
+    (command,) = re.findall(r"-m sphinx (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert {"-E", "-W", "--keep-going"} <= set(command.split())
+
+
+def test_pages_load_nothing_from_elsewhere(every):
+    loading = {"script": "src", "img": "src", "source": "src", "iframe": "src", "link": "href"}
+    loaded = [
+        (name, tag[attribute])
+        for name, soup in every.items()
+        for kind, attribute in loading.items()
+        for tag in soup.find_all(kind, attrs={attribute: True})
+    ]
+    assert len(loaded) > 100
+    assert [each for each in loaded if is_elsewhere(each[1])] == []
+
+
+def test_style_sheets_load_nothing_from_elsewhere(pages, every):
+    sheets = [path.read_text(encoding="utf-8") for path in pages.rglob("*.css")]
+    sheets += [str(style) for soup in every.values() for style in soup.find_all("style")]
+    named = [
+        a for sheet in sheets for a in re.findall(r"(?:@import|url\()\s*[\"']?([^\"')]+)", sheet)
+    ]
+    assert sheets and [address for address in named if is_elsewhere(address)] == []
+
+
+def test_links_and_pictures_are_there(pages, every):
+    ids = {name: {tag["id"] for tag in soup.find_all(id=True)} for name, soup in every.items()}
+    broken = []
+    for name, soup in every.items():
+        for tag in soup.select("a[href], img[src]"):
+            address = tag.get("href") or tag["src"]
+            if is_elsewhere(address) or address.startswith("data:"):
+                continue
+            parts = urlsplit(address)
+            target = (pages / name).parent / unquote(parts.path) if parts.path else pages / name
+            leads = target.resolve().relative_to(pages.resolve()).as_posix()
+            known = ids.get(leads, {parts.fragment}) | {""}
+            if not target.exists() or parts.fragment not in known:
+                broken.append((name, address))
+    assert broken == []
+
+
+def test_the_first_page_has_a_way_for_student_teacher_and_engineer(every):
+    assert every["index.html"].a["href"] == "docs/index.html"
+    landing = every["docs/index.html"].article
+    leads = {Path(urlsplit(link["href"]).path).stem for link in landing.find_all("a", href=True)}
+    assert leads >= {"00_start_here", "teaching", "times", "solutions", "loading", "api", "README"}
+    text = landing.get_text()
+    assert "As a student" in text and "As a teacher" in text and "As an engineer" in text
+
+
+# --- chapters and solutions ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_chapter_is_a_page_with_its_outputs_and_its_figures_in_words(pages, name):
+    shown = page(pages / f"notebooks/{name}.html").article
+    notebook = chapters.read(f"{name}.ipynb")
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert len(shown.select("div.cell_input")) == len(cells)
+    images = shown.select("div.cell_output img")
+    stored = sum("image/png" in o.get("data", ()) for cell in cells for o in cell.outputs)
+    assert len(images) == stored
+    assert [image["alt"] for image in images if not image["alt"].startswith("Figure ")] == []
+
+
+def test_solutions_stand_apart_from_the_lessons(pages):
+    tree = page(pages / "docs/index.html").select_one(".sidebar-tree")
+    captions = {caption.get_text(): caption for caption in tree.select("p.caption")}
+    course = captions["The course"].find_next_sibling("ul")
+    names = [link["href"] for link in course.select("a")]
+    assert [Path(name).stem for name in names] == NOTEBOOKS
+    solved = {path.stem for path in (ROOT / "notebooks/solutions").glob("*.ipynb")}
+    listed = page(pages / "docs/solutions.html").article.select("a[href*='notebooks/solutions']")
+    assert {Path(urlsplit(link["href"]).path).stem for link in listed} == solved
+
+
+# --- the reference -------------------------------------------------------------------------------
+
+
+def test_reference_has_all_that_is_public_and_has_a_docstring(pages):
+    documented = {tag["id"] for tag in page(pages / "docs/api.html").find_all(id=True)}
+    public = {"vlmkit": set(vk._HOME_OF)}
+    for module in vk._MODULES:
+        names = getattr(importlib.import_module(f"vlmkit.{module}"), "__all__", ())
+        public[f"vlmkit.{module}"] = {name for name in names if name not in vk._HOME_OF}
+    missing = {
+        f"{module}.{name}"
+        for module, names in public.items()
+        for name in names
+        if callable(thing := getattr(sys.modules[module], name))
+        and thing.__doc__
+        and not {f"{module}.{name}", f"vlmkit.{vk._HOME_OF.get(name)}.{name}"} & documented
+    }
+    assert missing == set()
+
+
+def test_docstrings_become_what_they_mean():
+    from docstrings import restructured
+
+    docstring = """Load `name` under **plan. See layer_.
+
+        vk.load(*names)
+
+        vk.load("pebble")
+
+    name: a folder, or
+        a hub id.
+    plan, revision: what `Plan.parse` takes.
+
+    left      right
+    more      less""".replace("\n    ", "\n")
+    assert restructured(docstring.splitlines()) == [
+        r"Load ``name`` under \*\*plan. See layer\_.",
+        "",
+        *["::", "", "    vk.load(*names)", "", '    vk.load("pebble")', ""],
+        *["- ``name``: a folder, or", "  a hub id."],
+        *["- ``plan, revision``: what ``Plan.parse`` takes.", ""],
+        *["::", "", "    left      right", "    more      less", ""],
+    ]
+
+
+# --- the glossary --------------------------------------------------------------------------------
+
+
+def test_glossary_says_in_one_to_three_sentences_what_a_term_is_and_who_teaches_it(glossary):
+    assert len(glossary) >= 60
+    for terms, definition in glossary.items():
+        text = " ".join(definition.get_text().split())
+        said, _, _ = text.rpartition(" (")
+        assert 1 <= len(re.findall(r"[.?!)](?= [A-Z(*]|$)", said)) <= 4, text
+        chapter = definition.find_all("a")[-1]
+        name = Path(urlsplit(chapter["href"]).path).stem
+        assert name in NOTEBOOKS, terms
+        text = re.sub(r"[*`]", "", chapters.text(chapters.read(f"{name}.ipynb")))
+        taught = " ".join(text.split()).lower()
+        assert any(term.lower() in taught for term in terms), f"{terms} in {name}"
+
+
+def test_no_term_is_defined_twice_and_no_link_is_to_an_ambiguous_one(glossary, every):
+    from glossary_links import AMBIGUOUS
+
+    terms = [term for terms in glossary for term in terms]
+    assert len(terms) == len(set(terms)) and set(terms) >= AMBIGUOUS
+    links = [link for soup in every.values() for link in soup.select("a.glossary")]
+    assert {link.get_text() for link in links} & AMBIGUOUS == set()
+
+
+def test_first_occurrence_of_a_term_leads_to_the_glossary(every):
+    assert sum(len(soup.select("a.glossary")) for soup in every.values()) > 200
+    for name, soup in every.items():
+        links = soup.select("a.glossary")
+        if name != "docs/glossary.html":  # where each definition is a page of its own
+            leads = [link["href"] for link in links]
+            assert len(leads) == len(set(leads)), name
+        for link in links:
+            assert not link.find_parents([*HEADINGS, "pre", "code", "a", "th", "dt"]), link
+    for name in NOTEBOOKS:
+        assert len(every[f"notebooks/{name}.html"].select("a.glossary")) >= 5, name
+
+
+def test_terms_are_linked_where_they_stand_alone_once_and_in_the_plural():
+    from docutils import nodes
+    from glossary_links import pattern_of, with_links
+
+    places = {"rank": ("g", "rank"), "LoRA": ("g", "lora"), "KV cache": ("g", "kv")}
+
+    class App:
+        class builder:
+            get_relative_uri = staticmethod(lambda start, end: f"{end}.html")
+
+    text = "Ranks of QLoRA, not loRA, in a KV\ncache: rank by rank-order. LoRA."
+    made = with_links(text, pattern_of(places), places, set(), App, "page")
+    links = {n.astext(): n["refuri"] for n in made if isinstance(n, nodes.reference)}
+    assert links == {"Ranks": "g.html#rank", "KV\ncache": "g.html#kv", "LoRA": "g.html#lora"}
+    assert "".join(n.astext() for n in made) == text
+
+
+# --- search --------------------------------------------------------------------------------------
+
+
+def test_search_knows_the_chapters(pages):
+    index = (pages / "searchindex.js").read_text(encoding="utf-8")
+    assert all(f'"notebooks/{name}"' in index for name in NOTEBOOKS)
+    assert "checkpoint" in index and "quantis" in index
