@@ -35,6 +35,20 @@ MISTAKES = {
         "30": "29 lost would be, too",
         "49": "this counts every question",
     },
+    "left over": {
+        'vk.anatomy(models[llama])["language_model"].parameters': "nothing is left out",
+        "8030": "in millions",
+        "6_285_398_016": "the dot behind the number",
+        "8_925_322_771": "has the vision encoder and the projector in it",
+        "1_409_351_680": "what these layers hold",
+        "8.03": "a whole number",
+    },
+    "how little is enough": {
+        "49": "the whole picture",
+        "5": "it says purple",
+        "20": "with fewer of them as well",
+        "50": "has 49 patches",
+    },
     "equal cost": {
         "8": "at equal ranks",
         "3": "upside down",
@@ -95,7 +109,9 @@ class Chapter:
             source = stub.source[stub.source.index(script["CHECK"]) :]
             call = ast.parse(source).body[0].value
             name, answer = call.args
-            given = {k.arg: eval(ast.unparse(k.value), self.scope) for k in call.keywords}
+            scope = dict(self.scope)
+            said(stub.source, scope)
+            given = {k.arg: eval(ast.unparse(k.value), scope) for k in call.keywords}
             yield stub, name.value, answer.id, given
 
 
