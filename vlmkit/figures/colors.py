@@ -1,16 +1,17 @@
 """The colours of every figure.
 
 From Okabe and Ito's palette (Color Universal Design, 2008), made to be told apart with any colour
-vision. Not in print without colour: purple, green and grey are about as light as each other.
+vision, and greys. Purple beside the lighter grey is not told apart without the eye's middle cones,
+so that the component beside cross-attention has the darker. Not made for print without colour.
 """
 
 from vlmkit import COMPONENTS
 
 BLUE, ORANGE, PURPLE, GREEN, BLACK = "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#000000"
-GREY, YELLOW = "#999999", "#F0E442"
+GREY, DARK_GREY, YELLOW = "#999999", "#555555", "#F0E442"
 SKY, VERMILION = "#56B4E9", "#D55E00"  # not a component's: for parts of something else
 
-COMPONENT_COLORS = dict(zip(COMPONENTS, (BLUE, ORANGE, PURPLE, GREEN, GREY), strict=True))
+COMPONENT_COLORS = dict(zip(COMPONENTS, (BLUE, ORANGE, PURPLE, GREEN, DARK_GREY), strict=True))
 """The colour of each component, the same in every figure."""
 
 MARKS = tuple(zip((VERMILION, SKY, BLACK, GREY, YELLOW), "os^Dv", strict=True))

@@ -1,0 +1,278 @@
+"""Care for the reader: what every notebook and page is held to beyond being right.
+
+That notebooks are committed as they ran is in `test_notebooks.py`, that each chapter has its length
+and its captions in its own tests (`chapters.py`), and that cards keep their times in
+`test_times.py`.
+"""
+
+import ast
+import itertools
+import re
+import subprocess
+from pathlib import Path
+from statistics import median
+
+import chapters
+import colour_vision
+import nbformat
+import pytest
+from matplotlib.colors import is_color_like, to_hex
+
+from vlmkit.figures import colors
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(chapters.FOLDER.rglob("*.ipynb"))
+CHAPTERS = sorted(chapters.FOLDER.glob("*.ipynb"))
+every = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+each = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def shown(cell):
+    """Everything textual that a code cell has printed or shown."""
+    for output in cell.get("outputs", ()):
+        yield str(output.get("text", ""))
+        yield "\n".join(output.get("traceback", ()))
+        for kind, data in output.get("data", {}).items():
+            if not kind.startswith("image/"):
+                yield str(data)
+
+
+# --- paths ---------------------------------------------------------------------------------------
+
+ABSOLUTE = re.compile(
+    r"(?<![\w.$}~:/-])/(?:home|root|Users|work|tmp|opt|usr|var|private|mnt)/\w|\b[A-Z]:\\\w"
+)
+
+
+@every
+def test_no_path_of_one_machine_is_in_a_source_or_an_output(path):
+    for cell in read(path).cells:
+        for text in (cell.source, *shown(cell)):
+            found = ABSOLUTE.search(text)
+            assert not found, text[max(0, found.start() - 40) : found.end() + 40]
+
+
+def test_paths_of_one_machine_are_recognised():
+    assert all(ABSOLUTE.search(text) for text in ('"/home/a/x"', "in /tmp/x1", r"C:\Users"))
+    innocent = ("vlmkit/pebble", "https://example.org/home/a", "a/home/b", "../tmp/x", "and/or")
+    assert not any(ABSOLUTE.search(text) for text in innocent)
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+@every
+def test_every_figure_has_a_caption_right_after_it_and_numbers_run_on(path):
+    cells, numbers = read(path).cells, itertools.count(1)
+    for cell, following in zip(cells, [*cells[1:], None], strict=True):
+        if any("image/png" in output.get("data", ()) for output in cell.get("outputs", ())):
+            caption = following.source if following else ""
+            assert re.match(rf"\*Figure {next(numbers)}\. \S", caption), cell.source
+
+
+PALETTE = {to_hex(value) for value in vars(colors).values() if is_color_like(value)}
+PALETTE |= {to_hex(color) for color in colors.COMPONENT_COLORS.values()}
+MAPS = {"gray", "gray_r", "Greys", "Blues", "viridis", "cividis"}
+DRAWING = {"plot", "bar", "barh", "scatter", "errorbar", "step", "hist", "fill_between", "line"}
+WITHOUT_COLOURS = {
+    ("03_loading", "used.plot"): "one series, in the first colour of any palette",
+    ("08_uses", "table.plot.barh"): "to be mended: four series in matplotlib's own colours",
+}
+"""Where a chapter leaves colours to matplotlib, whose own are not made for every eye, and why."""
+
+
+def is_grey(color):
+    return len(set(re.findall("..", to_hex(color)[1:]))) == 1
+
+
+def named_colors(tree):
+    """Every colour that is written out in a cell: hexadecimal ones, and those given as a colour."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and re.fullmatch("#[0-9a-fA-F]{3,8}", str(node.value)):
+            yield node.value
+        if isinstance(node, ast.keyword) and re.fullmatch("c|color|.*_?colors?", node.arg or ""):
+            for part in ast.walk(node.value):
+                if isinstance(part, ast.Constant) and is_color_like(part.value):
+                    yield part.value
+
+
+def drawn_without_colors(tree):
+    """The calls, such as `ax.plot`, that draw something and leave its colour open."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            called = ast.unparse(node.func)
+            draws = re.match(r"(ax\w*|plt)\b.*\.|.*\.plot\b", called)
+            if draws and node.func.attr in DRAWING:
+                given = {keyword.arg for keyword in node.keywords}
+                if not given & {"c", "color", "colors", "facecolor", "cmap"}:
+                    yield called
+
+
+@each
+def test_chapter_has_no_colours_but_those_of_the_palette(path):
+    for source in chapters.sources(read(path), "code"):
+        tree = ast.parse(source)
+        other = {c for c in named_colors(tree) if to_hex(c) not in PALETTE and not is_grey(c)}
+        assert not other, source
+        given = [node for node in ast.walk(tree) if isinstance(node, ast.keyword)]
+        maps = {ast.literal_eval(keyword.value) for keyword in given if keyword.arg == "cmap"}
+        assert maps <= MAPS, source
+        without = {(path.stem, call) for call in drawn_without_colors(tree)}
+        assert without - set(WITHOUT_COLOURS) == set(), source
+
+
+def test_colours_outside_the_palette_are_recognised():
+    tree = ast.parse(
+        'ax.plot(x, y, color="red"); ax.bar(x, y); f = ["#ff0000"]; ax.text(0, 0, "b")'
+    )
+    assert sorted(named_colors(tree)) == ["#ff0000", "red"]
+    assert list(drawn_without_colors(tree)) == ["ax.bar"]
+
+
+@pytest.mark.parametrize("vision", colour_vision.SIMULATED)
+def test_palette_is_told_apart_with_any_colour_vision(vision):
+    """15 in L*a*b* is some six times what is noticed side by side."""
+    assert colour_vision.nearest(colors.COMPONENT_COLORS.values(), vision)[0] > 15
+    assert colour_vision.nearest((color for color, _ in colors.MARKS), vision)[0] > 15
+    assert len({mark for _, mark in colors.MARKS}) == len(colors.MARKS)
+
+
+def test_the_measure_of_colours_tells_good_palettes_from_bad_ones():
+    usual = ["C0", "C1", "C2", "C3"]  # matplotlib's first four, with a green and a red
+    assert colour_vision.nearest(usual)[0] > 15
+    assert colour_vision.nearest(usual, "deuteranopia")[0] < 15
+    assert colour_vision.nearest(usual, "protanopia")[0] < 15
+    assert colour_vision.distance("white", "black") == pytest.approx(100, abs=0.1)
+    assert colour_vision.lab("#ff0000") == pytest.approx([53.2, 80.1, 67.2], abs=0.2)
+    for vision in colour_vision.SIMULATED:  # a grey looks the same to all
+        assert colour_vision.lab("#777777", vision) == pytest.approx(
+            colour_vision.lab("#777777"), abs=0.5
+        )
+
+
+# --- lengths -------------------------------------------------------------------------------------
+
+LIMITS = {
+    "cells": (34, 44),
+    "Markdown, %": (50, 70),
+    "words": (1000, 1500),
+    "lines of code": (0, 150),
+    "longest cell": (0, 15),
+    "median cell": (0, 6),
+    "figures": (3, 5),
+}
+EXCEPTIONS = {
+    ("02_connectors", "lines of code"): "four connectors are written out, which is its matter",
+    ("07_lora_on_vqa", "lines of code"): "a training, an adapter and their checks are written out",
+    ("08_uses", "lines of code"): "three ways of making tokens, and controls, are written out",
+}
+MEDIAN_BY_HAND = "where a mechanism is written out, its cells are longer; no cell exceeds 15"
+
+
+def lengths(notebook):
+    code = chapters.sources(notebook, "code")
+    lines = [len(source.splitlines()) for source in code]
+    prose = re.sub(r"^\|.*$|\(https?:[^)]*\)", "", chapters.text(notebook), flags=re.M)
+    figures = [o for c in notebook.cells for o in c.get("outputs", ())]
+    return {
+        "cells": len(notebook.cells),
+        "Markdown, %": round(100 * (1 - len(code) / len(notebook.cells))),
+        "words": len(re.findall(r"[^\W_][\w'.-]*", prose)),
+        "lines of code": sum(lines),
+        "longest cell": max(lines),
+        "median cell": median(lines),
+        "figures": sum("image/png" in output.get("data", ()) for output in figures),
+    }
+
+
+def test_lengths_of_all_chapters(capsys):
+    """Prints the table, with a star where a limit is passed; passed without a reason, it fails."""
+    table, unexplained = {path.stem: lengths(read(path)) for path in CHAPTERS}, []
+    rows = [f"{'':20}" + "".join(f"{name:>15}" for name in LIMITS)]
+    for chapter, row in table.items():
+        line = f"{chapter:20}"
+        for name, (low, high) in LIMITS.items():
+            outside = not low <= row[name] <= high
+            line += f"{f'{row[name]:g}' + '*' * outside:>15}"
+            if outside and (chapter, name) not in EXCEPTIONS and name != "median cell":
+                unexplained.append((chapter, name, row[name]))
+        rows.append(line)
+    with capsys.disabled():
+        print("\n" + "\n".join(rows))
+        print(f"* outside of {', '.join(f'{k} {a}-{b}' for k, (a, b) in LIMITS.items())}")
+        print("\n".join(f"{c}, {n}: {why}" for (c, n), why in EXCEPTIONS.items()))
+        print(f"median cell: {MEDIAN_BY_HAND}")
+    assert unexplained == []
+    assert all(row["median cell"] <= 10 for row in table.values())
+
+
+# --- links ---------------------------------------------------------------------------------------
+
+PAGES = [
+    *(path for path in sorted(ROOT.glob("*.md"))),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "vlmkit").rglob("*.md")),
+    *sorted((ROOT / "benchmarks").rglob("*.md")),
+]
+
+
+def markdown(path):
+    text = chapters.text(read(path)) if path.suffix == ".ipynb" else path.read_text("utf-8")
+    return re.sub(r"^(```+|~~~+).*?^\1\s*$", "", text, flags=re.M | re.S)
+
+
+def anchors(path):
+    """Those of a page's headings, as GitHub and the site make them."""
+    if path.suffix not in (".md", ".ipynb"):
+        return set()
+    headings = re.findall(r"^#+ +(.+?) *#*$", markdown(path), flags=re.M)
+    plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading) for heading in headings]
+    return {
+        re.sub(r"[^\w\- ]", "", h.replace("`", "")).strip().lower().replace(" ", "-") for h in plain
+    }
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *PAGES], ids=lambda path: path.stem)
+def test_links_resolve_inside_the_repository(path):
+    links = re.findall(r"\]\((?!\w+:)([^)\s]+)", markdown(path))
+    links += re.findall(r"(?:src|href)=\"(?!\w+:)([^\"]+)\"", markdown(path))
+    broken = []
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        inside = target.is_relative_to(ROOT) and target.exists()
+        if not inside or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def test_what_is_linked_to_is_committed():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    known = {Path(name) for name in listed} | {p for name in listed for p in Path(name).parents}
+    for path in (path for path in PAGES if path.relative_to(ROOT) in known):
+        for link in re.findall(r"\]\((?!\w+:)([^)#\s]+)", markdown(path)):
+            assert (path.parent / link).resolve().relative_to(ROOT) in known, f"{path}: {link}"
+
+
+# --- cards ---------------------------------------------------------------------------------------
+
+
+@each
+def test_card_names_its_chapter_and_prerequisites_that_come_before(path):
+    card = read(path).cells[0].source
+    number = path.stem[:2]
+    assert re.search(rf"^\*Chapter {number}\. \S", card, flags=re.M)
+    needs = card.partition("**What you will need.**")[2].partition("\n\n")[0]
+    assert needs.strip()
+    named = set(re.findall(r"\b(\d\d)\b", re.sub(r"\(.*?\)", "", needs)))
+    existing = {chapter.stem[:2] for chapter in CHAPTERS}
+    assert named <= {other for other in existing if other < number}
+    assert named or number == "00"
