@@ -125,8 +125,9 @@ def table(rows):
     """The page's table, in Markdown."""
     lines = ["| chapter | minutes | its card says | recorded |", "|---|---:|---|---|"]
     for row in rows:
-        name, said = row["chapter"], said_by_card(card(row["chapter"]))
-        link = f"[{name[:2]} {name[3:].replace('_', ' ')}](../notebooks/{name}.ipynb)"
+        text = card(row["chapter"])
+        said, title = said_by_card(text), re.search(r"\*Chapter (\d\d)\. (.+?)\.\*", text)
+        link = f"[{title[1]} {title[2]}](../notebooks/{row['chapter']}.ipynb)"
         lines.append(f"| {link} | {minutes(row['seconds'])} | {said} | {row['date']} |")
     total = minutes(sum(int(row["seconds"]) for row in rows))
     conditions = [
