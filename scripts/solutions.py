@@ -21,7 +21,7 @@ from nbformat import v4
 LESSONS = Path(__file__).resolve().parent.parent / "notebooks"
 FOLDER = LESSONS / "solutions"
 CHECK = "vk.exercises.check("
-SHOWING = {"plt", "vk"}  # what a bare call of these does is to show something
+SHOWING = {"plt", "vk"}  # a bare call of these only shows something
 
 
 class Names(ast.NodeVisitor):
@@ -66,8 +66,9 @@ class Names(ast.NodeVisitor):
     visit_Attribute = visit_Subscript
 
     def visit_Expr(self, node):
-        if isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute):
-            self.changed |= {root(node.value.func)} - SHOWING
+        function = getattr(node.value, "func", None)
+        if isinstance(function, ast.Attribute) and not function.attr.startswith("assert"):
+            self.changed |= {root(function)} - SHOWING
         self.generic_visit(node)
 
     def inside(self, body, local=()):
@@ -106,6 +107,12 @@ class Names(ast.NodeVisitor):
     visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp
 
 
+def imported(source):
+    imports = ast.Import, ast.ImportFrom
+    found = (node for node in ast.walk(ast.parse(source)) if isinstance(node, imports))
+    return set().union(*(Names(node).defined for node in found))
+
+
 def arguments(function):
     return [part.arg for part in ast.walk(function.args) if isinstance(part, ast.arg)]
 
@@ -137,6 +144,7 @@ def setting(notebook):
     first = notebook.cells.index(stubs(notebook)[0])
     lesson = [cell.source for cell in notebook.cells[:first] if cell.cell_type == "code"]
     names = Names(ast.parse("\n".join(solved(stub) for stub in stubs(notebook))))
+    modules = set().union(*(imported(source) for source in lesson))
     wanted, known = names.used | names.late, set(dir(builtins))
     while True:
         needed, late, cells = wanted - known, set(), []
@@ -144,6 +152,8 @@ def setting(notebook):
             kept = []
             for statement in reversed(ast.parse(source).body):
                 names = Names(statement)
+                if not kept and isinstance(statement, ast.Expr):
+                    names.changed -= modules  # torch.manual_seed(0) is for what comes after it
                 if needed & (names.defined | names.changed):
                     kept.insert(0, statement)
                     needed = (needed - names.defined) | names.used - known
