@@ -11,6 +11,7 @@ from families import FAMILIES
 
 import vlmkit as vk
 from vlmkit.finetuning import add_adapters
+from vlmkit.finetuning.checkpointing import enable
 from vlmkit.memory import measure_peak, predict
 from vlmkit.memory.demand import demand_of
 from vlmkit.memory.inputs import batch_of
@@ -88,7 +89,7 @@ def a_pass(folder, plan, training, checkpointing, **batch):
         model, **({"language_model": vk.LoRA()} if training == "lora" else training)
     )
     if checkpointing:
-        model.activation_checkpointing_enable()
+        enable(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
 

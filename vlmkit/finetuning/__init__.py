@@ -12,6 +12,7 @@ adapters.py    which modules get adapters, by full name
 collating.py   rows to batches, with the loss on the answers
 settings.py, training.py, trainer.py   the training, on transformers' Trainer
 gradients.py   what is to be trained and gets no gradient, and why
+checkpointing.py   activations computed twice rather than kept, in any transformers
 passes.py      how its passes are computed, and those of the questions in between
 configs.py     the same as a file, for `vlmkit train`
 saving.py      what was trained, to disk and back, and merged into the weights

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from vlmkit.errors import FinetuningError
 from vlmkit.evaluation import COLUMNS, lacking_columns
+from vlmkit.finetuning import checkpointing
 from vlmkit.finetuning.collating import Collator, undecoded
 from vlmkit.finetuning.settings import OPTIMIZERS, Settings
 
@@ -158,8 +159,7 @@ def _arguments(model, folder, settings, evaluates):
         max_grad_norm=settings.clip,
         optim=OPTIMIZERS[settings.optimizer],
         bf16=settings.precision == "bf16",
-        activation_checkpointing=settings.checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
+        **checkpointing.arguments(settings.checkpointing),
         eval_strategy="steps" if every else "no",
         eval_steps=every,
         save_strategy="steps" if save_every else "no",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from vlmkit.anatomy import component_finder, plain_name
 from vlmkit.architectures import LANGUAGE, VISION
-from vlmkit.finetuning import adapted
+from vlmkit.finetuning import adapted, checkpointing
 from vlmkit.loading.quiet import quiet
 from vlmkit.memory.cache import predicted_cache, stretch
 from vlmkit.memory.inputs import batch_of
@@ -101,7 +101,7 @@ def training_step(model, build, layout, demand, how, whole=True):
         upcasts = list(upcast_entries(model, before, component_of))
         model = adapted(model, how.what)
         if how.checkpointing:
-            model.activation_checkpointing_enable()
+            checkpointing.enable(model)
         stage = Stage(model, short)
         inputs = _inputs(stage, demand)
         learnt, peak, left = stage.train(inputs, inputs["input_ids"])
