@@ -7,17 +7,15 @@ with its default settings:
 - blocks of up to 1 MiB are cut from segments of 2 MiB, larger ones from segments of 20 MiB, and
   one of 10 MiB or more gets a segment of its own, a multiple of 2 MiB;
 - of the free blocks that are large enough the smallest is taken; what is left of it stays a block
-  if it is at least 512 bytes, or among the large ones more than 1 MiB.
+  if it is at least 512 bytes, or among the large ones more than 1 MiB;
+- a block that is given back joins free neighbours in its segment.
 
 Segments are what `nvidia-smi` shows (`torch.cuda.memory_reserved`), blocks what PyTorch counts
 (`torch.cuda.memory_allocated`). The context of CUDA itself, some hundred MB, is in neither.
 """
 
 from bisect import bisect_left, insort
-
-from vlmkit.architectures import OTHER
-from vlmkit.errors import SizeError
-from vlmkit.memory.ledger import ACTIVATION, ROUNDING, UNUSED, Entry
+from itertools import count
 
 BLOCK = 512
 SMALL = 2**20
@@ -25,66 +23,81 @@ SMALL_SEGMENT, LARGE_SEGMENT = 2 * 2**20, 20 * 2**20
 OWN_SEGMENT, SEGMENT_STEP = 10 * 2**20, 2 * 2**20
 
 
-def rounded(size):
-    """Bytes of the block that a tensor of `size` bytes gets."""
-    return max(1, -(-size // BLOCK)) * BLOCK
+class Block:
+    """A piece of a segment. size: bytes. small: of which pool. before, after: its neighbours."""
+
+    __slots__ = ("after", "before", "free", "place", "size", "small")
+
+    def __init__(self, size, small, place, before=None, after=None):
+        self.size, self.small, self.place = size, small, place
+        self.before, self.after, self.free = before, after, False
 
 
-class Segments:
-    """Segments of an allocator whose blocks are given out and not taken back, as those of weights.
+class CachingAllocator:
+    """The allocator, without memory behind it.
 
-    reserved, allocated: bytes of all segments, and of the blocks given out.
+    reserved, allocated: bytes of all segments, and of the blocks given out. peak: of the latter.
     """
 
     def __init__(self):
-        self.reserved = self.allocated = 0
-        self._free = {True: [], False: []}  # sizes of free blocks, of the small and the large pool
+        self.reserved = self.allocated = self.peak = 0
+        self._free = {True: [], False: []}  # (size, place, block), of the small and the large pool
+        self._places = count(step=2**50)  # where segments begin: further apart than any is long
 
     def allocate(self, size):
-        """Give out a block for a tensor of `size` bytes. Returns the bytes of the block."""
-        size = rounded(size)
+        """Give out a Block for a tensor of `size` bytes."""
+        size = max(1, -(-size // BLOCK)) * BLOCK
         small = size <= SMALL
         free = self._free[small]
-        place = bisect_left(free, size)
-        found = free.pop(place) if place < len(free) else self._segment(size)
-        rest = found - size
+        place = bisect_left(free, (size,))
+        block = free.pop(place)[2] if place < len(free) else self._segment(size, small)
+        block.free = False
+        rest = block.size - size
         if rest and (small or rest > SMALL):
-            insort(free, rest)
-        else:
-            size = found
-        self.allocated += size
-        return size
+            self._split(block, size)
+        self.allocated += block.size
+        self.peak = max(self.peak, self.allocated)
+        return block
 
-    def _segment(self, size):
-        if size <= SMALL:
+    def release(self, block):
+        """Take back a Block."""
+        self.allocated -= block.size
+        before, after = block.before, block.after
+        if before and before.free:
+            self._withdraw(before)
+            block.place, block.before = before.place, before.before
+            block.size += before.size
+            if block.before:
+                block.before.after = block
+        if after and after.free:
+            self._withdraw(after)
+            block.after = after.after
+            block.size += after.size
+            if block.after:
+                block.after.before = block
+        self._offer(block)
+
+    def _segment(self, size, small):
+        if small:
             segment = SMALL_SEGMENT
         elif size < OWN_SEGMENT:
             segment = LARGE_SEGMENT
         else:
             segment = -(-size // SEGMENT_STEP) * SEGMENT_STEP
         self.reserved += segment
-        return segment
+        return Block(segment, small, next(self._places))
 
+    def _split(self, block, size):
+        rest = Block(block.size - size, block.small, block.place + size, block, block.after)
+        if rest.after:
+            rest.after.before = rest
+        block.size, block.after = size, rest
+        self._offer(rest)
 
-def overhead(allocator, entries):
-    """Entries of what the `allocator`, "cuda", adds to `entries`: the rounding of blocks, by
-    component, and what is reserved and given to nobody.
+    def _offer(self, block):
+        block.free = True
+        insort(self._free[block.small], (block.size, block.place, block))
 
-    Raises SizeError for any other allocator.
-    """
-    if allocator != "cuda":
-        raise SizeError(f"{allocator!r} is not an allocator that vlmkit knows: 'cuda', or None")
-    segments, rounding = Segments(), {}
-    for entry in entries:
-        # Activations are many tensors, whose blocks come and go: their segments are one block here.
-        block = segments.allocate(entry.bytes) if entry.bytes else 0
-        if entry.kind != ACTIVATION:
-            more = rounding.get(entry.component, 0) + block - entry.bytes
-            rounding[entry.component] = more
-    added = sum(rounding.values())
-    unused = segments.reserved - sum(entry.bytes for entry in entries) - added
-    name = "PyTorch's caching allocator"
-    return [
-        *(Entry(name, component, ROUNDING, size) for component, size in rounding.items() if size),
-        Entry(name, OTHER, UNUSED, unused),
-    ]
+    def _withdraw(self, block):
+        free = self._free[block.small]
+        del free[bisect_left(free, (block.size, block.place))]

@@ -1,10 +1,11 @@
-"""bitsandbytes' kernels for the CPU, written out as the tensor operations that they are made of.
+"""bitsandbytes' kernels, written out as the tensor operations that they are made of.
 
 A rehearsal (`vlmkit.memory.shapes`) sees the tensors between operations and not those within one.
 Within these are a whole weight in 16 bits and activations in several formats, and on the way to a
 peak they count, and so do the copies that PyTorch makes where it multiplies numbers of two kinds.
-Each is what bitsandbytes 0.50 does in `backends/default/ops.py`, less the values: no activation is
-taken for an outlier of LLM.int8, which only the values could tell.
+Each is what bitsandbytes 0.50 does in `backends/default/ops.py`, and on a GPU in
+`backends/cuda/ops.py`, less the values: no activation is taken for an outlier of LLM.int8, which
+only the values could tell. (With outliers, their columns of the weight are dequantised as well.)
 """
 
 import torch
@@ -43,8 +44,54 @@ def int8_mixed_scaled_mm(x, x_rows, weight, x_scales, scales, outliers=None, bia
     return y, x.new_empty(0)
 
 
-WRITTEN_OUT = {
-    f"bitsandbytes.{function.__name__}.default": function
-    for function in (gemm_4bit, int8_vectorwise_quant, int8_scaled_mm, int8_mixed_scaled_mm)
+# --- on a GPU -------------------------------------------------------------------------------------
+
+FEW = 4
+"""Rows up to which a GPU multiplies with 4-bit weights as they are. Beyond them it depends on the
+card and the shape, and the whole weight is counted as dequantised."""
+
+
+def gemm_4bit_on_cuda(x, packed, shape, *scales, **more):
+    if x.numel() // x.shape[-1] <= FEW:
+        return x.new_empty(*x.shape[:-1], shape[0])
+    return gemm_4bit(x, packed, shape, *scales, **more)
+
+
+def int8_vectorwise_quant_on_cuda(x, threshold=0.0):
+    scales = x.new_empty(x.shape[0], dtype=torch.float32)
+    rows = torch.empty_like(x, dtype=torch.int8)
+    if not threshold:
+        return rows, scales, None
+    outliers = x.abs() >= threshold  # both are there until the function ends
+    return rows, scales, outliers.new_empty(0, dtype=torch.int64)
+
+
+def int8_scaled_mm_on_cuda(x, weight, x_scales, scales, bias=None, dtype=None):
+    """int8 products in int32, then scaled to float16, which is what the kernel can write."""
+    products = torch._int_mm(x, weight.t())
+    y = torch.empty_like(products, dtype=torch.float16)
+    if bias is not None:
+        y += bias
+    return y.to(dtype or torch.float16)
+
+
+def int8_mixed_scaled_mm_on_cuda(x, x_rows, weight, x_scales, scales, outliers=None, bias=None):
+    y = int8_scaled_mm_on_cuda(x_rows, weight, x_scales, scales, bias, x.dtype)
+    return y, x.new_empty(0)
+
+
+def _by_operator(*functions):
+    names = (function.__name__.removesuffix("_on_cuda") for function in functions)
+    return {f"bitsandbytes.{n}.default": f for n, f in zip(names, functions, strict=True)}
+
+
+KERNELS = {
+    None: _by_operator(gemm_4bit, int8_vectorwise_quant, int8_scaled_mm, int8_mixed_scaled_mm),
+    "cuda": _by_operator(
+        gemm_4bit_on_cuda,
+        int8_vectorwise_quant_on_cuda,
+        int8_scaled_mm_on_cuda,
+        int8_mixed_scaled_mm_on_cuda,
+    ),
 }
-"""Name of the operator -> the function to run in its place."""
+"""Device -> name of the operator -> the function to run in its place."""

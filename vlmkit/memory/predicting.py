@@ -10,9 +10,9 @@ from vlmkit.errors import FinetuningError
 from vlmkit.finetuning import parse
 from vlmkit.finetuning.settings import check_optimizer
 from vlmkit.formats import torch_dtype
-from vlmkit.memory.allocator import overhead
 from vlmkit.memory.demand import demand_of, smallest
 from vlmkit.memory.ledger import Ledger
+from vlmkit.memory.on_cuda import overhead
 from vlmkit.memory.processors import settings_of
 from vlmkit.memory.visual_tokens import picture
 from vlmkit.memory.weights import predicted_weights
@@ -61,7 +61,8 @@ def predict(
     optimizer: "adamw", "adamw_8bit", "paged_adamw" or "paged_adamw_8bit".
     prepare_kbit: whether `peft.prepare_model_for_kbit_training` makes float32 of what is not
         quantised.
-    allocator: "cuda" adds what PyTorch's caching allocator rounds up to and cannot hand out.
+    allocator: "cuda" for a GPU: what bitsandbytes' kernels need there, and what PyTorch's caching
+        allocator rounds up to and cannot hand out. Otherwise all is as on a CPU.
 
     Keys and values, adapters, gradients and optimizer states are to the byte too. Activations are
     bounded: what the pass needs at its peak beyond all other entries. Where gradients are not there
@@ -84,22 +85,24 @@ def predict(
             return on_meta(config, torch_dtype(layout.load_dtype), trust_remote_code)
 
         model = build()
-        entries, notes = list(predicted_weights(model, layout)), list(demand.notes)
-        more = (), ()
+        weights, notes = list(predicted_weights(model, layout)), list(demand.notes)
+        more = [], []
         if training is not None:
             from vlmkit.memory.steps import Training, training_step
 
             how = Training(training, checkpointing, optimizer, prepare_kbit)
             seen = demand or smallest(config, folder)
-            more = training_step(model, build, layout, seen, how, whole=bool(demand))
+            more = training_step(
+                model, build, layout, seen, how, whole=bool(demand), device=allocator
+            )
         elif demand:
             from vlmkit.memory.steps import prompt
 
-            more = prompt(model, layout, demand)
-        entries += more[0]
-        notes += more[1]
+            more = prompt(model, layout, demand, device=allocator)
+    entries = weights + more[0]
     if allocator is not None:
-        entries += overhead(allocator, entries)
+        entries += overhead(allocator, layout, weights, more[0])
+    notes += more[1]
     return Ledger(f"predicted for {type(model).__name__}", tuple(entries), tuple(notes))
 
 

@@ -20,12 +20,13 @@ class Stage:
     """A model that has no data, and a rehearsal to run it in.
 
     model: on the meta device, as `vlmkit.memory.shadow` makes it. short: whether layers that are
-        like one another are run once.
+        like one another are run once. device: "cuda" where bitsandbytes' kernels are to be those
+        for a GPU; None for a CPU's.
     """
 
-    def __init__(self, model, short=True):
+    def __init__(self, model, short=True, device=None):
         self.model = model
-        self.rehearsal = Rehearsal()
+        self.rehearsal = Rehearsal(device)
         self.short = Shortened(self.rehearsal, model) if short else None
         self.rehearsal.watch(model)
         if not short:

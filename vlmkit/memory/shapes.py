@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from vlmkit.anatomy import component_finder
-from vlmkit.memory.kernels import WRITTEN_OUT
+from vlmkit.memory.kernels import KERNELS
 
 aten = torch.ops.aten
 INDEXING = (
@@ -51,12 +51,15 @@ shape even where it could be computed."""
 class Rehearsal(TorchDispatchMode):
     """The mode in which a model runs without data.
 
+    device: "cuda" for bitsandbytes' kernels on a GPU, None for those on a CPU.
+
     live, peak: bytes now and at most, of all storages made in this mode.
     by_component: {component: bytes} at that peak. See `watch`.
     """
 
-    def __init__(self):
+    def __init__(self, device=None):
         super().__init__()
+        self.kernels = KERNELS[device]
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live = self.peak = 0
         self.parts, self.by_component = {}, {}
@@ -142,7 +145,7 @@ class Rehearsal(TorchDispatchMode):
         return result
 
     def _run(self, function, args, kwargs):
-        written_out = WRITTEN_OUT.get(str(function))
+        written_out = self.kernels.get(str(function))
         if written_out:
             with self:
                 return written_out(*args, **kwargs)

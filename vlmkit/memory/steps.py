@@ -47,9 +47,9 @@ class Passes:
     decode: dict
 
 
-def rehearsed(model, layout, demand):
-    """The Passes of a prompt. model: on the meta device, to be used up."""
-    stage = Stage(shadow(model, layout))
+def rehearsed(model, layout, demand, device=None):
+    """The Passes of a prompt. model: on the meta device, to be used up. device: see `Stage`."""
+    stage = Stage(shadow(model, layout), device=device)
     inputs = _inputs(stage, demand)
     cache, prefill = stage.prefill(inputs)
     places = stage.places
@@ -63,13 +63,13 @@ def rehearsed(model, layout, demand):
 
 
 @quiet()
-def prompt(model, layout, demand):
+def prompt(model, layout, demand, device=None):
     """(entries, notes) of a prompt, and of the tokens that follow it: inputs, keys and values, and
     activations.
 
-    model: on the meta device, to be used up.
+    model: on the meta device, to be used up. device: see `Stage`.
     """
-    passes = rehearsed(model, layout, demand)
+    passes = rehearsed(model, layout, demand, device)
     total = sum(entry.bytes for entry in passes.cache)
     beside = {}
     for entry in passes.cache:
@@ -85,11 +85,12 @@ def prompt(model, layout, demand):
 
 
 @quiet()
-def training_step(model, build, layout, demand, how, whole=True):
+def training_step(model, build, layout, demand, how, whole=True, device=None):
     """(entries, notes) of a training step: adapters, upcasts, gradients and optimizer states and,
     if `whole`, its inputs and activations.
 
     model: on the meta device, to be used up. build: a function that makes another like it.
+    device: see `Stage`.
     """
     notes = []
     for short in (True, False):
@@ -102,7 +103,7 @@ def training_step(model, build, layout, demand, how, whole=True):
         model = adapted(model, how.what)
         if how.checkpointing:
             checkpointing.enable(model)
-        stage = Stage(model, short)
+        stage = Stage(model, short, device)
         inputs = _inputs(stage, demand)
         learnt, peak, left = stage.train(inputs, inputs["input_ids"])
         if stage.complete:
