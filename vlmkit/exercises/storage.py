@@ -36,7 +36,11 @@ def promised(answer, name, budget):
 
     now = predict(name, plan(answer))
     kinds = now.by_kind
-    wide = (kinds.get("head", 0) + kinds.get("embedding", 0)) / 1e9
+    wide = sum(
+        entry.bytes / 1e9
+        for entry in now.entries
+        if entry.component == "language_model" and entry.kind in ("head", "embedding")
+    )
     rest = (
         "There are formats with fewer bits of scales."
         if kinds.get("quantisation state", 0) > 2e8
