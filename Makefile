@@ -20,7 +20,7 @@ nbval := --nbval --nbval-current-env --nbval-cell-timeout=600 notebooks
 as_root := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab site times browser test test-all lint format benchmark-pebble benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity benchmark-damage benchmark-budgets benchmark-finetuning benchmark-domains benchmark-stages solutions clean
+.PHONY: help setup lab site times browser test test-all test-oldest test-newest lint format benchmark-pebble benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity benchmark-damage benchmark-budgets benchmark-finetuning benchmark-domains benchmark-stages benchmark-class solutions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-22s %s\n", $$1, $$2}'
@@ -51,6 +51,12 @@ test: lint ## check style, run the tests, run every notebook and compare its out
 test-all: lint browser ## the same, with the slow tests
 	$(pytest)
 	$(pytest) $(nbval)
+
+test-oldest: setup ## run the tests of what vlmkit builds on with the oldest versions supported
+	@TORCH_INDEX="$(TORCH_INDEX)" PYTEST_ARGS="$(PYTEST_ARGS)" sh scripts/test_versions.sh oldest
+
+test-newest: setup ## the same with the newest versions that there are
+	@TORCH_INDEX="$(TORCH_INDEX)" PYTEST_ARGS="$(PYTEST_ARGS)" sh scripts/test_versions.sh newest
 
 lint: setup ## check the style of code and notebooks
 	$(python) -m ruff check .
@@ -93,6 +99,9 @@ benchmark-finetuning: setup ## steps a second of training, against a bare loop a
 solutions: setup ## make notebooks/solutions/ from the lessons, and run them
 	$(quietly) $(python) scripts/solutions.py
 
+benchmark-class: setup ## memory and time of chapters, for a class on one machine
+	$(quietly) $(python) benchmarks/class.py $(BENCHMARK_ARGS)
+
 clean: ## remove .venv, caches and builds; the next call makes them again
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} + -o -name .ipynb_checkpoints -prune -exec rm -rf {} +

@@ -39,24 +39,24 @@ TESTED = {
 
 OLDEST = {
     "torch": "2.13",
-    "transformers": "5.23",
-    "bitsandbytes": "0.50.2",
-    "accelerate": "1.15",
-    "peft": "0.21.2",
-    "datasets": "5.2",
+    "transformers": "5.21",
+    "bitsandbytes": "0.50",
+    "accelerate": "1.12",
+    "peft": "0.19",
+    "datasets": "4.0",
     "safetensors": "0.8",
-    "tqdm": "4.70",
-    "numpy": "2.4",
-    "pandas": "3.1",
-    "scipy": "1.17",
-    "rapidfuzz": "3.14.6",
-    "pillow": "13.0",
-    "matplotlib": "3.11",
-    "typer": "0.29.2",
-    "pyyaml": "6.0.3",
+    "tqdm": "4.67.1",
+    "numpy": "2.0.2",
+    "pandas": "2.2.3",
+    "scipy": "1.15.3",
+    "rapidfuzz": "3.13",
+    "pillow": "11.3",
+    "matplotlib": "3.10",
+    "typer": "0.20",
+    "pyyaml": "6.0.2",
 }
 """The oldest versions that were tried: the lower bounds of `pyproject.toml`. They are written out
-here because the installed package's own metadata may be missing, or of an earlier set-up."""
+here, because the installed package's own metadata may be missing, or of an earlier set-up."""
 
 OLDEST_PYTHON = (3, 11)
 GIGABYTE = 10**9
