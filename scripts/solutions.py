@@ -132,11 +132,11 @@ def stubs(notebook):
 
 
 def solved(stub):
-    """The stub's source with the solution in place of `name = None`."""
-    code, call = stub.metadata["solution"]["code"], stub.source[stub.source.index(CHECK) :]
+    """The stub's source with the solution in place of its first line, `name = None`."""
+    code, (_, _, rest) = stub.metadata["solution"]["code"], stub.source.partition("\n")
     last = ast.parse(code).body[-1]
     gap = "\n\n\n" if isinstance(last, ast.FunctionDef | ast.ClassDef) else "\n"
-    return code + gap + call
+    return code + gap + rest
 
 
 def setting(notebook):

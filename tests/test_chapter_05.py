@@ -13,7 +13,6 @@ import pytest
 from chapters import sources
 
 import vlmkit as vk
-from vlmkit.formats import rounding
 from vlmkit.sensitivity import paired_interval
 
 BENCHMARK = Path(__file__).resolve().parent.parent / "benchmarks" / "damage.py"
@@ -258,25 +257,6 @@ def test_what_is_said_of_the_live_figures_is_so(notebook, said):
     assert "The vision encoder also breaks where all tokens share a step" in said
     assert 100 * found["difference"][f"{VISION}, outliers", "int8-act-tensor"] < -10
     assert chance[f"{VISION}, outliers", "int8-act-token"]
-
-
-def test_solutions_of_the_exercises(notebook, said):
-    my_format = said.partition("double quantisation pays for them: `")[2].partition("`")[0]
-    my_number = int(said.partition("(1.96 / 0.005)² = ")[2].partition(".")[0].replace(",", ""))
-    assert rounding(my_format).effective_bits((64, 128)) < 3.5
-    check = cell(notebook, "my_number = ").partition("\n")[2]
-    exec(check, {"vk": vk, "my_number": my_number})
-    with pytest.raises(AssertionError, match="points"):
-        exec(check, {"vk": vk, "my_number": my_number // 2})
-    model, processor = vk.load("pebble", "bf16")
-    scope = {"vk": vk, "model": model, "processor": processor}
-    scope["few"] = vk.tasks.dataset("all", n=240, seed=5)
-    check = cell(notebook, "my_format = ").partition("\n")[2]
-    exec(check, scope | {"my_format": my_format})
-    with pytest.raises(AssertionError, match="nats"):
-        exec(check, scope | {"my_format": "int2-asym"})
-    with pytest.raises(AssertionError, match="bits"):
-        exec(check, scope | {"my_format": "int4"})
 
 
 def test_the_benchmark_counts_answers_as_a_sweep_does(benchmark, tmp_path, monkeypatch):

@@ -54,9 +54,9 @@ def how_many(answer, half, changed):
 
 
 @exercise("fewer bits")
-def fewer_bits(answer, model, processor, questions, scope, rival):
+def fewer_bits(answer, asked, scope, rival):
     """A format for `scope` that takes no more bits than `rival` and has less than half of its
-    divergence on the questions."""
+    divergence; asked: (model, processor, questions)."""
     from vlmkit.errors import VlmkitError
     from vlmkit.sensitivity import Swap, sweep
 
@@ -64,19 +64,17 @@ def fewer_bits(answer, model, processor, questions, scope, rival):
         isinstance(answer, str), f"what is asked for is a format's name; this is {kind(answer)}."
     )
     try:
-        swap = Swap(model, scope, answer)
+        swap = Swap(asked[0], scope, answer)
     except VlmkitError as error:
         require(False, f"{answer!r} is no format that weights are rounded to ({told(error)}).")
-    limit, bits = Swap(model, scope, rival).effective_bits, swap.effective_bits
+    limit, bits = Swap(asked[0], scope, rival).effective_bits, swap.effective_bits
     require(not swap.format.activations, "this rounds activations; the weights keep their bits.")
     require(
         bits <= limit,
         f"{bits:.2f} bits, and {limit:.2f} are there. Each step costs 32 bits for its group; "
         "double quantisation (-dq) makes that 8.",
     )
-    theirs, mine = sweep(model, processor, questions, [rival, answer], [scope], progress=False)[
-        "kl"
-    ]
+    theirs, mine = sweep(*asked, [rival, answer], [scope], progress=False)["kl"]
     why = ""
     if swap.format.bits < int(rival[3]):
         why = f" {swap.format.bits} bits leave four values at most, however the rest is spent."
@@ -92,13 +90,13 @@ def fewer_bits(answer, model, processor, questions, scope, rival):
 
 
 @exercise("plan by hand")
-def plan_by_hand(answer, model, processor, questions, formats, rival):
+def plan_by_hand(answer, asked, formats, rival):
     """{layer: format} of the layers that are not in `rival`, for no more bytes than `rival` takes
-    for all, and less than half of its divergence."""
+    for all, and less than half of its divergence; asked: (model, processor, questions)."""
     from vlmkit.planner import Planner
 
     require(isinstance(answer, dict), f"what is asked for is a dict; this is {kind(answer)}.")
-    found = Planner(model, processor, questions, formats=formats, by="layer", progress=False)
+    found = Planner(*asked, formats=formats, by="layer", progress=False)
     uniform = found.parts.uniform()[rival]
     layers = [scope for scope, format in uniform.items() if format == rival]
     strange = [str(layer) for layer in answer if layer not in layers]
@@ -118,13 +116,14 @@ def plan_by_hand(answer, model, processor, questions, formats, rival):
 
 
 @exercise("make up for it")
-def make_up(answer, chances, original, format):
-    """A second weight for the net whose `original` pair is rounded, that loses less than half."""
+def make_up(answer, net, format):
+    """A second weight that loses less than half, once both are rounded; net: (chances, original), a
+    function of both weights and a factor, and these weights."""
     import torch
 
     from vlmkit.formats import rounding
 
-    first, second = original
+    chances, (first, second) = net
     shape = tuple(second.shape)
     require(isinstance(answer, torch.Tensor), f"a tensor is asked for; this is {kind(answer)}.")
     require(answer.shape != second.T.shape, f"this is transposed; the shape should be {shape}.")
