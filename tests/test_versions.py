@@ -113,8 +113,7 @@ def test_a_quantiser_has_the_parts_that_a_mixed_plan_hands_on():
         assert quantiser.param_needs_quantization and quantiser.get_quantize_ops
         assert quantiser.quantized_element_size <= 1 and quantiser._dequantize
         assert "deserialize" in quantiser.get_load_operations()
-        if environment._release(environment.metadata.version("transformers")) >= (5, 23):
-            assert quantiser.serialized_names["weight"]
+        assert quantiser.serialized_names["weight"]
 
 
 # --- transformers ---------------------------------------------------------------------------------
