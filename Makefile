@@ -20,7 +20,7 @@ nbval := --nbval --nbval-current-env --nbval-cell-timeout=600 notebooks
 as_root := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab site times browser test test-all test-oldest test-newest lint format benchmark-pebble benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity benchmark-damage benchmark-budgets benchmark-finetuning benchmark-domains benchmark-stages benchmark-class solutions clean
+.PHONY: help setup lab site times browser test test-all test-oldest test-newest lint format benchmark-pebble benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity benchmark-damage benchmark-budgets benchmark-finetuning benchmark-domains benchmark-stages benchmark-gpu benchmark-class solutions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-22s %s\n", $$1, $$2}'
@@ -92,6 +92,9 @@ benchmark-domains: setup ## record for chapter 07 which component learns a new d
 
 benchmark-stages: setup ## train chapter 09's recipes, each with a stage left out or changed
 	$(quietly) $(python) benchmarks/stages.py $(BENCHMARK_ARGS)
+
+benchmark-gpu: setup ## hold predictions against an NVIDIA GPU, at full size; some minutes, 25 GB of disk
+	$(quietly) $(python) benchmarks/gpu.py $(BENCHMARK_ARGS)
 
 benchmark-finetuning: setup ## steps a second of training, against a bare loop and an untuned Trainer
 	$(quietly) $(python) benchmarks/finetuning.py $(BENCHMARK_ARGS)

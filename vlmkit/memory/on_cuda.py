@@ -20,17 +20,19 @@ CODE, NESTED_CODE, FLOAT = 16 * 4, 256 * 4, 4
 """Bytes of the tables of 16 and of 256 values, and of a float32."""
 
 
-def overhead(allocator, layout, weights, more=()):
-    """Entries of what the `allocator`, "cuda", adds: the rounding of blocks, by component, and what
-    is reserved and given to nobody.
+def check_allocator(name):
+    """Raises SizeError for an allocator other than "cuda" or None."""
+    if name not in ("cuda", None):
+        raise SizeError(f"{name!r} is not an allocator that vlmkit knows: 'cuda', or None")
+
+
+def overhead(layout, weights, more=()):
+    """Entries of what the allocator adds: the rounding of blocks, by component, and what is
+    reserved and given to nobody.
 
     layout: of the model that is loaded. weights: entries of what it then holds. more: entries of
         what comes on top when it runs or is trained.
-
-    Raises SizeError for any other allocator.
     """
-    if allocator != "cuda":
-        raise SizeError(f"{allocator!r} is not an allocator that vlmkit knows: 'cuda', or None")
     cuda = CachingAllocator()
     given = loaded(cuda, layout)
     buffers = [entry for entry in weights if entry.kind == BUFFER]

@@ -12,7 +12,7 @@ from vlmkit.finetuning.settings import check_optimizer
 from vlmkit.formats import torch_dtype
 from vlmkit.memory.demand import demand_of, smallest
 from vlmkit.memory.ledger import Ledger
-from vlmkit.memory.on_cuda import overhead
+from vlmkit.memory.on_cuda import check_allocator, overhead
 from vlmkit.memory.processors import settings_of
 from vlmkit.memory.visual_tokens import picture
 from vlmkit.memory.weights import predicted_weights
@@ -73,6 +73,7 @@ def predict(
     """
     _require_sense(training, new_tokens, checkpointing, prepare_kbit)
     check_optimizer(optimizer)
+    check_allocator(allocator)
     with _uncollected():
         config, layout = planned(
             x, plan, loadable=False, revision=revision, trust_remote_code=trust_remote_code
@@ -101,7 +102,7 @@ def predict(
             more = prompt(model, layout, demand, device=allocator)
     entries = weights + more[0]
     if allocator is not None:
-        entries += overhead(allocator, layout, weights, more[0])
+        entries += overhead(layout, weights, more[0])
     notes += more[1]
     return Ledger(f"predicted for {type(model).__name__}", tuple(entries), tuple(notes))
 

@@ -1,0 +1,76 @@
+"""benchmarks/gpu.py runs from end to end where there is no GPU, on tiny models of two families."""
+
+import copy
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from families import _FAMILIES
+from transformers import CONFIG_MAPPING
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in ("gpu_setups", "finetuning"):  # of that folder, whatever else has such a name
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return runpy.run_path(str(BENCHMARKS / "gpu.py"))
+
+
+def config(name):
+    """The family's tiny config, with room for a tokenizer of bytes and some pictures."""
+    family = _FAMILIES[name]
+    fields = copy.deepcopy(family.config)
+    fields["text_config"] |= {"max_position_embeddings": 1024, "vocab_size": 300}
+    return CONFIG_MAPPING[family.model_type](**fields)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_script_on_a_cpu(benchmark, tmp_path):
+    configs = {name: config(name) for name in ("idefics3", "mllama")}
+    output = tmp_path / "results" / "tiny.json"
+    benchmark["run"](configs, "cpu", output, tmp_path, trained=["mllama"], pictures=(2,), steps=4)
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert "failures" not in found
+    assert {(r["model"], r["plan"]) for r in found["loads"]} == {
+        (name, plan) for name in configs for plan in benchmark["FORMATS"]
+    }
+    for row in found["loads"]:
+        assert row["predicted"] == row["measured"] and row["allocated"] is None
+        assert row["predicted_allocated"] > row["predicted"]
+    for row in found["passes"]:
+        assert row["predicted_cache"] == row["cache"] < row["prefill"]
+    assert [row["checkpointing"] for row in found["steps"]] == [False, True]
+    ways = [row["way"] for row in found["trainings"]]
+    assert ways == 2 * ["ours", "usual", "usual", "ours"]
+    assert len({row["trained"] for row in found["trainings"]}) == 1
+    losses = [row["loss"] for row in found["trainings"]]
+    assert max(losses) - min(losses) < 0.05
+    for row in found["quantiser"]:
+        assert row["codes_that_differ"] == row["codes_that_differ_from_vlmkits"] == 0
+        assert row["products_from_exact"] == pytest.approx(row["weights_from_exact"], rel=0.1)
+    text = benchmark["report"](found)
+    assert "| mllama, nf4, 2, 1 | cache |" in text and "+0.000%" in text
+
+
+def test_a_failure_is_kept_and_stops_nothing(benchmark, tmp_path, monkeypatch):
+    results = benchmark["Results"](tmp_path / "results.json")
+    with results.attempt("what cannot be"):
+        raise RuntimeError("out of memory")
+    results.add("loads", model="next")
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert found["failures"] == [{"what": "what cannot be", "error": "RuntimeError: out of memory"}]
+    assert found["loads"] == [{"model": "next"}]
+
+
+def test_without_a_gpu_it_says_so(benchmark, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        benchmark["main"](["--device", "cuda"])
+    assert stopped.value.code == 2 and "no CUDA GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        benchmark["main"](["--device", "cpu", "--models", "GPT-7"])
+    assert "SmolVLM" in capsys.readouterr().err
