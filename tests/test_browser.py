@@ -1,0 +1,243 @@
+"""In a real browser, headless: the course in JupyterLab, and the site.
+
+`make test-all` installs what this needs first (`make browser`). Where it is missing after all, that
+is a failure and not a skip: nobody else would look.
+"""
+
+import functools
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import nbformat
+import pytest
+from building import ROOT, site
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import chromium  # noqa: E402
+
+pytestmark = pytest.mark.slow
+NEWS = "@jupyterlab/apputils-extension:announcements"  # which would ask the network
+EXPLORER = 'import vlmkit as vk\n\nvk.explorer.memory("Qwen/Qwen2.5-VL-7B-Instruct")'
+
+
+@pytest.fixture(scope="module")
+def browser():
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        pytest.fail("playwright is not installed: make browser")
+    path = chromium.find()
+    if not path:
+        pytest.fail(chromium.MISSING)
+    root = hasattr(os, "getuid") and os.getuid() == 0  # whom Chromium gives no sandbox
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox"] if root else []
+        )
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def tab(browser):
+    """A page that notes in `tab.elsewhere` what it asks of other machines."""
+    opened = browser.new_page(viewport={"width": 1280, "height": 900})
+    opened.elsewhere = []
+    here = ("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:")
+    opened.on(
+        "request", lambda r: None if r.url.startswith(here) else opened.elsewhere.append(r.url)
+    )
+    opened.set_default_timeout(60_000)
+    yield opened
+    opened.close()
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+# --- JupyterLab ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """(folder, address of a notebook in it) of a JupyterLab on a copy of the notebooks."""
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    scratch = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(EXPLORER)])
+    scratch.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(scratch, folder / "scratch.ipynb")
+    (folder / "CONFIG" / "labconfig").mkdir(parents=True)
+    without = json.dumps({"disabledExtensions": {NEWS: True}})
+    (folder / "CONFIG" / "labconfig" / "page_config.json").write_text(without)
+    port, token = free_port(), secrets.token_hex(16)
+    own = {f"JUPYTER_{kind}_DIR": str(folder / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    environment = {**os.environ, **own, "HF_HUB_OFFLINE": "1"}
+    for name in ("VLMKIT_MODEL", "VLMKIT_CACHE", "MPLBACKEND"):
+        environment.pop(name, None)
+    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
+    options += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]
+    options += [f"--LabApp.{kind}_dir={folder / kind}" for kind in ("user_settings", "workspaces")]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(lambda: answers(f"{address}/api?token={token}"), 60, folder / "log")
+        yield folder, lambda name: f"{address}/lab/tree/{name}?token={token}&reset"
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def answers(address):
+    try:
+        return urllib.request.urlopen(address, timeout=5).status == 200
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def wait_for(condition, seconds, log=None):
+    end = time.monotonic() + seconds
+    while not condition():
+        said = log.read_text(encoding="utf-8")[-2000:] if log else ""
+        assert time.monotonic() < end, f"not within {seconds} seconds. {said}"
+        time.sleep(0.5)
+
+
+def run_all(tab, seconds):
+    """As a reader does it: by the menu, once the kernel is there; and saved when it is done."""
+    indicator = ".jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status='{}']"
+    tab.locator("#jp-main-statusbar", has_text="| Idle").wait_for()
+    tab.get_by_role("menuitem", name="Run", exact=True).click()
+    tab.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    tab.locator(indicator.format("busy")).wait_for(state="attached")
+    tab.locator(indicator.format("idle")).wait_for(state="attached", timeout=1000 * seconds)
+    tab.keyboard.press("Control+s")
+
+
+def test_chapter_00_runs_to_its_end_in_jupyterlab(tab, lab):
+    folder, address = lab
+    path = folder / "notebooks" / "00_start_here.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(notebook, path)
+
+    tab.goto(address("notebooks/00_start_here.ipynb"))
+    run_all(tab, seconds=300)
+    wait_for(lambda: code_of(path)[-1].execution_count, 20)
+    cells = code_of(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    kinds = {output.output_type for cell in cells for output in cell.outputs}
+    assert "error" not in kinds and "display_data" in kinds
+    assert tab.elsewhere == []
+
+
+def code_of(path):
+    cells = nbformat.read(path, as_version=4).cells
+    return [cell for cell in cells if cell.cell_type == "code"]
+
+
+def test_slider_of_the_memory_explorer_changes_the_figure(tab, lab):
+    _, address = lab
+    tab.goto(address("scratch.ipynb"))
+    run_all(tab, seconds=120)
+    figure = tab.locator(".jp-OutputArea-output .widget-html img")
+    figure.wait_for()
+    before, said = figure.get_attribute("src"), figure.get_attribute("alt")
+    assert "kv cache" not in said
+    tokens = tab.locator(".widget-slider", has_text="tokens of text")
+    handle, track = tokens.locator(".noUi-handle").bounding_box(), tokens.bounding_box()
+    x, y = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2
+    tab.mouse.move(x, y)
+    tab.mouse.down()
+    tab.mouse.move(track["x"] + 0.7 * track["width"], y, steps=5)
+    tab.mouse.up()
+    tab.wait_for_function(
+        "before => document.querySelector('.widget-html img').src != before", arg=before
+    )
+    assert "kv cache" in figure.get_attribute("alt")
+    assert figure.evaluate("image => image.complete && image.naturalWidth > 0")
+
+
+# --- the site ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def served():
+    """The address of the built site."""
+    pages, built = site()
+    assert built.returncode == 0, built.stderr
+    handler = functools.partial(Quietly, directory=str(pages))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class Quietly(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def test_search_finds_a_term_and_its_hit_opens(tab, served):
+    tab.goto(f"{served}/index.html")
+    tab.wait_for_url("**/docs/index.html")
+    tab.get_by_placeholder("Search").fill("checkpointing")
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector("#search-results ul.search li a")
+    hits = tab.locator("#search-results ul.search li a")
+    titles = hits.all_inner_texts()
+    assert any("Account for every byte" in title for title in titles), titles
+    hits.filter(has_text="Account for every byte").first.click()
+    tab.wait_for_url("**/notebooks/04_memory.html*")
+    assert "checkpointing" in tab.locator("article").inner_text()
+    assert tab.elsewhere == []
+
+
+def test_figure_leads_into_the_course_and_its_pictures_load(tab, served):
+    tab.goto(f"{served}/docs/index.html")
+    tab.locator("article a.image-reference, article a:has(img)").first.click()
+    tab.wait_for_url("**/notebooks/00_start_here.html")
+    figures = tab.locator("div.cell_output img")
+    assert figures.count() >= 3
+    for number in range(figures.count()):
+        figures.nth(number).scroll_into_view_if_needed()
+        assert figures.nth(number).evaluate(
+            "image => image.decode().then(() => image.naturalWidth)"
+        )
+    source = figures.first.evaluate("image => image.src")
+    opened = tab.goto(source)
+    assert opened.status == 200 and opened.headers["content-type"] == "image/png"
+    assert tab.elsewhere == []
+
+
+def test_term_in_a_chapter_leads_to_its_definition(tab, served):
+    tab.goto(f"{served}/notebooks/04_memory.html")
+    tab.locator("a.glossary", has_text="gradient checkpointing").click()
+    tab.wait_for_url("**/docs/glossary.html#term-gradient-checkpointing")
+    assert tab.locator("#term-gradient-checkpointing").is_visible()
+    assert tab.elsewhere == []
