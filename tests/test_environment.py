@@ -1,5 +1,6 @@
 """vlmkit/environment/: what is missing is said in words, and nothing that is missing stops it."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from vlmkit import environment
 from vlmkit.environment import FINE, MISSING, NOTE, OLDEST, TESTED, check
@@ -42,6 +44,16 @@ def test_knows_the_packages_of_pyproject_and_the_versions_of_constraints():
     assert bounds == {name: f">={version}" for name, version in OLDEST.items()}
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert {f"{name}=={version}" for name, version in TESTED.items()} <= set(pins)
+
+
+def test_the_page_on_running_says_the_same_of_versions():
+    page = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
+    assert {row[0] for row in rows} == {"transformers", "peft", "bitsandbytes", "torch"}
+    for name, oldest, tested, newest in rows:
+        assert Version(oldest) == Version(OLDEST[name])
+        assert tested == TESTED[name]
+        assert Version(oldest) <= Version(tested) <= Version(newest)
 
 
 def test_tested_versions_are_fine_whatever_the_build(versions):

@@ -16,6 +16,8 @@ from importlib import metadata
 
 from vlmkit.environment import limits
 
+__all__ = ["FINE", "MISSING", "NOTE", "OLDEST", "TESTED", "Environment", "Finding", "check"]
+
 TESTED = {
     "torch": "2.13.0",
     "transformers": "5.23.0",
