@@ -6,8 +6,7 @@ of its own outputs is held against them here.
 
 import chapters
 import pytest
-import torch
-from chapters import shown, sources
+from chapters import shown
 
 import vlmkit as vk
 
@@ -114,21 +113,3 @@ def test_what_is_said_of_more_than_in_training_is_so(notebook, said):
     assert "makes up an answer three times in four, about a sign where there is none nine" in said
     assert all(n == pytest.approx(77, abs=5) for name, n in made_up.items() if "chart q" in name)
     assert all(n == pytest.approx(93, abs=5) for name, n in made_up.items() if "ocr q" in name)
-
-
-def test_the_solutions_pass_the_checks(notebook, said, one_thread):
-    scope = {}
-    with torch.enable_grad():  # which the chapter switches off, and leaving this puts back
-        for start in ("from time import", "few, rows = ", "def share(rows)"):
-            exec(cell(notebook, start).source.partition("looks = ")[0], scope)
-    source = cell(notebook, "my_mirrored = ").source.partition("\n")[2]
-    solution = said.partition("`lambda rows: ")[2].partition("]`")[0]
-    exec(source, scope | {"my_mirrored": eval(f"lambda rows: {solution}]", scope)})
-    with pytest.raises(AssertionError):
-        exec(source, scope | {"my_mirrored": lambda rows: rows})
-    scope["trials"] = {"film backwards": [scope["share"](scope["clips"])]}
-    source = cell(notebook, "my_order = ").source.partition("\n")[2]
-    exec(source, scope | {"my_order": [0, 0, 3, 3]})
-    with pytest.raises(AssertionError, match="two different"):
-        exec(source, scope | {"my_order": [0, 1, 2]})
-    assert len(sources(notebook, "code")) > 10

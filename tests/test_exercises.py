@@ -11,9 +11,11 @@ import os
 import runpy
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from chapters import FOLDER
+from PIL import Image
 
 import vlmkit as vk
 from vlmkit.exercises import EXERCISES, verdict
@@ -121,6 +123,27 @@ MISTAKES = {
         "second[:3]": "the shape should be (64, 128)",
         "second * float('nan')": "not finite",
     },
+    "what fits": {
+        "1148": "A side is rounded to whole tokens",
+        "1743": "MB, and 100 are there",
+        "1162": "101.2 MB",
+    },
+    "mirrored films": {
+        "lambda rows: rows": "the pictures are as before",
+        "lambda rows: flipped(rows, np.s_[:, :, ::-1])": "answers should be, but are not",
+        "lambda rows: flipped(rows, np.s_[:, ::-1])": "top to bottom",
+        "lambda rows: vk.controls.arranged(rows, [3, 2, 1, 0])": "a film backwards",
+        "lambda rows: rows[:3]": "and 3 come out",
+        "lambda rows: rows[0]['pictures']": "your function stops with KeyError",
+        "lambda rows: [r | {'answer': 'up'} for r in flipped(rows, np.s_[:, :, ::-1])]": "me up",
+    },
+    "two frames": {
+        "[0, 3]": "has 2 pictures, and it has learnt films of four",
+        "[3, 3, 0, 0]": "runs backwards",
+        "[0, 1, 2]": "these are 3",
+        "[0, 0, 1, 1]": "farther apart",
+        "[0, 4]": "the frames 0 to 3",
+    },
     "equal cost": {
         "8": "at equal ranks",
         "3": "upside down",
@@ -147,6 +170,12 @@ class Pooled(torch.nn.Module):
         return self.proj(self.pool(features))
 
 
+def flipped(rows, where):
+    """Rows with their pictures, as (frames, height, width, 3), indexed by `where`."""
+    turned = (np.stack([np.asarray(image) for image in row["images"]])[where] for row in rows)
+    return [r | {"images": [*map(Image.fromarray, t)]} for r, t in zip(rows, turned, strict=True)]
+
+
 class Hostile:
     """Raises whatever is done with it."""
 
@@ -157,6 +186,7 @@ class Hostile:
     __hash__ = None
 
 
+HELPERS = {"Pooled": Pooled, "flipped": flipped, "np": np}
 NONSENSE = ["", "nonsense", float("nan"), -1, True, [], {}, object(), Hostile(), lambda: 1 / 0]
 NONSENSE += [torch.full((2, 3), torch.nan), torch.nn.Linear(2, 2), [None], {"a": None}, len, int]
 
@@ -232,7 +262,7 @@ def test_mistakes_are_named(chapter):
     for _, name, _, given in chapter.calls():
         assert len(MISTAKES[name]) >= 2
         for answer, words in MISTAKES[name].items():
-            hint = verdict(name, eval(answer, {"Pooled": Pooled, **chapter.scope}), **given)
+            hint = verdict(name, eval(answer, HELPERS | chapter.scope), **given)
             assert hint.startswith("Not yet: ") and words in hint, (name, answer, hint)
 
 
