@@ -157,7 +157,7 @@ def _held(process):
     resident = own = 0
     try:
         for each in [process, *process.children(recursive=True)]:
-            status = Path(f"/proc/{each.pid}/status").read_text(encoding="utf-8")
+            status = Path("/proc", str(each.pid), "status").read_text(encoding="utf-8")
             fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
             resident += 1024 * int(fields["VmRSS"].split()[0])
             own += 1024 * int(fields["RssAnon"].split()[0])
