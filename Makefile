@@ -20,7 +20,7 @@ nbval := --nbval --nbval-current-env --nbval-cell-timeout=600 notebooks
 as_root := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab site times browser test test-all test-oldest test-newest lint format benchmark-pebble benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity benchmark-damage benchmark-budgets benchmark-finetuning benchmark-domains benchmark-stages benchmark-gpu benchmark-class solutions clean
+.PHONY: help setup lab site times browser test test-all test-oldest test-newest lint format benchmark-pebble benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity benchmark-damage benchmark-budgets benchmark-finetuning benchmark-domains benchmark-stages benchmark-gpu benchmark-several-gpus benchmark-class solutions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-22s %s\n", $$1, $$2}'
@@ -95,6 +95,9 @@ benchmark-stages: setup ## train chapter 09's recipes, each with a stage left ou
 
 benchmark-gpu: setup ## hold predictions against an NVIDIA GPU, at full size; some minutes, 25 GB of disk
 	$(quietly) $(python) benchmarks/gpu.py $(BENCHMARK_ARGS)
+
+benchmark-several-gpus: setup ## the same training on one GPU, on two, and parted between two
+	$(quietly) $(python) benchmarks/several_gpus.py $(BENCHMARK_ARGS)
 
 benchmark-finetuning: setup ## steps a second of training, against a bare loop and an untuned Trainer
 	$(quietly) $(python) benchmarks/finetuning.py $(BENCHMARK_ARGS)

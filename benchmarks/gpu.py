@@ -24,16 +24,12 @@ The results are written as JSON after each of them, so that a run cut short leav
 import argparse
 import gc
 import json
-import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -111,7 +107,7 @@ def main(argv=None):
 
 def run(configs, device, output=None, scratch=None, trained=TRAINED, pictures=PICTURES, steps=12):
     """Measure the models of `configs` ({name: config}) on `device`. Returns the Results."""
-    machine = _machine(device)
+    machine = setups.machine(device)
     name = machine["device"].lower().replace(" ", "-")
     results = Results(output or RESULTS / f"{name}-{machine['date']}.json", {"machine": machine})
     with quiet(), results.attempt("quantiser"):
@@ -364,24 +360,6 @@ def _counted(device):
 
 def _peak(device):
     return None if device == "cpu" else torch.cuda.max_memory_allocated()
-
-
-def _machine(device):
-    packages = ("torch", "transformers", "bitsandbytes", "peft", "accelerate")
-    found = {"date": date.today().isoformat(), "device": "cpu", "python": platform.python_version()}
-    if device != "cpu":
-        properties = torch.cuda.get_device_properties(0)
-        found |= {"device": properties.name, "bytes": properties.total_memory}
-        found |= {"cuda": torch.version.cuda, "driver": _driver()}
-    return found | {package: version(package) for package in packages}
-
-
-def _driver():
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 # --- tables ---------------------------------------------------------------------------------------

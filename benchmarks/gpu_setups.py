@@ -1,7 +1,11 @@
-"""What `benchmarks/gpu.py` measures: checkpoints, inputs, and two ways to train."""
+"""What `gpu.py` and `several_gpus.py` measure: checkpoints, inputs, and two ways to train."""
 
+import platform
+import subprocess
 import tempfile
 import time
+from datetime import date
+from importlib.metadata import version
 from itertools import count, pairwise
 
 import peft
@@ -16,6 +20,28 @@ import vlmkit as vk
 from vlmkit.catalog import folder_of
 from vlmkit.checkpoints import read_config
 from vlmkit.memory.inputs import batch_of, image_id
+
+# --- machine --------------------------------------------------------------------------------------
+
+
+def machine(device):
+    """What a run was made on, and with: its date, device and versions."""
+    packages = ("torch", "transformers", "bitsandbytes", "peft", "accelerate")
+    found = {"date": date.today().isoformat(), "device": "cpu", "python": platform.python_version()}
+    if device != "cpu":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"device": properties.name, "bytes": properties.total_memory}
+        found |= {"cuda": torch.version.cuda, "driver": _driver()}
+    return found | {package: version(package) for package in packages}
+
+
+def _driver():
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
 
 # --- checkpoints ----------------------------------------------------------------------------------
 

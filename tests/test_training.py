@@ -13,7 +13,7 @@ import torch
 
 import vlmkit as vk
 from vlmkit.errors import CheckpointError, FinetuningError, ImageError
-from vlmkit.finetuning import Collator, Settings, gradient_report
+from vlmkit.finetuning import Collator, Settings, gradient_report, training
 from vlmkit.finetuning.trainer import last_checkpoint
 
 pytestmark = [
@@ -342,6 +342,20 @@ run = train(Path({folder!r}), rows, plan={plan!r}, steps=4, batch_size=4, precis
 if os.environ.get("RANK", "0") == "0":
     Path({folder!r}, "losses.json").write_text(json.dumps(run.curve["loss"].tolist()))
 """
+
+
+def test_a_process_that_sees_two_gpus_uses_one(monkeypatch, tmp_path):
+    """transformers would hand the model to both, with twice the batch: seen on two H200s."""
+    from transformers import TrainingArguments
+
+    def two_gpus(arguments):
+        arguments._n_gpu = 2
+        return torch.device("cpu")
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(two_gpus))
+    model, _ = adapted(language_model=vk.LoRA(r=2))
+    arguments = training._arguments(model, tmp_path, Settings(batch_size=4), False)
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == 4
 
 
 @pytest.mark.slow

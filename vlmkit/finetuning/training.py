@@ -146,7 +146,7 @@ def _arguments(model, folder, settings, evaluates):
     on_cpu = next(model.parameters()).device.type == "cpu"
     every = settings.evaluate_every if evaluates else None
     save_every = settings.save_every or every
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps or -1,
         num_train_epochs=settings.epochs,
@@ -181,6 +181,10 @@ def _arguments(model, folder, settings, evaluates):
         # An adapter of a layer that feeds nothing gets no gradient, and DDP would wait for it.
         ddp_find_unused_parameters=True if processes > 1 else None,
     )
+    # A process has one GPU. Where it sees several, a Trainer would hand the model to all of them
+    # (DataParallel), with so many times the batch and, for a quantised model, the loss.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _highest(rate):
