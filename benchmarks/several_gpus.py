@@ -95,7 +95,10 @@ def launch(way, scratch, steps):
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"failed": done.stderr[-3000:]}
-    return [json.loads(Path(f"{output}.{rank}").read_text()) for rank in range(processes)]
+    return [
+        json.loads(Path(f"{output}.{rank}").read_text(encoding="utf-8"))
+        for rank in range(processes)
+    ]
 
 
 def train(folder, label, runs, steps, output):
