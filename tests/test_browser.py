@@ -82,7 +82,7 @@ def lab(tmp_path_factory):
     nbformat.write(scratch, folder / "scratch.ipynb")
     (folder / "CONFIG" / "labconfig").mkdir(parents=True)
     without = json.dumps({"disabledExtensions": {NEWS: True}})
-    (folder / "CONFIG" / "labconfig" / "page_config.json").write_text(without)
+    (folder / "CONFIG" / "labconfig" / "page_config.json").write_text(without, encoding="utf-8")
     port, token = free_port(), secrets.token_hex(16)
     own = {f"JUPYTER_{kind}_DIR": str(folder / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
     environment = {**os.environ, **own, "HF_HUB_OFFLINE": "1"}
@@ -91,7 +91,7 @@ def lab(tmp_path_factory):
     options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
     options += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]
     options += [f"--LabApp.{kind}_dir={folder / kind}" for kind in ("user_settings", "workspaces")]
-    with (folder / "log").open("w") as log:
+    with (folder / "log").open("w", encoding="utf-8") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", *options],
             cwd=folder,

@@ -25,7 +25,7 @@ def program(tmp_path):
     def make(name):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text("#!/bin/sh\n")
+        path.write_text("#!/bin/sh\n", encoding="utf-8")
         path.chmod(0o755)
         return str(path)
 
