@@ -145,7 +145,7 @@ def setting(notebook):
     lesson = [cell.source for cell in notebook.cells[:first] if cell.cell_type == "code"]
     names = Names(ast.parse("\n".join(solved(stub) for stub in stubs(notebook))))
     modules = set().union(*(imported(source) for source in lesson))
-    wanted, known = names.used | names.late, set(dir(builtins))
+    wanted, known = names.used | names.late - names.defined, set(dir(builtins))
     while True:
         needed, late, cells = wanted - known, set(), []
         for source in reversed(lesson):

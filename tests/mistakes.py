@@ -1,0 +1,195 @@
+"""Typical mistakes in the exercises, for `test_exercises.py`.
+
+MISTAKES: of each exercise wrong answers, as expressions that see what the stub sees and HELPERS,
+with words that the hint has to have.
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+class Pooled(torch.nn.Module):
+    """Tokens that are `pool` of the features, through a Linear layer."""
+
+    def __init__(self, pool, width=128):
+        super().__init__()
+        self.pool, self.proj = pool, torch.nn.Linear(width, 192)
+
+    def forward(self, features):
+        return self.proj(self.pool(features))
+
+
+def falling(step, stage):
+    """The rate, if it came down along a line."""
+    share = max(0, step - 100) / (stage.steps - 100)
+    return stage.rate * min(1, (step + 1) / 100) * (1 - share * (1 - stage.final))
+
+
+def flipped(rows, where):
+    """Rows with their pictures, as (frames, height, width, 3), indexed by `where`."""
+    turned = (np.stack([np.asarray(image) for image in row["images"]])[where] for row in rows)
+    return [r | {"images": [*map(Image.fromarray, t)]} for r, t in zip(rows, turned, strict=True)]
+
+
+HELPERS = {"Pooled": Pooled, "falling": falling, "flipped": flipped, "np": np}
+HELPERS["mirror"] = np.s_[:, :, ::-1]
+
+MISTAKES = {
+    "projector kept": {
+        "vk.Plan.recommended()": "Still as large as in bf16: vision_encoder",
+        'vk.Plan.uniform("nf4")': "in this plan it is nf4",
+        'vk.Plan(vision_encoder="int8", language_model="int8")': "Fewer bits",
+        '{"language_model": "nf4"}': "a vk.Plan",
+    },
+    "beyond noise": {
+        "4": "as large as its noise",
+        "3": "the noise of 3 changed answers is 3.5",
+        "30": "29 lost would be, too",
+        "49": "this counts every question",
+    },
+    "left over": {
+        'vk.anatomy(models[llama])["language_model"].parameters': "nothing is left out",
+        "8030": "in millions",
+        "6_285_398_016": "the dot behind the number",
+        "8_925_322_771": "has the vision encoder and the projector in it",
+        "1_409_351_680": "what these layers hold",
+        "8.03": "a whole number",
+    },
+    "how little is enough": {
+        "49": "the whole picture",
+        "5": "it says purple",
+        "20": "with fewer of them as well",
+        "50": "has 49 patches",
+    },
+    "mean of a block": {
+        "Pooled(blocks, 512)": "a pixel shuffle",
+        "torch.nn.Linear(128, 192)": "(1, 49, 192); (1, 16, 192) is asked for",
+        "lambda x: blocks(x).unflatten(2, (4, 128)).mean(dim=2)": "the tokens are 128 wide",
+        "lambda x: blocks(x) @ x": "your function stops with RuntimeError",
+        "Pooled": "this is the class Pooled",
+        "Pooled(lambda x: blocks(x).unflatten(2, (128, 4)).mean(dim=-1))": "neighbouring channels",
+        "Pooled(lambda x: blocks(x)[..., :128])": "not the mean of its four patches",
+        "Pooled(lambda x: x[:, [24] * 9])": "the last column and row are lost",
+    },
+    "first to learn": {
+        "{'cross_attn_attn_gate'}": "1 of 2 are missing",
+        "{n for n, _ in layer.named_parameters()}": "stands behind a gate",
+        "{'attn_gate'}": "no parameter is called attn_gate",
+    },
+    "skip list": {
+        "['lm_head']": "the vision_encoder would be in 4 bits",
+        "['vision_model', 'connector', 'lm_head']": "protected by vision_model, connector",
+        "['model.vision_model', 'lm_head']": "the projector would be in 4 bits",
+        "['model.vision_model', 'model.connector']": "the head would be in 4 bits",
+        "['model', 'lm_head']": "210 layers of the language model in 16 bits",
+        "'lm_head'": "a list of names",
+    },
+    "better than NF4": {
+        "levels": "NF4's own values",
+        "torch.linspace(-1, 1, 16)": "Even steps put too few values",
+        "levels.flip(0)": "go up",
+        "levels[1:]": "the shape is (15,)",
+        "levels * 0.5": "times NF4's error",
+        "levels * float('nan')": "no finite numbers",
+    },
+    "the promised GB": {
+        "vk.Plan.parse('nf4-dq')": "7.18 GB, of which embedding and head take 2.10. All Linear",
+        "vk.Plan.parse('nf4')": "fewer bits of scales",
+        "'nf4-dq'": "a vk.Plan",
+    },
+    "largest rank": {
+        "117": "a higher one fits as well",
+        "119": "needs 12.01 GB",
+        "297": "the weights themselves",
+        "475": "a gradient and two moments",
+        "118.8": "a whole number",
+    },
+    "fewer bits": {
+        "'int4'": "4.50 bits, and 3.50 are there",
+        "'int2-asym'": "2 bits leave four values at most",
+        "'int3-g128'": "A zero point would use all codes",
+        "'int8-act-token'": "rounds activations",
+        "'int3g32'": "is no format",
+    },
+    "how many questions": {
+        "0.1 * (1.96 / 0.0025) ** 2": "is each side, not both",
+        "0.1 * (1.96 / 0.01) ** 2": "this gives ± 1.0 points",
+        "0.1 / 0.005**2": "one standard error",
+        "0.1 * 0.9 * (1.96 / 0.005) ** 2": "the variance of a share",
+        "0.1 * (1.96 / 0.5) ** 2": "half a point is 0.005",
+        "1000": "this gives ± 1.96 points",
+    },
+    "plan by hand": {
+        "{'vision_encoder:0': 'int4'}": "bytes too many. Some layers have to give bits up",
+        "{'vision_encoder:0': 'int2-asym', 'projector': 'int4'}": "Is vision_encoder:0 a layer",
+        "{'vision_encoder:7': 'int4'}": "there is no layer vision_encoder:7",
+        "{'projector': 'int1'}": "no format here is int1",
+        "['int4']": "a dict",
+    },
+    "make up for it": {
+        "second": "this is the old weight",
+        "second.T": "this is transposed",
+        "second + 0.1": "the old weight loses",
+        "second[:3]": "the shape should be (64, 128)",
+        "second * float('nan')": "not finite",
+    },
+    "what fits": {
+        "1148": "A side is rounded to whole tokens",
+        "1743": "MB, and 100 are there",
+        "1162": "101.2 MB",
+    },
+    "mirrored films": {
+        "lambda rows: rows": "the pictures are as before",
+        "lambda rows: flipped(rows, mirror)": "answers should be, but are not",
+        "lambda rows: flipped(rows, np.s_[:, ::-1])": "top to bottom",
+        "lambda rows: vk.controls.arranged(rows, [3, 2, 1, 0])": "a film backwards",
+        "lambda rows: rows[:3]": "and 3 come out",
+        "lambda rows: rows[0]['pictures']": "your function stops with KeyError",
+        "lambda rows: [r | {'answer': 'up'} for r in flipped(rows, mirror)]": "became up",
+    },
+    "two frames": {
+        "[0, 3]": "has 2 pictures, and it has learnt films of four",
+        "[3, 3, 0, 0]": "runs backwards",
+        "[0, 1, 2]": "these are 3",
+        "[0, 0, 1, 1]": "farther apart",
+        "[0, 4]": "the frames 0 to 3",
+    },
+    "who is passed": {
+        "dict.fromkeys(first_stages, ['projector'])": "language_model is frozen, but the loss",
+        "dict.fromkeys(first_stages, vk.COMPONENTS[:2] + vk.COMPONENTS[3:4])": "ends before vision",
+        "dict.fromkeys(first_stages, ['projector', 'language_model'])": "Qwen-VL: vision_encoder",
+        "dict.fromkeys(first_stages, ['bridge'])": "no component here is bridge",
+        "{'projector', 'language_model'}": "a dict",
+        "{'LLaVA': {'projector', 'language_model'}}": "keys should be 'LLaVA' and 'Qwen-VL'",
+    },
+    "steps to a share": {
+        "[19_700, 11_600]": "counted from 0",
+        "[197, 116]": "a line stands for 100 steps",
+        "[5_000, 1_700]": "steps of a stage",
+        "[11_700, 19_800]": "the other run",
+        "[19_800, 12_000]": "run 2 has",
+        "19_800": "a list of 2 numbers",
+    },
+    "rate": {
+        "lambda step, stage: stage.rate": "the full rate already",
+        "lambda step, stage: train.rate_at(step - 1, stage)": "count it as one",
+        "lambda step, stage: stage.rate * min(1, (step + 1) / 100)": "does not come down",
+        "lambda step, s: train.rate_at(step, dataclasses.replace(s, final=0))": "comes down to 0",
+        "falling": "along a line",
+        "lambda step, stage: 2 * train.rate_at(step, stage)": "at step 0, where",
+        "lambda step: 0.1": "your function stops with TypeError",
+    },
+    "equal cost": {
+        "8": "at equal ranks",
+        "3": "upside down",
+        "20": "1.05 times as many",
+        "19.5": "a whole number",
+    },
+    "learnable word": {
+        "'rood'": "tokens are r, o, o, d, and pebble has never said r, o, d",
+        "'RING'": "capital letters",
+        "'red'": "four are asked for",
+        "['ring']": "a str; this is a list",
+    },
+}
