@@ -1,7 +1,7 @@
 """The exercises of every chapter: solutions are right, mistakes are named, and nothing raises.
 
 What a stub needs of its chapter is taken from it as `scripts/solutions.py` does, and run once a
-chapter, in this process. A chapter that is new needs its mistakes in `mistakes.py` and nothing else.
+chapter, in this process. A new chapter needs its mistakes in `mistakes.py`, and nothing else here.
 """
 
 import ast
