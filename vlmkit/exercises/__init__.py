@@ -16,6 +16,7 @@ from vlmkit.exercises import (  # noqa: F401, they fill EXERCISES
     architecture,
     learning,
     looking,
+    on_cards,
     rounding,
     storage,
 )

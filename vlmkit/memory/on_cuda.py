@@ -5,7 +5,7 @@ takes memory for all weights at once and gives it back, so that the rest is cut 
 Then it reads one weight after another, in the order of their names, and what is to be quantised is
 on the GPU in two formats for a moment. How much a block has to spare depends on this order.
 Measured on an H200 (benchmarks/results): what four models under four plans are given after a load
-is predicted to the byte in all but two of sixteen, and there to 0.005%.
+is predicted to the byte in fifteen of sixteen, and to 0.005% in the other.
 """
 
 from math import ceil, prod
