@@ -214,6 +214,7 @@ def test_trainer_takes_it(loaded, tmp_path):
         ({"cross_attention": vk.LoRA()}, "LlavaForCond.* has none: it has vision_encoder, proj"),
         ({"language_model": "full"}, "is quantised, and a quantised weight cannot be trained"),
         ({"projector": vk.LoRA(modules="attention")}, "projector has no Linear layer"),
+        ({"vision_encoder": vk.LoRA(head=True)}, "vision_encoder has no output head"),
         (
             {"vision_encoder": vk.LoRA(dropout=0.1), "language_model": vk.LoRA()},
             "one dropout.*vision_encoder and language_model differ",
@@ -226,6 +227,32 @@ def test_what_cannot_be_trained(ways, said, loaded):
     with pytest.raises(FinetuningError, match=said):
         add_adapters(model, **ways)
     assert trained(model).keys() == wanted
+
+
+@pytest.mark.parametrize("given", ["recommended", "fp32"])
+def test_the_head_learns_where_it_is_asked(given, loaded, tmp_path):
+    model, batch = loaded("pebble", given)
+    ways = {"language_model": vk.LoRA(r=4, head=True)}
+    predicted = vk.memory.predict("pebble", given, training=ways).by_kind
+    model = add_adapters(model, **ways)
+    (head,) = (name for name in trained(model) if "lm_head" in name and "lora_B" in name)
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
+    model(**batch).loss.backward()
+    optimizer.step()
+    assert model.get_parameter(head).any()
+    measured = vk.memory.measure(model, optimizer).by_kind
+    assert predicted == measured
+    vk.finetuning.save(model, tmp_path / "kept")
+    again = vk.finetuning.load(vk.load("pebble", given)[0], tmp_path / "kept")
+    batch.pop("labels")
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**batch).logits, again(**batch).logits)
+
+
+def test_a_head_that_is_the_embedding_gets_no_adapter(family):
+    model, _ = vk.load(family("qwen2_vl", tie=True), "bf16", processor=False)
+    with pytest.raises(FinetuningError, match=r"lm_head is one matrix with the embedding \(tied\)"):
+        add_adapters(model, language_model=vk.LoRA(head=True))
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])

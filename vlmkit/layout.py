@@ -217,6 +217,7 @@ def kind_of(model, module, leaf):
     if leaf == "bias" and isinstance(module, nn.Linear):
         return BIAS
     head = model.get_output_embeddings()
+    head = getattr(head, "base_layer", head)  # within an adapter's layer, where it has one
     if module is head:
         return HEAD
     if isinstance(module, nn.Embedding):

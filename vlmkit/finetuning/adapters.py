@@ -31,6 +31,8 @@ class LoRA:
     modules: "attention", "mlp" (every Linear layer that is not in an attention, and not the output
         head), or "attention+mlp".
     rank_stabilised: alpha / sqrt(r) in place of alpha / r (Kalajdzievski, 2023, arXiv 2312.03732).
+    head: whether the output head gets an adapter, too. Words that a model has never said it cannot
+        tell apart without: to its head, they are one.
 
     Raises FinetuningError for values that make no adapter.
     """
@@ -40,6 +42,7 @@ class LoRA:
     dropout: float = 0.0
     modules: str = "attention+mlp"
     rank_stabilised: bool = False
+    head: bool = False
 
     def __post_init__(self):
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
@@ -148,7 +151,7 @@ def _linears_of(model, component, lora):
     component_of = component_finder(model)
     base = unwrapped(model)
     inside = [n for n, m in model.named_modules() if isinstance(m, MultiheadAttention)]
-    names = []
+    names = [_head_of(model, component, component_of)] if lora.head else []
     for name, module in model.named_modules():
         if component_of(name) != component or not hasattr(module, "weight"):
             continue
@@ -159,12 +162,27 @@ def _linears_of(model, component, lora):
         attention = any("attn" in part or "attention" in part for part in name.split("."))
         if lora.modules == "attention+mlp" or attention == (lora.modules == "attention"):
             names.append(name)
-    if not names:
+    if len(names) == lora.head:
         raise FinetuningError(
             f"{component} has no Linear layer for a LoRA on {lora.modules}: choose other modules, "
             "or train it in full."
         )
     return names
+
+
+def _head_of(model, component, component_of):
+    """Full name of the output head. Raises FinetuningError where it is another component's, or the
+    embedding as well, which an adapter that is merged would change with it."""
+    head = unwrapped(model).get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if head is None or component_of(name) != component:
+        raise FinetuningError(f"{component} has no output head for a LoRA: leave head=True out.")
+    if head.weight is unwrapped(model).get_input_embeddings().weight:
+        raise FinetuningError(
+            f"{name} is one matrix with the embedding (tied), and an adapter there, once merged, "
+            "would change how words are read, too: leave head=True out."
+        )
+    return name
 
 
 def adapted(model, training):
