@@ -192,4 +192,17 @@ MISTAKES = {
         "'red'": "four are asked for",
         "['ring']": "a str; this is a list",
     },
+    "a hole of a mebibyte": {
+        "2**20": "segments are small ones",
+        "10 * 2**20 + 1": "becomes a block of its own",
+        "20 * 2**20": "less than 1 MiB to spare",
+        "19.5 * 2**20 + 0.5": "a whole number",
+    },
+    "twelve gigabytes": {
+        "vk.Plan.recommended()": "scales take half a GB",
+        "vk.Plan(language_model='nf4-dq')": "cross-attention is in bf16",
+        "vk.Plan(language_model='nf4-dq', cross_attention='nf4-dq')": "the head takes 1.05 GB",
+        "vk.Plan.parse('nf4-dq')": "the vision encoder is to stay in bf16",
+        "'nf4-dq'": "a vk.Plan",
+    },
 }
