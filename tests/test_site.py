@@ -15,7 +15,7 @@ from building import ROOT, page, site
 
 import vlmkit as vk
 
-sys.path.insert(0, str(ROOT / "docs" / "extensions"))
+sys.path[:0] = [str(ROOT / "docs" / "extensions"), str(ROOT / "scripts")]
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 HEADINGS = ["h1", "h2", "h3", "h4", "h5", "h6"]
 
@@ -102,7 +102,7 @@ def test_the_first_page_has_a_way_for_student_teacher_and_engineer(every):
     assert every["index.html"].a["href"] == "docs/index.html"
     landing = every["docs/index.html"].article
     leads = {Path(urlsplit(link["href"]).path).stem for link in landing.find_all("a", href=True)}
-    assert leads >= {"00_start_here", "teaching", "times", "solutions", "loading", "api", "README"}
+    assert leads >= {"00_start_here", "teaching", "times", "solutions", "loading", "api", "running"}
     text = landing.get_text()
     assert "As a student" in text and "As a teacher" in text and "As an engineer" in text
 
@@ -232,6 +232,48 @@ def test_terms_are_linked_where_they_stand_alone_once_and_in_the_plural():
     links = {n.astext(): n["refuri"] for n in made if isinstance(n, nodes.reference)}
     assert links == {"Ranks": "g.html#rank", "KV\ncache": "g.html#kv", "LoRA": "g.html#lora"}
     assert "".join(n.astext() for n in made) == text
+
+
+# --- teaching ------------------------------------------------------------------------------------
+
+TEACHING = (ROOT / "docs" / "teaching.md").read_text(encoding="utf-8")
+
+
+def plain(text):
+    return " ".join(re.sub(r"[*>]", "", text).split())
+
+
+def test_teaching_notes_quote_what_the_chapters_say():
+    quoted = 0
+    for section in re.split(r"^### ", TEACHING, flags=re.M)[1:]:
+        (name,) = re.findall(r"notebooks/(\w+)\.ipynb", section.splitlines()[0])
+        for quotation in re.findall(r"(?:^> .*\n)+", section, flags=re.M):
+            assert plain(quotation) in plain(chapters.text(chapters.read(f"{name}.ipynb")))
+            quoted += 1
+    assert quoted >= 6
+
+
+def test_teaching_notes_have_misconceptions_of_every_chapter():
+    section = TEACHING.partition("## What people believe")[2].partition("\n## ")[0]
+    noted = re.findall(r"^\*\*(\d\d) ", section, flags=re.M)
+    assert noted == sorted(noted) and set(noted) >= {name[:2] for name in NOTEBOOKS}
+
+
+def test_plans_of_lessons_leave_time_for_what_runs_and_add_up():
+    import times
+
+    seconds = {row["chapter"][:2]: int(row["seconds"]) for row in times.recorded()}
+    plans = re.findall(r"^\| from .*\n\|[-|:]+\n((?:\|.*\n)+)", TEACHING, flags=re.M)
+    assert len(plans) == 2
+    for plan in plans:
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in plan.splitlines()]
+        clock = [60 * int(hour) + int(minute) for hour, minute in (r[0].split(":") for r in rows)]
+        lengths = [int(row[1]) for row in rows]
+        assert [b - a for a, b in zip(clock, clock[1:], strict=False)] == lengths[:-1]
+        for _, minutes, _, chapter, most in rows:
+            if most:
+                number = re.search(r"\d\d", chapter)[0]
+                assert seconds[number] <= 60 * int(most) < 60 * int(minutes)
 
 
 # --- search --------------------------------------------------------------------------------------
