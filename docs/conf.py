@@ -26,6 +26,7 @@ extensions = [
     "docstrings",
     "execution_times",
     "figure_texts",
+    "folder_links",
     "glossary_links",
 ]
 root_doc = "docs/index"
