@@ -139,10 +139,10 @@ def test_what_is_said_of_dutch_is_so(said, learnt):
     assert all(learnt("dutch", first) > learnt("dutch", one) for one in (*ALONE[:2], BOTH))
     assert "the vision encoder alone unlearns the numbers" in said
     assert learnt("dutch", ALONE[0]) < 33 / 3
-    assert "With five times the numbers Dutch comes to 71%: we wanted 90%, and did not" in said
-    assert round(learnt("dutch", f"{LANGUAGE} 16")) == 71
-    assert "to be read before they are answered: 47%" in said
-    assert round(learnt("dutch_throughout", f"{LANGUAGE} 16")) == 47
+    assert "With five times the numbers and the steps, **Dutch comes to 90%**" in said
+    assert 90 <= learnt("dutch", f"{LANGUAGE} 16") < 91
+    assert "to be read before they are answered: 64%" in said
+    assert round(learnt("dutch_throughout", f"{LANGUAGE} 16")) == 64
 
 
 def test_what_is_said_of_forgetting_is_so(said, learnt):

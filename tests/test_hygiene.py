@@ -81,7 +81,6 @@ MAPS = {"gray", "gray_r", "Greys", "Blues", "viridis", "cividis"}
 DRAWING = {"plot", "bar", "barh", "scatter", "errorbar", "step", "hist", "fill_between", "line"}
 WITHOUT_COLOURS = {
     ("03_loading", "used.plot"): "one series, in the first colour of any palette",
-    ("08_uses", "table.plot.barh"): "to be mended: four series in matplotlib's own colours",
 }
 """Where a chapter leaves colours to matplotlib, whose own are not made for every eye, and why."""
 

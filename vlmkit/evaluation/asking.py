@@ -172,6 +172,7 @@ def check_processor(processor):
 
 
 def check_question(question):
+    """Raises QuestionError for what is no question: not text, or empty."""
     if not isinstance(question, str):
         raise QuestionError(f"A question is text, and this is a {type(question).__name__}.")
     if not question.strip():
