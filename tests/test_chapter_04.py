@@ -21,6 +21,7 @@ def notebook():
     return chapters.read("04_memory.ipynb")
 
 
+@pytest.mark.slow  # chapters 00, 01 and 03 are run so each time
 def test_runs_to_its_end_on_another_family(notebook, other_family, monkeypatch):
     """With the catalog's models that do not take long, where it is about them."""
     (fitting,) = (c for c in notebook.cells if c.source.startswith("cards = "))

@@ -52,6 +52,7 @@ def cell(notebook, start):
     return found
 
 
+@pytest.mark.slow  # chapters 00, 01 and 03 are run so each time
 def test_runs_to_its_end_on_another_family(notebook, other_family, monkeypatch):
     """With few questions, and with what the untrained model says for the right answers."""
     (start,) = (c for c in notebook.cells if "questions = vk.tasks" in c.source)

@@ -27,6 +27,7 @@ def share(text):
     return tuple(int(n) for n in text.replace("[", "").replace("]", "").replace(",", "").split())
 
 
+@pytest.mark.slow  # chapters 00, 01 and 03 are run so each time
 def test_runs_to_its_end_on_another_family(notebook, other_family, monkeypatch):
     start = cell(notebook, "few, rows = ")
     start.source = start.source.replace("few, rows = 20", "few, rows = 2")

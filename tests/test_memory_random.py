@@ -15,7 +15,7 @@ from vlmkit.formats import FORMATS, torch_dtype
 from vlmkit.memory import compare, measure, predict
 from vlmkit.stored import planned
 
-MODELS, SOME = 300, 20
+MODELS, MANY, SOME = 300, 100, 20
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = ("llava", "llava_onevision", "qwen2_vl", "mllama", "idefics3", "gemma3", "mistral3")
@@ -113,8 +113,7 @@ def drawn(examples):
     return lambda test: rules(given(models())(test))
 
 
-@drawn(MODELS)
-def test_weights_keys_and_values(model):
+def check_weights(model):
     config, plan, tokens, batch, _ = model
     predicted = predict(config, plan, tokens=tokens, batch=batch)
     model = made(config, plan)
@@ -122,6 +121,17 @@ def test_weights_keys_and_values(model):
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).past_key_values
     same(predicted, measure(model, cache=cache), without=("input", "activation"))
+
+
+@drawn(MANY)
+def test_weights_keys_and_values(model):
+    check_weights(model)
+
+
+@pytest.mark.slow
+@drawn(MODELS)
+def test_weights_keys_and_values_of_all(model):
+    check_weights(model)
 
 
 def check_adapters(model):
