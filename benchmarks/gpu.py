@@ -341,8 +341,8 @@ def _wait(device):
 
 
 def _free():
-    gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # on a CPU nothing depends on what is left, and looking takes time
+        gc.collect()
         torch.cuda.empty_cache()
 
 
