@@ -341,7 +341,7 @@ def _wait(device):
 
 
 def _free():
-    if torch.cuda.is_available():  # on a CPU nothing depends on what is left, and looking takes time
+    if torch.cuda.is_available():  # a CPU does not care what is left, and looking takes time
         gc.collect()
         torch.cuda.empty_cache()
 
