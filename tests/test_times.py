@@ -18,6 +18,10 @@ def test_every_chapter_was_timed_as_it_is_on_two_cores():
     assert {row["cores"] for row in rows} == {"2"}
 
 
+def test_all_chapters_take_less_than_a_quarter_of_an_hour():
+    assert sum(int(row["seconds"]) for row in times.recorded()) < 15 * 60
+
+
 @pytest.mark.parametrize("chapter", times.chapters())
 def test_recorded_time_does_not_exceed_what_the_card_says(chapter):
     (row,) = (row for row in times.recorded() if row["chapter"] == chapter)
