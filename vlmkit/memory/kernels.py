@@ -40,8 +40,9 @@ def int8_scaled_mm(x, weight, x_scales, scales, bias=None, dtype=None):
 
 
 def int8_mixed_scaled_mm(x, x_rows, weight, x_scales, scales, outliers=None, bias=None):
-    y = int8_scaled_mm(x_rows, weight, x_scales, scales, bias, x.dtype)
-    return y, x.new_empty(0)
+    """The same, of whichever device; without outliers there is nothing to mix."""
+    product = torch.ops.bitsandbytes.int8_scaled_mm
+    return product(x_rows, weight, x_scales, scales, bias, x.dtype), x.new_empty(0)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
@@ -75,11 +76,6 @@ def int8_scaled_mm_on_cuda(x, weight, x_scales, scales, bias=None, dtype=None):
     return y.to(dtype or torch.float16)
 
 
-def int8_mixed_scaled_mm_on_cuda(x, x_rows, weight, x_scales, scales, outliers=None, bias=None):
-    y = int8_scaled_mm_on_cuda(x_rows, weight, x_scales, scales, bias, x.dtype)
-    return y, x.new_empty(0)
-
-
 def _by_operator(*functions):
     names = (function.__name__.removesuffix("_on_cuda") for function in functions)
     return {f"bitsandbytes.{n}.default": f for n, f in zip(names, functions, strict=True)}
@@ -91,7 +87,7 @@ KERNELS = {
         gemm_4bit_on_cuda,
         int8_vectorwise_quant_on_cuda,
         int8_scaled_mm_on_cuda,
-        int8_mixed_scaled_mm_on_cuda,
+        int8_mixed_scaled_mm,
     ),
 }
 """Device -> name of the operator -> the function to run in its place."""

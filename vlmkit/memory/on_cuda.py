@@ -8,16 +8,16 @@ Measured on an H200 (benchmarks/results): what four models under four plans are 
 is predicted to the byte in fifteen of sixteen, and to 0.005% in the other.
 """
 
-from math import ceil, prod
+from math import prod
 
 from vlmkit.architectures import OTHER
 from vlmkit.errors import SizeError
-from vlmkit.formats import BLOCK, FORMATS, NESTED_BLOCK, torch_dtype
+from vlmkit.formats import FORMATS, torch_dtype
 from vlmkit.memory.allocator import CachingAllocator
 from vlmkit.memory.ledger import ACTIVATION, BUFFER, ROUNDING, UNUSED, Entry
+from vlmkit.memory.weights import state_sizes
 
-CODE, NESTED_CODE, FLOAT = 16 * 4, 256 * 4, 4
-"""Bytes of the tables of 16 and of 256 values, and of a float32."""
+FLOAT = 4  # bytes of a float32
 
 
 def check_allocator(name):
@@ -88,22 +88,21 @@ def _in_order(name):
 
 def _quantized(cuda, row):
     """The Blocks of a weight that is quantised on the GPU by bitsandbytes."""
-    elements = prod(row.shape)
     weights, state = FORMATS[row.format].parts(row.shape)
     if row.format == "int8":
-        half = cuda.allocate(2 * elements)  # fp16, whatever was read
+        half = cuda.allocate(2 * prod(row.shape))  # fp16, whatever was read
         kept = [cuda.allocate(state), cuda.allocate(weights)]
         cuda.release(half)
         return kept
-    count = ceil(elements / BLOCK)
-    scales = cuda.allocate(FLOAT * count)
-    kept = [cuda.allocate(weights), cuda.allocate(CODE)]
-    if not row.format.endswith("-dq"):
-        return [*kept, scales]
-    kept.append(cuda.allocate(FLOAT))  # their mean, which is taken off
-    centred = cuda.allocate(FLOAT * count)
-    kept += [cuda.allocate(NESTED_CODE), cuda.allocate(FLOAT * ceil(count / NESTED_BLOCK))]
-    kept.append(cuda.allocate(count))
+    code, *nested, scales = state_sizes(row.format, state)
+    if not nested:
+        return [cuda.allocate(size) for size in (scales, weights, code)]
+    nested_code, mean, nested_scales = nested
+    wide = FLOAT * scales  # before they are quantised to a byte each
+    plain = cuda.allocate(wide)
+    kept = [cuda.allocate(size) for size in (weights, code, mean)]
+    centred = cuda.allocate(wide)
+    kept += [cuda.allocate(size) for size in (nested_code, nested_scales, scales)]
     cuda.release(centred)
-    cuda.release(scales)
+    cuda.release(plain)
     return kept

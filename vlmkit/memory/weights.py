@@ -16,14 +16,14 @@ def predicted_weights(model, layout):
     for row in layout.rows:
         weights, state = FORMATS[row.format].parts(row.shape)
         yield Entry(row.name, row.component, row.kind, weights)
-        for size in _state_tensors(row.format, state):
+        for size in state_sizes(row.format, state):
             yield Entry(row.name, row.component, STATE, size)
     for name, buffer in model.named_buffers():
         size = buffer.numel() * buffer.element_size()
         yield Entry(name, component_of(name), BUFFER, size)
 
 
-def _state_tensors(name, state):
+def state_sizes(name, state):
     """Bytes of each tensor of a quantisation state of `state` bytes in all, the scales last."""
     if not state or name == "int8":
         return [state] if state else []
