@@ -12,15 +12,15 @@ def hole(answer):
 
     size = whole(answer, "a number of bytes")
     require(size > MEBIBYTE, "up to 1 MiB, segments are small ones: a larger tensor.")
-    given = CachingAllocator().allocate(size).size
+    cuda = CachingAllocator()
+    given = cuda.allocate(size).size
     more = given - size
     split = "What is left of its segment is more than 1 MiB, and becomes a block of its own."
     few = "Its segment has less than 1 MiB to spare."
-    segment = 20 if size < 10 * MEBIBYTE else -(-size // (2 * MEBIBYTE)) * 2
     require(
         more >= MEBIBYTE,
         f"the block has {more:,} bytes more. "
-        + (split if segment * MEBIBYTE - size > MEBIBYTE else few),
+        + (split if cuda.reserved - size > MEBIBYTE else few),
     )
     return (
         f"{given:,} bytes for {size:,}. A rest of 1 MiB stays with the block, so that nobody has "

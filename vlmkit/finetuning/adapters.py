@@ -31,8 +31,8 @@ class LoRA:
     modules: "attention", "mlp" (every Linear layer that is not in an attention, and not the output
         head), or "attention+mlp".
     rank_stabilised: alpha / sqrt(r) in place of alpha / r (Kalajdzievski, 2023, arXiv 2312.03732).
-    head: whether the output head gets an adapter, too. Words that a model has never said it cannot
-        tell apart without: to its head, they are one.
+    head: whether the output head gets an adapter, too: for tokens that the model never had to say,
+        whose rows there may be all alike. pebble's are.
 
     Raises FinetuningError for values that make no adapter.
     """
