@@ -206,13 +206,14 @@ class Watch:
         self.model, self.times = model, []
 
     def __enter__(self):
-        self.hook = self.model.register_forward_pre_hook(
-            lambda *_: self.times.append((time.perf_counter(), time.process_time()))
-        )
+        self.hook = self.model.register_forward_pre_hook(self.mark)
         return self
 
     def __exit__(self, *_):
         self.hook.remove()
+
+    def mark(self, *_):
+        self.times.append((time.perf_counter(), time.process_time()))
 
     def timed(self, loss):
         first, last, steps = self.times[0], self.times[-1], len(self.times) - 1

@@ -24,7 +24,6 @@ The results are written as JSON after each of them, so that a run cut short leav
 import argparse
 import gc
 import json
-import shutil
 import sys
 import tempfile
 import time
@@ -114,20 +113,21 @@ def run(configs, device, output=None, scratch=None, trained=TRAINED, pictures=PI
         for row in quantiser(device):
             results.add("quantiser", **row)
     for name, config in configs.items():
-        with tempfile.TemporaryDirectory(dir=scratch) as folder, quiet():
-            with results.attempt(f"{name}: making it"):
-                setups.make(config, folder, device)
-                for label in FORMATS:
-                    with results.attempt(f"{name} in {label}"):
-                        model_under(name, folder, label, device, results, pictures)
-                    _free()
-                for checkpointing in (False, True) if name in trained else ():
-                    what = f"training {name}, {'' if checkpointing else 'no '}checkpointing"
-                    with results.attempt(what):
-                        train(name, folder, checkpointing, device, results, steps)
-                    _free()
-            shutil.rmtree(folder, ignore_errors=True)  # before the next, which needs the room
-            Path(folder).mkdir()
+        with (
+            tempfile.TemporaryDirectory(dir=scratch) as folder,
+            quiet(),
+            results.attempt(f"{name}: making it"),
+        ):
+            setups.make(config, folder, device)
+            for label in FORMATS:
+                with results.attempt(f"{name} in {label}"):
+                    model_under(name, folder, label, device, results, pictures)
+                _free()
+            for checkpointing in (False, True) if name in trained else ():
+                what = f"training {name}, {'' if checkpointing else 'no '}checkpointing"
+                with results.attempt(what):
+                    train(name, folder, checkpointing, device, results, steps)
+                _free()
     return results
 
 

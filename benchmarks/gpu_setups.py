@@ -3,7 +3,6 @@
 import platform
 import subprocess
 import tempfile
-import time
 from datetime import date
 from importlib.metadata import version
 from itertools import count, pairwise
@@ -11,7 +10,7 @@ from itertools import count, pairwise
 import peft
 import torch
 import transformers
-from finetuning import plain_collator
+from finetuning import Watch, plain_collator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
@@ -161,28 +160,18 @@ def rows(config, number):
     return [row | {"images": [i.resize((side, side)) for i in row["images"]]} for row in found]
 
 
-class Clock:
-    """Takes the time at each forward pass of a model, when the device has come so far."""
+class Clock(Watch):
+    """A Watch that waits until the device has come so far."""
 
-    def __init__(self, model):
-        self.model, self.times = model, []
-
-    def __enter__(self):
-        self.hook = self.model.register_forward_pre_hook(self._mark)
-        return self
-
-    def __exit__(self, *_):
-        self.hook.remove()
-
-    def _mark(self, *_):
+    def mark(self, *_):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
+        super().mark()
 
     @property
     def seconds(self):
         """Of each step but the first two, in which kernels are chosen and memory is got."""
-        return [b - a for a, b in pairwise(self.times)][2:]
+        return [b - a for (a, _), (b, _) in pairwise(self.times)][2:]
 
 
 def ours(folder, plan, lora, checkpointing, device, steps):

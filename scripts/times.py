@@ -10,11 +10,12 @@ import argparse
 import csv
 import datetime
 import importlib.metadata
-import os
 import platform
 import re
 import time
 from pathlib import Path
+
+from vlmkit.environment import limits
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -86,14 +87,6 @@ def processor():
         return platform.processor() or platform.machine()
 
 
-def cores():
-    """Those that this process may use, which can be fewer than the machine has."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        return os.cpu_count()
-
-
 def measured(chapter):
     """A row of the file."""
     seconds = run(chapter)
@@ -103,7 +96,7 @@ def measured(chapter):
         "seconds": f"{seconds:.0f}",
         "date": datetime.date.today().isoformat(),
         "processor": processor(),
-        "cores": cores(),
+        "cores": limits.cores(),
         "python": platform.python_version(),
         **{name: number.partition("+")[0] for name, number in version.items()},
     }
