@@ -12,7 +12,7 @@ BENCHMARK_ARGS ?=
 
 python := .venv/bin/python
 # Tests see no hub, and nothing of what a reader's shell may set.
-quietly := env -u VLMKIT_MODEL -u VLMKIT_CACHE -u MPLBACKEND HF_HUB_OFFLINE=1
+quietly := env -u VLMKIT_MODEL -u MPLBACKEND HF_HUB_OFFLINE=1
 pytest := $(quietly) $(python) -m pytest $(PYTEST_ARGS)
 # A notebook runs in this environment's own kernel, and must give the outputs stored in it.
 nbval := --nbval --nbval-current-env --nbval-cell-timeout=600 notebooks

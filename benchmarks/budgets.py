@@ -106,8 +106,8 @@ def record(path, column, name, measure):
 
 
 def digest():
-    """What pebble's weights are recognised by."""
-    from vlmkit import pebble
+    """What pebble's weights are recognized by."""
+    from vlmkit.models import pebble
 
     return hashlib.sha256((pebble.path() / "model.safetensors").read_bytes()).hexdigest()[:12]
 

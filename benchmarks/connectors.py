@@ -64,7 +64,7 @@ def main(argv=None):
     import torch
 
     import vlmkit as vk
-    from vlmkit.pebble import connecting
+    from vlmkit.models.pebble import connecting
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -97,8 +97,8 @@ def connectors_of(notebook):
 
 
 def digest():
-    """What pebble's weights are recognised by."""
-    from vlmkit import pebble
+    """What pebble's weights are recognized by."""
+    from vlmkit.models import pebble
 
     return hashlib.sha256((pebble.path() / "model.safetensors").read_bytes()).hexdigest()[:12]
 
@@ -125,7 +125,7 @@ class Bench:
         """Train one connector through the stages, and keep its scores after each."""
         import torch
 
-        from vlmkit.pebble import connecting
+        from vlmkit.models.pebble import connecting
 
         same = (run, name, tokens, seed)
         done = [(row["stage"], int(row["steps"])) for row in self.results if key(row) == same]

@@ -93,8 +93,8 @@ def label(ranks):
 
 
 def digest():
-    """What pebble's weights are recognised by."""
-    from vlmkit import pebble
+    """What pebble's weights are recognized by."""
+    from vlmkit.models import pebble
 
     return hashlib.sha256((pebble.path() / "model.safetensors").read_bytes()).hexdigest()[:12]
 
@@ -135,7 +135,7 @@ class Bench:
         model, processor = load()
         scope = contextlib.nullcontext()
         if format:
-            scope = vk.sensitivity.quantised(model, next(iter(ranks)), format)
+            scope = vk.sensitivity.quantized(model, next(iter(ranks)), format)
         unrounded = self.answers(model, processor, part, domain, "")
         with scope, tempfile.TemporaryDirectory() as folder:
             before = self.answers(model, processor, part, domain, what["trained"] * bool(format))

@@ -27,8 +27,8 @@ import torch
 import transformers
 
 import vlmkit as vk
+from vlmkit.backend.quiet import quiet
 from vlmkit.finetuning import Collator
-from vlmkit.loading.quiet import quiet
 
 PLANS = ("bf16", "recommended")
 BATCH = 8

@@ -8,14 +8,14 @@ Bytes and speed do not depend on what the weights are, so each model is made fro
 catalog, saved, and loaded as from a download. What is measured, and what is predicted of it:
 
 loads       bytes that PyTorch's allocator counts after a load, the peak during it, and seconds
-            beside those of `from_pretrained` with the same quantisation config (the files are in
+            beside those of `from_pretrained` with the same quantization config (the files are in
             the page cache; the two take turns, the first load of a model is not counted)
 passes      what a prompt, and one token after it, hold at most beside weights and inputs; the
             cache of keys and values
 steps       what a training step with LoRA on the language model holds at most
 trainings   steps a second and peak of `vk.finetuning.train`, and of peft and Trainer as people set
             them up
-quantiser   NF4 made on the GPU and on the CPU: whether the bytes are the same, and how far the
+quantizer   NF4 made on the GPU and on the CPU: whether the bytes are the same, and how far the
             products are from each other and from the exact ones
 
 The results are written as JSON after each of them, so that a run cut short leaves what it has.
@@ -37,8 +37,8 @@ import torch
 
 import vlmkit as vk
 from vlmkit.anatomy import on_meta
+from vlmkit.backend.quiet import quiet
 from vlmkit.formats import torch_dtype
-from vlmkit.loading.quiet import quiet
 from vlmkit.memory.demand import demand_of
 from vlmkit.memory.measuring import measure_peak
 from vlmkit.memory.steps import rehearsed
@@ -109,9 +109,9 @@ def run(configs, device, output=None, scratch=None, trained=TRAINED, pictures=PI
     machine = setups.machine(device)
     name = machine["device"].lower().replace(" ", "-")
     results = Results(output or RESULTS / f"{name}-{machine['date']}.json", {"machine": machine})
-    with quiet(), results.attempt("quantiser"):
-        for row in quantiser(device):
-            results.add("quantiser", **row)
+    with quiet(), results.attempt("quantizer"):
+        for row in quantizer(device):
+            results.add("quantizer", **row)
     for name, config in configs.items():
         with (
             tempfile.TemporaryDirectory(dir=scratch) as folder,
@@ -279,14 +279,14 @@ def train(name, folder, checkpointing, device, results, steps):
         _free()
 
 
-# --- the quantiser --------------------------------------------------------------------------------
+# --- the quantizer --------------------------------------------------------------------------------
 
 
-def quantiser(device, shapes=((4096, 4096), (1024, 14336), (320, 1000))):
+def quantizer(device, shapes=((4096, 4096), (1024, 14336), (320, 1000))):
     """NF4 of the same weights on the GPU and on the CPU, a row for each shape."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    from vlmkit.loading import quantizing
+    from vlmkit.backend import quantizing
 
     for seed, shape in enumerate(shapes):
         generator = torch.Generator().manual_seed(seed)
@@ -410,7 +410,7 @@ def report(found):
                 f"| {row['model']}, {row['plan']} | {row['seconds']:.2f} "
                 f"| {row['plain_seconds']:.2f} | {peak} |"
             )
-    for kind in ("trainings", "quantiser", "failures"):
+    for kind in ("trainings", "quantizer", "failures"):
         lines += ["", *(json.dumps(row) for row in found.get(kind, ()))]
     return "\n".join(lines)
 

@@ -59,7 +59,7 @@ def make(config, folder, device):
 
     The weights of its language model are half as large as usual. With the usual ones nine in ten of
     the columns of what the last layer of an MLP is given hold a number beyond 6, which LLM.int8
-    takes for an outlier, for which it dequantises a column of the weight: a prompt of one picture
+    takes for an outlier, for which it dequantizes a column of the weight: a prompt of one picture
     took up to twice what was predicted. In trained models few columns are such.
     """
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def make(config, folder, device):
 
 
 def plain(folder, layout, device):
-    """`from_pretrained` with the quantisation config of the layout."""
+    """`from_pretrained` with the quantization config of the layout."""
     config = layout.quantization_config()
     more = {"quantization_config": config} if config else {}
     return AutoModelForImageTextToText.from_pretrained(
@@ -189,7 +189,7 @@ def ours(folder, plan, lora, checkpointing, device, steps):
 
 
 def usual(folder, plan, lora, checkpointing, device, steps):
-    """peft and Trainer as their pages show it: 4 bits for all that transformers quantises by
+    """peft and Trainer as their pages show it: 4 bits for all that transformers quantizes by
     itself, `prepare_model_for_kbit_training`, adapters on the language model, bf16 autocast."""
     quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16

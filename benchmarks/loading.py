@@ -44,7 +44,7 @@ BESIDE = {
     "anew": "the next, its plan resolved anew",
     "touched": "the next, and every page of the weights read",
 }
-SIDE = 4096  # of the square weight for the quantiser alone
+SIDE = 4096  # of the square weight for the quantizer alone
 MEGABYTE, GIGABYTE = 10**6, 10**9
 
 
@@ -82,7 +82,7 @@ def _report(folder, repeats):
         print(f"repeat {repeat + 1} of {repeats}", file=sys.stderr)
         for case in cases:
             found[case].append(_measured(case, folder, config))
-        rates.append(_measured("quantisers", folder))
+        rates.append(_measured("quantizers", folder))
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     read = median(run["seconds"] for run in found[READ])
     lines = [
@@ -117,7 +117,7 @@ def _report(folder, repeats):
         f"The load that filled the cache took {filling['seconds']:.1f} s, and at its peak "
         f"{filling['peak']:.0f} MB.",
         "",
-        f"| quantiser, {SIDE} × {SIDE} bf16 | threads | bitsandbytes, s per GB | vlmkit, s per GB "
+        f"| quantizer, {SIDE} × {SIDE} bf16 | threads | bitsandbytes, s per GB | vlmkit, s per GB "
         "| times faster |",
         "|---|---:|---:|---:|---:|",
     ]
@@ -224,7 +224,7 @@ def _load(folder, config, plan, load):
 
     import vlmkit as vk
     from vlmkit import layout
-    from vlmkit.loading.quiet import quiet
+    from vlmkit.backend.quiet import quiet
 
     kwargs = {}
     if plan == PLAN and load == PLAIN:
@@ -271,11 +271,11 @@ def _timed(work):
     return result, time.perf_counter() - start
 
 
-def _quantisers(*_):
+def _quantizers(*_):
     import torch
 
-    from vlmkit.loading.quantizing import quantize_4bit
-    from vlmkit.loading.quiet import quiet
+    from vlmkit.backend.quantizing import quantize_4bit
+    from vlmkit.backend.quiet import quiet
 
     with quiet():
         weight = (torch.randn(SIDE, SIDE) * 0.02).bfloat16()
@@ -325,7 +325,7 @@ def _anonymous():
     return int(status.split("RssAnon:")[1].split()[0]) * 1024 / MEGABYTE
 
 
-MEASURES = {"make": _make, READ: _read, "config": _config, "quantisers": _quantisers}
+MEASURES = {"make": _make, READ: _read, "config": _config, "quantizers": _quantizers}
 for _plan, _how in (*LOADS, (PLAN, FILLING)):
     MEASURES[f"{_plan}/{_how}"] = partial(_load, plan=_plan, load=_how)
 

@@ -5,7 +5,7 @@
 
 The checkpoints have the widths and vocabularies of published models and some of their layers, in
 bf16, with random weights, made for the occasion. Each is loaded under each plan; what it then holds
-is counted by storage, its quantisation states with it. Beside that:
+is counted by storage, its quantization states with it. Beside that:
 
 - vlmkit: `vk.memory.predict`, from the checkpoint's config alone;
 - accelerate: the "Total Size" of `accelerate estimate-memory`, for the plan's smallest number
@@ -104,7 +104,7 @@ def _make(name, layers, folder):
 def _row(name, folder, plan, repeats):
     """(model, plan, measured bytes, {way: predicted bytes}, {way: seconds})."""
     import vlmkit as vk
-    from vlmkit.loading.quiet import quiet
+    from vlmkit.backend.quiet import quiet
 
     with quiet(), redirect_stdout(sys.stderr):  # accelerate says what it does
         model, _ = vk.load(folder, plan, processor=False, device="cpu")
@@ -188,7 +188,7 @@ def _large(repeats):
 
 def _predicted(question):
     """(bytes, seconds, MB) of a first prediction in this process, after the imports."""
-    from vlmkit.loading.quiet import quiet
+    from vlmkit.backend.quiet import quiet
 
     with quiet():
         import peft  # noqa: F401

@@ -1,4 +1,4 @@
-"""A sweep against the plain way: reload the checkpoint, quantise it, evaluate it, cell after cell.
+"""A sweep against the plain way: reload the checkpoint, quantize it, evaluate it, cell after cell.
 
     make benchmark-sensitivity
     make benchmark-sensitivity BENCHMARK_ARGS="--n=200 --task=vqa"
@@ -6,7 +6,7 @@
 Both compute the same cells in turns, scope by scope, on the same questions: what they found is
 compared, and the time that each took. The plain way loads pebble anew for every cell, rounds its
 weights, and calls `vk.evaluate`; for the divergence it runs every batch once more with the
-unquantised model's answers, whose logits it has kept from before.
+unquantized model's answers, whose logits it has kept from before.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def main():
 
 
 class Plain:
-    """The plain way. seconds: [load, quantise and evaluate; the divergence on top]."""
+    """The plain way. seconds: [load, quantize and evaluate; the divergence on top]."""
 
     def __init__(self, vk, questions, baseline):
         self.vk, self.questions, self.kept = vk, questions, baseline.batches
@@ -90,7 +90,7 @@ class Plain:
     def cell(self, scope, format):
         start = time.perf_counter()
         model, processor = self.vk.load("pebble", "bf16")
-        self.vk.sensitivity.quantised(model, scope, format).__enter__()  # for good
+        self.vk.sensitivity.quantized(model, scope, format).__enter__()  # for good
         after = self.vk.evaluate(model, processor, self.questions).answers["correct"].to_numpy()
         middle = time.perf_counter()
         kl = self.divergence(model, processor)
@@ -126,7 +126,7 @@ class Plain:
 
 
 def print_times(rows, first):
-    """Seconds a cell; the sweep's share of its first look at the unquantised model comes on top."""
+    """Seconds a cell; the sweep's share of its first look at the unquantized model comes on top."""
     print("| scope | sweep, s a cell | plain, s a cell | times faster ", end="")
     print("| plain with the divergence | times faster |\n|---|---:|---:|---:|---:|---:|")
     share = first / (len(rows) * len(FORMATS))
@@ -142,7 +142,7 @@ def print_times(rows, first):
     print(
         f"\nCells a minute: {rates[0]:.0f} in the sweep, {rates[1]:.1f} in the plain way, "
         f"{rates[2]:.1f} with the divergence. The sweep's {cells} cells took "
-        f"{mean[0] * cells:.0f} s, {first:.1f} s of them for the unquantised model."
+        f"{mean[0] * cells:.0f} s, {first:.1f} s of them for the unquantized model."
     )
 
 

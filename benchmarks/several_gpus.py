@@ -21,7 +21,7 @@ import gpu_setups as setups
 import torch
 
 import vlmkit as vk
-from vlmkit.loading.quiet import quiet
+from vlmkit.backend.quiet import quiet
 
 MODEL = "meta-llama/Llama-3.2-11B-Vision-Instruct"
 WAYS = {

@@ -92,8 +92,8 @@ def run(name, seed, args):
 
 
 def digest():
-    """What pebble's weights and its states in between are recognised by."""
-    from vlmkit import pebble
+    """What pebble's weights and its states in between are recognized by."""
+    from vlmkit.models import pebble
 
     files = [pebble.path() / "model.safetensors"]
     files += sorted((Path(pebble.__file__).parent / "states").glob("*.safetensors"))
@@ -115,8 +115,8 @@ def begin(state, fresh, seed):
     import torch
     from transformers import AutoTokenizer
 
-    from vlmkit import pebble
-    from vlmkit.pebble import states
+    from vlmkit.models import pebble
+    from vlmkit.models.pebble import states
 
     torch.set_num_threads(1)
     model = states.after(state, seed)
@@ -129,7 +129,7 @@ def begin(state, fresh, seed):
 
 def stages_of(learns, steps, seed):
     """The stages of a recipe; their names seed the pictures."""
-    from vlmkit.pebble import connecting
+    from vlmkit.models.pebble import connecting
 
     parts = []
     for part, (parts_learn, count) in enumerate(zip(learns, steps, strict=True)):
@@ -146,7 +146,7 @@ def stages_of(learns, steps, seed):
 def recipe(name, seed, steps, n):
     """Train by one recipe; rows of its training and of its scores after each stage."""
     import vlmkit as vk
-    from vlmkit.pebble import batches, connecting
+    from vlmkit.models.pebble import batches, connecting
 
     state, fresh, learns = RECIPES[name]
     model, tokenizer = begin(state, fresh, seed)
@@ -185,7 +185,7 @@ def in_training(curve, stage, so_far, every):
 
 def lesson(name, steps):
     """One lesson of pebble's, straight from the end of `instruct`."""
-    from vlmkit.pebble import batches, connecting, train
+    from vlmkit.models.pebble import batches, connecting, train
 
     (stage,) = (stage for stage in train.STAGES if stage.name == LESSONS[name])
     model, tokenizer = begin("instruct", None, 0)

@@ -35,7 +35,7 @@ include_patterns = [
     "docs/*.rst",
     "notebooks/*.ipynb",
     "notebooks/solutions/*.ipynb",
-    "vlmkit/pebble/MODEL_CARD.md",
+    "vlmkit/models/pebble/MODEL_CARD.md",
     "README.md",
     "CONTRIBUTING.md",
     "LICENSE-TEXT.md",

@@ -2,7 +2,7 @@
 
     python scripts/solutions.py 07
 
-An exercise is a stub in the lesson, a cell that calls `vk.exercises.check`; its solution is in the
+An exercise is a stub in the lesson, a cell that calls `vk.course.check`; its solution is in the
 cell's metadata, as {"code": ..., "text": ...}, and nowhere else. A notebook of solutions has the
 statements of the lesson that the exercises need, so that no training is repeated that they can do
 without, and then each exercise with its text, the stub filled in, and what there is to say of it.
@@ -20,7 +20,7 @@ from nbformat import v4
 
 LESSONS = Path(__file__).resolve().parent.parent / "notebooks"
 FOLDER = LESSONS / "solutions"
-CHECK = "vk.exercises.check("
+CHECK = "vk.course.check("
 SHOWING = {"plt", "vk"}  # a bare call of these only shows something
 
 

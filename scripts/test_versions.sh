@@ -34,7 +34,7 @@ $bounds
 "$venv/bin/python" -m pip install --quiet --upgrade --upgrade-strategy eager \
     ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --constraint "$constraints" --editable '.[dev]'
 "$venv/bin/python" -m pip freeze | grep -iE "^($packages)=="
-exec env -u VLMKIT_MODEL -u VLMKIT_CACHE -u MPLBACKEND HF_HUB_OFFLINE=1 \
+exec env -u VLMKIT_MODEL -u MPLBACKEND HF_HUB_OFFLINE=1 \
     "$venv/bin/python" -m pytest -m "not slow" ${PYTEST_ARGS:-} \
     tests/test_versions.py tests/test_formats.py tests/test_plan.py tests/test_anatomy.py \
     tests/test_loading.py tests/test_quantizing.py tests/test_saving.py tests/test_linting.py \

@@ -7,7 +7,7 @@
 
 There are no processor files: load with processor=False. The weights are random, so the answers mean
 nothing. The widths are awkward on purpose: 96, 100 and 160 are no multiples of 64, which is where
-bitsandbytes' kernels for the CPU go wrong (see vlmkit/loading/cpu.py).
+bitsandbytes' kernels for the CPU go wrong (see vlmkit/backend/cpu.py).
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ VISION = {
     "image_size": 24,
     "patch_size": 12,
 }
-FINE = {**VISION, "patch_size": 6}  # 4 × 4 patches, for projectors that merge neighbours
+FINE = {**VISION, "patch_size": 6}  # 4 × 4 patches, for projectors that merge neighbors
 SIDE = VISION["image_size"]
 MROPE = {"rope_type": "default", "mrope_section": [8, 8, 8]}  # half of a head's width
 GRID = {  # the vision module of Qwen-VL and its kin, which reads patches in a grid
@@ -133,9 +133,9 @@ def inputs(model):
 
 
 def state(model):
-    """{name: copies of what `model` holds there}: each parameter with its quantisation state (its
+    """{name: copies of what `model` holds there}: each parameter with its quantization state (its
     tensors, and what else it knows), and each buffer."""
-    from vlmkit.memory import state_tensors
+    from vlmkit.backend.storages import state_tensors
 
     held = {}
     for path, module in model.named_modules():

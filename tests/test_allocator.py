@@ -107,7 +107,7 @@ def test_the_recorded_run_is_whole_and_within_its_bounds():
     for row in RECORDED["steps"]:
         assert row["predicted_peak"] == pytest.approx(row["peak"], rel=0.10)
         assert row["predicted_step"] == pytest.approx(row["step"], rel=0.10)
-    for row in RECORDED["quantiser"]:
+    for row in RECORDED["quantizer"]:
         assert row["codes_that_differ"] == row["scales_that_differ"] == 0
 
 
@@ -130,7 +130,7 @@ def test_what_a_prompt_is_predicted_to_hold_there(row):
     assert found == pytest.approx(row["prefill"], rel=0.10)
 
 
-def test_a_token_after_a_prompt_dequantises_no_weight_on_a_gpu():
+def test_a_token_after_a_prompt_dequantizes_no_weight_on_a_gpu():
     """Up to four rows are multiplied with 4-bit weights as they are; a CPU makes them bf16."""
     name, prompt = "Qwen/Qwen2.5-VL-7B-Instruct", {"tokens": 8, "new_tokens": 1}
     plan = vk.Plan.recommended()

@@ -108,7 +108,7 @@ def test_not_a_vlm():
         vk.anatomy(CONFIG_MAPPING["llama"]())
     with pytest.raises(AnatomyError, match="CLIPVisionConfig .* is not a vision-language model"):
         vk.anatomy(CONFIG_MAPPING["clip_vision_model"]())
-    with pytest.raises(AnatomyError, match="did you mean 'projector'"):
+    with pytest.raises(AnatomyError, match="Did you mean 'projector'"):
         vk.anatomy(CONFIG_MAPPING["llava"]())["projecter"]
     with pytest.raises(CheckpointError, match="no checkpoint 'pebbel'.*Did you mean 'pebble'"):
         vk.anatomy("pebbel")

@@ -6,10 +6,10 @@ import torch
 
 import vlmkit as vk
 from vlmkit.attention import answer_without, over_patches
+from vlmkit.course.pictures import FIRST
 from vlmkit.errors import AnatomyError, QuestionError, VlmkitError
 from vlmkit.evaluation.asking import prepared
 from vlmkit.images import read_all
-from vlmkit.pictures import FIRST
 
 PICTURE = torch.zeros(24, 24, 3, dtype=torch.uint8).numpy()
 

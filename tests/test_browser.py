@@ -86,7 +86,7 @@ def lab(tmp_path_factory):
     port, token = free_port(), secrets.token_hex(16)
     own = {f"JUPYTER_{kind}_DIR": str(folder / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
     environment = {**os.environ, **own, "HF_HUB_OFFLINE": "1"}
-    for name in ("VLMKIT_MODEL", "VLMKIT_CACHE", "MPLBACKEND"):
+    for name in ("VLMKIT_MODEL", "MPLBACKEND"):
         environment.pop(name, None)
     options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
     options += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]

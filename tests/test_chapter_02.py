@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vlmkit as vk
-from vlmkit.pebble import connecting
+from vlmkit.models.pebble import connecting
 
 BENCHMARK = Path(__file__).resolve().parent.parent / "benchmarks" / "connectors.py"
 CONNECTORS = ("MLP", "PixelShuffle", "PatchMerger", "Resampler")

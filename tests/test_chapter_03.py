@@ -62,7 +62,7 @@ def test_what_is_said_of_nf4_is_so(notebook):
     assert used.max() / used.iloc[[0, -1]].mean() == pytest.approx(5, abs=0.5)
 
 
-def test_double_quantisation_is_bitsandbytes_on_other_numbers_too(notebook):
+def test_double_quantization_is_bitsandbytes_on_other_numbers_too(notebook):
     scope = by_hand(notebook)
     scope["absmax"] = torch.rand(2**14, generator=torch.manual_seed(1)) ** 4
     exec(cell(notebook, "values = ").rpartition("\n")[0], scope)  # all but the last comparison

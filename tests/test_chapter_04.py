@@ -56,7 +56,7 @@ def test_what_is_said_of_the_quoted_example_is_so(said):
     assert round(100 * ledger.total / half.total) == 43
     assert "Their 4.2 GB come with 0.5 of scales" in said
     packed = vk.memory.predict(LLAMA, plan).table().loc["language_model"]
-    assert [round(packed[k] / 1e8) for k in ("linear", "quantisation state")] == [42, 5]
+    assert [round(packed[k] / 1e8) for k in ("linear", "quantization state")] == [42, 5]
     assert "stay in 16 bits, 2.1 GB" in said
     assert round((kinds["head"] + packed["embedding"]) / 1e8) == 21
     vision = AutoConfig.from_pretrained(vk.catalog.folder_of(LLAMA)).vision_config

@@ -118,7 +118,7 @@ def test_bits_and_bytes_recorded_are_the_formats(recorded):
     model, _ = vk.load("pebble", "bf16", processor=False)
     for (scope, format), rows in recorded.groupby(["scope", "format"]):
         if scope in SINGLE:
-            swap = vk.sensitivity.quantised(model, scope, format)
+            swap = vk.sensitivity.quantized(model, scope, format)
             assert set(rows["bytes_saved"]) == {swap.bytes_saved}
             assert set(rows["bits"]) == {round(swap.effective_bits, 4)}
 
@@ -187,7 +187,7 @@ def test_what_is_said_of_bytes_is_so(said, recorded, all_of):
     assert round(saved[VISION, "int2-asym"] - saved[VISION, "int4"], 1) == 0.2
     lost = all_of(VISION, "int4") - all_of(VISION, "int2-asym")
     assert lost == pytest.approx(17, abs=1)
-    assert "Quantising the projector saves 0.1 MB, the language model forty times that" in said
+    assert "Quantizing the projector saves 0.1 MB, the language model forty times that" in said
     assert round(saved[PROJECTOR, "int3"], 1) == 0.1
     assert (saved[LANGUAGE] / saved[PROJECTOR]).between(38, 46).all()
 
@@ -273,7 +273,7 @@ def test_the_benchmark_counts_answers_as_a_sweep_does(benchmark, tmp_path, monke
     model, processor = vk.load("pebble", "bf16")
     questions = vk.tasks.dataset("all", n=24, seed=benchmark["SEEDS"][0])
     before = vk.evaluate(model, processor, questions)
-    with vk.sensitivity.quantised(model, PROJECTOR, "int2"):
+    with vk.sensitivity.quantized(model, PROJECTOR, "int2"):
         after = vk.evaluate(model, processor, questions)
     before, after = (scores.answers["correct"] for scores in (before, after))
     assert first["right"].sum() == after.sum() and first["n"].sum() == 24

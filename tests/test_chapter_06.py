@@ -166,7 +166,7 @@ def test_what_is_said_of_the_plan_is_so(notebook, said):
     assert "In divergence the plan is better beyond chance" in said
     (output,) = cell(notebook, "budget = ").outputs
     reason = output["data"]["text/html"]
-    assert "The plan is closer to the unquantised model than the best uniform one" in reason
+    assert "The plan is closer to the unquantized model than the best uniform one" in reason
     assert "its accuracy is the same within the interval" in reason
     assert "not told from the uniform rival, which is smaller" in said
     (count,) = (o for o in cell(notebook, "loaded, _ = ").outputs if o.output_type == "stream")

@@ -87,7 +87,7 @@ def test_the_benchmark_counts_answers_as_evaluate_does(benchmark, tmp_path, monk
     assert len(table) == 7 + 4 + 4 and set(table["steps"]) == {2}
     model, processor = vk.load("pebble", "fp32")
     questions = vk.tasks.dataset(list(benchmark["OWN"]), n=12, seed=benchmark["SEED"])
-    with vk.sensitivity.quantised(model, PROJECTOR, "int2"):
+    with vk.sensitivity.quantized(model, PROJECTOR, "int2"):
         right = vk.evaluate(model, processor, questions).answers["correct"].sum()
     rounded = table[table["format"] == "int2"]
     assert rounded["before"].sum() == right

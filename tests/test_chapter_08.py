@@ -73,8 +73,8 @@ def test_what_is_said_of_costs_is_so(notebook, said):
 
 def test_what_is_said_of_looking_is_so(notebook, said):
     (out,) = cell(notebook, 'print(f"A page').outputs
-    grey = int(out.text.partition("On grey: ")[2].partition("%")[0])
-    assert "on grey a quarter" in said and 20 <= grey <= 30
+    gray = int(out.text.partition("On gray: ")[2].partition("%")[0])
+    assert "on gray a quarter" in said and 20 <= gray <= 30
     paid = {
         name: [int(n) for n in row]
         for name, row in shown(cell(notebook, "def to_pic")).items()

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 import vlmkit as vk
-from vlmkit import pebble
-from vlmkit.pebble import connecting
+from vlmkit.models import pebble
+from vlmkit.models.pebble import connecting
 
 BENCHMARK = Path(__file__).resolve().parent.parent / "benchmarks" / "stages.py"
 STEPS = 500
@@ -110,7 +110,7 @@ def test_what_is_said_of_the_two_runs_is_so(said, logs):
     assert "80% of *left of* after 11,700 steps, the first after 19,800" in said
     assert reached == [19_800, 11_700]
     ends = pd.DataFrame([run.loc[:, "caption":"moving"].iloc[-1].astype(float) for run in logs])
-    assert "*same colour* stayed at chance to the end, where pebble has 100%" in said
+    assert "*same color* stayed at chance to the end, where pebble has 100%" in said
     assert ends["same_color"].iloc[0] > 0.995
     assert 0.45 < second.loc[second["stage"] == "final", "same_color"].mean() < 0.55
     assert "All other kinds ended within six points" in said

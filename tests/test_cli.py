@@ -44,7 +44,9 @@ def test_the_first_answer(monkeypatch, llava, capsys):
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert err == ""
-    assert lines[0] == "picture    vlmkit/pictures/shapes.png (84 x 84 pixels)".replace("/", os.sep)
+    assert lines[0] == "picture    vlmkit/course/pictures/shapes.png (84 x 84 pixels)".replace(
+        "/", os.sep
+    )
     assert lines[1] == "question   What color is the circle?"
     assert lines[2] == f"model      {llava}"
     assert lines[3].startswith("answer     ")
@@ -237,7 +239,7 @@ def test_lint_says_by_its_exit_status_whether_there_is_an_error(tmp_path, capsys
     assert printed(capsys)["findings"][0]["code"] == "not-a-substring"
     config.write_text('{"load_in_4bit": true}')
     assert run("lint", "pebble", config) == 0
-    assert "component-quantised" in capsys.readouterr().out  # a warning, and no error
+    assert "component-quantized" in capsys.readouterr().out  # a warning, and no error
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals work differently there")
@@ -260,7 +262,7 @@ def test_a_reader_that_goes_away_is_no_error():
 
 @pytest.mark.parametrize("sample", pictures.SAMPLES, ids=lambda sample: sample.name)
 def test_bundled_pictures_are_the_draws_they_say(sample):
-    """After a change of recipe: `python -m vlmkit.pictures`, and its questions into the table."""
+    """After a change of a recipe run `python -m vlmkit.course.pictures`."""
     row = sample.draw()
     assert (row["question"], row["answer"]) == (sample.question, sample.answer)
     assert np.array_equal(np.asarray(Image.open(sample.path)), np.asarray(row["images"][0]))

@@ -66,8 +66,8 @@ def test_rows_of_tasks_and_of_files(file, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"modle": "pebble"}, "'modle' is no key: did you mean model"),
-        ({"train": {"projectr": "full"}}, "did you mean 'projector'"),
+        ({"modle": "pebble"}, "'modle' is no key. Did you mean model"),
+        ({"train": {"projectr": "full"}}, "Did you mean 'projector'"),
         ({"train": {"projector": "ful"}}, "train: projector is frozen, full, lora, .*'ful'"),
         ({"train": {"projector": True}}, "train: projector is frozen.*True"),
         ({"train": {"projector": {"rank": 4}}}, "train: projector: 'rank' is no key.*they are r,"),
@@ -76,7 +76,7 @@ def test_rows_of_tasks_and_of_files(file, tmp_path):
         ({"train": "lora"}, "train is a mapping, not 'lora'"),
         ({"train": None}, "train is missing"),
         ({"output": None}, "output is missing"),
-        ({"settings": {"step": 3}}, "settings: 'step' is no key: did you mean steps"),
+        ({"settings": {"step": 3}}, "settings: 'step' is no key. Did you mean steps"),
         ({"settings": {"steps": "3"}}, "settings: steps is a whole number, not '3'"),
         ({"settings": {"warmup": "a little"}}, "settings: warmup is a number, not 'a little'"),
         ({"settings": {"checkpointing": 1}}, "checkpointing is true or false, not 1"),
@@ -86,7 +86,7 @@ def test_rows_of_tasks_and_of_files(file, tmp_path):
         ({"data": {"task": "vqa", "source": "x"}}, "both"),
         ({"data": {"task": "vqa", "schema": "gqa"}}, "data: schema does nothing for a task"),
         ({"data": {"source": "x", "seed": 1}}, "data: seed does nothing for a source"),
-        ({"data": {"taks": "vqa"}}, "data: 'taks' is no key: did you mean task"),
+        ({"data": {"taks": "vqa"}}, "data: 'taks' is no key. Did you mean task"),
         ({"data": ["vqa"]}, "data is a mapping"),
     ],
 )

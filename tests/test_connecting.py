@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import vlmkit as vk
 from vlmkit import tasks
-from vlmkit.pebble import batches, connecting, recipe, train
+from vlmkit.models.pebble import batches, connecting, recipe, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,15 +7,15 @@ from PIL import Image
 import vlmkit as vk
 from vlmkit.errors import TaskError
 
-controls = vk.controls
+controls = vk.course.controls
 
 
-def grey(level, size=(4, 3)):
+def gray(level, size=(4, 3)):
     return Image.new("RGB", size, (level,) * 3)
 
 
 def row(*levels, answer="yes", kind="a"):
-    images = [grey(level) for level in levels]
+    images = [gray(level) for level in levels]
     return {"images": images, "question": "?", "answer": answer, "task": "t", "kind": kind}
 
 
@@ -50,7 +50,7 @@ def test_pictures_are_exchanged_between_rows_of_as_many():
 
 
 def test_rows_need_neither_task_nor_kind():
-    rows = [{"images": [grey(n)], "question": "?", "answer": str(n)} for n in (1, 2)]
+    rows = [{"images": [gray(n)], "question": "?", "answer": str(n)} for n in (1, 2)]
     assert levels(controls.exchanged(rows)) == [[2], [1]]
     assert controls.most_frequent(rows).accuracy == 0.5
 

@@ -19,7 +19,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 import vlmkit as vk
 from vlmkit.errors import ImageError, QuestionError, TaskError, VlmkitError
-from vlmkit.evaluation import Scores, asking, compared, normalise, wilson
+from vlmkit.evaluation import Scores, asking, compared, normalize, wilson
 from vlmkit.evaluation.prompts import question_inputs
 
 PATCHES, CONTEXT = 4, 512  # of the tiny model: visual tokens an image, and tokens in all
@@ -340,9 +340,9 @@ def test_datasets_that_cannot_be_evaluated(model, processor, dataset):
 
 
 def test_normalise():
-    assert normalise(" Red. ") == normalise("red") == "red"
-    assert normalise("A  red\ncircle!") == "a red circle"
-    assert normalise("1.5") == "1.5" != normalise("15")
+    assert normalize(" Red. ") == normalize("red") == "red"
+    assert normalize("A  red\ncircle!") == "a red circle"
+    assert normalize("1.5") == "1.5" != normalize("15")
 
 
 @pytest.mark.parametrize(("correct", "n"), [(81, 263), (15, 148), (1, 29), (0, 20), (20, 20)])

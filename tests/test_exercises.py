@@ -17,7 +17,7 @@ from chapters import FOLDER
 from mistakes import HELPERS, MISTAKES
 
 import vlmkit as vk
-from vlmkit.exercises import EXERCISES, verdict
+from vlmkit.course.exercises import EXERCISES, verdict
 
 script = runpy.run_path(str(FOLDER.parent / "scripts" / "solutions.py"))
 LESSONS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
@@ -135,10 +135,14 @@ def test_every_check_is_of_an_exercise_and_has_mistakes():
 
 
 def test_our_own_mistakes_are_errors():
-    with pytest.raises(vk.exercises.ExerciseError, match="no exercise 'unheard of'; there are"):
-        vk.exercises.check("unheard of", 1)
-    with pytest.raises(vk.exercises.ExerciseError, match="takes trained, rank beside the answer"):
-        vk.exercises.check("equal cost", None, ranks=8)
+    with pytest.raises(
+        vk.course.exercises.ExerciseError, match="no exercise 'unheard of'; there are"
+    ):
+        vk.course.check("unheard of", 1)
+    with pytest.raises(
+        vk.course.exercises.ExerciseError, match="takes trained, rank beside the answer"
+    ):
+        vk.course.check("equal cost", None, ranks=8)
 
 
 def test_a_slice_keeps_what_is_needed_and_its_order():

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 import vlmkit as vk
+from vlmkit.course.explorer import MemoryExplorer, parts_of
 from vlmkit.errors import CheckpointError, SizeError
-from vlmkit.explorer import MemoryExplorer, parts_of
 from vlmkit.finetuning import LoRA
 
 
@@ -32,7 +32,7 @@ def megabytes(ledger):
 
 @pytest.fixture
 def explorer():
-    return vk.explorer.memory("pebble")
+    return vk.course.explorer.memory("pebble")
 
 
 def test_it_begins_with_the_recommended_plan(explorer):
@@ -86,10 +86,10 @@ def test_what_cannot_be_is_said_and_the_last_picture_stays():
     """PaliGemma's projector is one Linear layer, Gemma 3's a bare parameter."""
     from transformers import CONFIG_MAPPING
 
-    explorer = vk.explorer.memory(CONFIG_MAPPING["gemma3"]())
+    explorer = vk.course.explorer.memory(CONFIG_MAPPING["gemma3"]())
     before = explorer._picture.value
     explorer.plan["projector"].value = "nf4"
-    assert "nothing in it can be quantised" in explorer.message
+    assert "nothing in it can be quantized" in explorer.message
     assert explorer._picture.value == before
     explorer.plan["projector"].value = "fp32"
     assert explorer.message == "" and explorer._picture.value != before
@@ -97,14 +97,14 @@ def test_what_cannot_be_is_said_and_the_last_picture_stays():
 
 def test_a_model_that_is_not_there():
     with pytest.raises(CheckpointError, match="nowhere"):
-        vk.explorer.memory("nowhere")
+        vk.course.explorer.memory("nowhere")
 
 
 @pytest.mark.parametrize("use", [{"images": -1}, {"tokens": 1.5}, {"tokens": 10**6}])
 def test_numbers_that_cannot_be(use):
     with pytest.raises(SizeError):
-        vk.explorer.memory("pebble", **use)
-    assert vk.explorer.memory("pebble", images=17).images.value == 17
+        vk.course.explorer.memory("pebble", **use)
+    assert vk.course.explorer.memory("pebble", images=17).images.value == 17
 
 
 def test_it_is_a_widget_that_is_shown(explorer):
@@ -115,6 +115,6 @@ def test_it_is_a_widget_that_is_shown(explorer):
 
 
 def test_without_ipywidgets_it_says_what_to_install():
-    code = "import sys; sys.modules['ipywidgets'] = None; import vlmkit as vk; vk.explorer.memory"
+    code = "import sys; sys.modules['ipywidgets'] = None; import vlmkit.course.explorer"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "DependencyError" in done.stderr and ".[course]" in done.stderr

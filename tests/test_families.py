@@ -175,7 +175,7 @@ def test_peft_and_trainer_take_two_formats(family, tmp_path):
     assert vk.audit(model, plan) and differing(before, state(model)) == []
 
 
-def test_transformers_can_dequantise_two_formats(family):
+def test_transformers_can_dequantize_two_formats(family):
     model, _ = vk.load(family("qwen2_vl"), PLANS["two formats"], processor=False)
     wanted = logits(model)
     plain = model.dequantize(dtype=torch.bfloat16)
@@ -183,7 +183,7 @@ def test_transformers_can_dequantise_two_formats(family):
     assert agreement(logits(plain), wanted) > 0.99
 
 
-# --- what cannot be quantised -------------------------------------------------------------------
+# --- what cannot be quantized -------------------------------------------------------------------
 
 
 def left(name, family, plan="nf4"):
@@ -213,7 +213,7 @@ def test_bare_parameters_convolutions_and_ties(family):
 
 
 def test_what_a_class_leaves_out(family):
-    """BLIP-2's class keeps the Q-Former out of quantisation, whatever is asked."""
+    """BLIP-2's class keeps the Q-Former out of quantization, whatever is asked."""
     kept = left("blip2", family)
     why, size = kept["projector", "linear"]
     assert why == "left out by its class" and size > 100_000
@@ -261,7 +261,7 @@ def test_int8_layers_take_tensors_of_any_shape():
     """bitsandbytes' own layer takes two and three dimensions; Llama 3.2 Vision's has four."""
     import bitsandbytes as bnb
 
-    from vlmkit.loading.cpu import guard_against_cpu_traps
+    from vlmkit.backend.cpu import guard_against_cpu_traps
 
     def layer():
         torch.manual_seed(0)

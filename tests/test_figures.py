@@ -135,7 +135,7 @@ def test_an_axes_given_is_the_axes_drawn_into(draw, data):
     assert plt.get_fignums() == [figure.number]
 
 
-def test_each_component_has_a_colour_of_its_own():
+def test_each_component_has_a_color_of_its_own():
     assert tuple(figures.COMPONENT_COLORS) == vlmkit.COMPONENTS
     assert len(set(figures.COMPONENT_COLORS.values())) == len(vlmkit.COMPONENTS)
 
@@ -171,9 +171,9 @@ def test_an_architecture_is_drawn_with_areas_in_proportion(name):
 
 
 def test_seconds_are_stacked_by_what_they_went_on():
-    ax = figures.seconds({"a": {"quantising": 2.0, "rest": 0.5}, "b": {"rest": 1.0}})
+    ax = figures.seconds({"a": {"quantizing": 2.0, "rest": 0.5}, "b": {"rest": 1.0}})
     drawn = {bars.get_label(): [(b.get_x(), b.get_width()) for b in bars] for bars in ax.containers}
-    assert drawn == {"quantising": [(0, 2.0), (0, 0)], "rest": [(2.0, 0.5), (0, 1.0)]}
+    assert drawn == {"quantizing": [(0, 2.0), (0, 0)], "rest": [(2.0, 0.5), (0, 1.0)]}
     assert [text.get_text() for text in ax.texts] == ["2.50 s", "1.00 s"]
     assert ax.get_xlabel() == "seconds"
 
@@ -304,7 +304,7 @@ def test_damage_by_bytes_is_a_line_for_each_scope():
     assert "MB" in ax.get_xlabel() and ax.get_xscale() == "log"
 
 
-def test_layers_are_drawn_in_the_colour_of_their_component():
+def test_layers_are_drawn_in_the_color_of_their_component():
     rows = [("vision_encoder:0", "int3", 0.01, 0.0), ("vision_encoder:0", "int2", 0.5, -0.425)]
     rows += [("projector", "int3", 0.0, 0.0), ("projector", "int2", 0.02, -0.01)]
     table = pd.DataFrame(rows, columns=["scope", "format", "kl", "difference"])

@@ -9,11 +9,12 @@ from PIL import Image
 
 import vlmkit as vk
 from vlmkit.anatomy import component_finder
+from vlmkit.backend import checkpointing
+from vlmkit.course.pictures import FIRST
 from vlmkit.errors import FinetuningError
 from vlmkit.evaluation.asking import prepared
-from vlmkit.finetuning import add_adapters, checkpointing
+from vlmkit.finetuning import add_adapters
 from vlmkit.loading.audit import plain_name
-from vlmkit.pictures import FIRST
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,7 +134,7 @@ def test_adapters_change_nothing_to_begin_with(name, loaded):
 
 
 @pytest.mark.parametrize("name", SHARP)
-def test_projector_in_full_beside_a_quantised_language_model(name, loaded):
+def test_projector_in_full_beside_a_quantized_language_model(name, loaded):
     model, batch = loaded(name)
     before = state(model)
     adapted = add_adapters(model, projector="full", language_model=vk.LoRA(r=4))
@@ -205,14 +206,14 @@ def test_trainer_takes_it(loaded, tmp_path):
 @pytest.mark.parametrize(
     "ways, said",
     [
-        ({"projectr": "full"}, "did you mean 'projector'"),
-        ({"vision_tower": vk.LoRA()}, "did you mean 'vision_encoder'|they are vision_encoder"),
+        ({"projectr": "full"}, "Did you mean 'projector'"),
+        ({"vision_tower": vk.LoRA()}, "Did you mean 'vision_encoder'|they are vision_encoder"),
         ({"projector": "ful"}, "projector: 'ful' is no way to train it.*vk.LoRA"),
         ({"language_model": True}, "language_model: True is no way to train it"),
         ({}, "nothing is trained"),
         ({"projector": None, "language_model": None}, "nothing is trained"),
         ({"cross_attention": vk.LoRA()}, "LlavaForCond.* has none: it has vision_encoder, proj"),
-        ({"language_model": "full"}, "is quantised, and a quantised weight cannot be trained"),
+        ({"language_model": "full"}, "is quantized, and a quantized weight cannot be trained"),
         ({"projector": vk.LoRA(modules="attention")}, "projector has no Linear layer"),
         ({"vision_encoder": vk.LoRA(head=True)}, "vision_encoder has no output head"),
         (
@@ -257,12 +258,12 @@ def test_a_head_that_is_the_embedding_gets_no_adapter(family):
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
 @pytest.mark.parametrize("given", ["nf4", "int8"])
-def test_a_quantised_projector_is_not_trained_in_full(name, given, loaded):
+def test_a_quantized_projector_is_not_trained_in_full(name, given, loaded):
     model, _ = loaded(name, given)
     with pytest.raises(FinetuningError) as error:
         add_adapters(model, projector="full", language_model=vk.LoRA())
     said = str(error.value)
-    assert "projector is to be trained in full" in said and ".weight is quantised" in said
+    assert "projector is to be trained in full" in said and ".weight is quantized" in said
     assert "Plan a float format for it, or give it a vk.LoRA" in said
     model = add_adapters(model, projector=vk.LoRA(r=2))  # which is what can be done about it
     assert {component_finder(model)(n) for n in trained(model)} == {"projector"}
@@ -283,7 +284,7 @@ def test_adapters_on_adapters(loaded):
         ({"r": 8.0}, "not 8.0"),
         ({"r": True}, "not True"),
         ({"dropout": 1}, "from 0 to below 1, not 1"),
-        ({"modules": "atention"}, "did you mean 'attention'"),
+        ({"modules": "atention"}, "Did you mean 'attention'"),
     ],
 )
 def test_values_that_make_no_adapter(values, said):

@@ -15,7 +15,7 @@ import vlmkit as vk
 from vlmkit import figures
 from vlmkit.catalog.gpus import GPUS
 from vlmkit.errors import FinetuningError, PlanError, SizeError
-from vlmkit.fitting import PLANS, fit, summary
+from vlmkit.memory.fitting import PLANS, fit, summary
 
 WEIGHTS = {"tokens": 0, "images": 0}
 predict = partial(vk.memory.predict, allocator="cuda")
@@ -47,7 +47,7 @@ def test_it_fits_to_the_byte():
 
 
 def test_configs_plans_and_sizes_of_ones_own():
-    config = vk.checkpoints.read_config(vk.pebble.path())
+    config = vk.checkpoints.read_config(vk.models.pebble.path())
     plans = {"mine": vk.Plan(language_model="int8"), "other": "nf4-dq"}
     found = fit({"my model": config}, plans, ["12 GB", "12 GiB", 12 * 10**9], **WEIGHTS)
     assert set(found["model"]) == {"my model"} and list(dict.fromkeys(found["plan"])) == [*plans]

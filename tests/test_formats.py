@@ -46,8 +46,8 @@ def test_4bit_is_bitsandbytes(name, shape):
 
 
 @pytest.mark.parametrize("name", FOUR_BIT)
-def test_4bit_dequantises_like_bitsandbytes(name):
-    # Columns in whole blocks: where its CPU kernel is right (see vlmkit.loading.cpu).
+def test_4bit_dequantizes_like_bitsandbytes(name):
+    # Columns in whole blocks: where its CPU kernel is right (see vlmkit.backend.cpu).
     weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(1))
     data, state = F.quantize_4bit(
         weight, quant_type=name.removesuffix("-dq"), compress_statistics=name.endswith("-dq")
@@ -91,9 +91,9 @@ def test_float_formats_are_their_dtype():
 
 
 def test_a_wrong_name_gets_the_nearest_right_one():
-    with pytest.raises(PlanError, match="did you mean 'nf4'"):
+    with pytest.raises(PlanError, match="Did you mean 'nf4'"):
         format_named("nf44")
-    with pytest.raises(PlanError, match="did you mean 'bf16'"):
+    with pytest.raises(PlanError, match="Did you mean 'bf16'"):
         format_named("bfloat16")
     with pytest.raises(PlanError, match="the formats are fp32"):
         format_named("zzz")

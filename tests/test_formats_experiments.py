@@ -112,7 +112,7 @@ def test_activations_have_a_scale_for_each_token_or_one_for_all():
     torch.testing.assert_close(tensor, torch.round(x / step) * step, rtol=1e-5, atol=1e-6)
 
 
-def test_double_quantisation_rounds_the_scales_alone():
+def test_double_quantization_rounds_the_scales_alone():
     x = weight((64, 256))
     plain, double = rounding("int4-g32"), rounding("int4-g32-dq")
     scale = plain.rounded(x).reshape(-1, 32), double.rounded(x).reshape(-1, 32)
@@ -187,7 +187,7 @@ def test_a_full_name_reads_back(kind, share, asymmetric, double):
     ],
 )
 def test_a_wrong_spelling_gets_the_nearest_right_one(wrong, near):
-    with pytest.raises(PlanError, match=f"did you mean '{near}"):
+    with pytest.raises(PlanError, match=f"Did you mean '{near}"):
         rounding(wrong)
 
 
@@ -203,6 +203,6 @@ def test_a_plan_refuses_them_and_says_what_they_are_for():
     import vlmkit as vk
 
     for name in ("int4", "int3-g32", "nf4-b128"):
-        with pytest.raises(PlanError, match=r"for experiments.*vk\.sensitivity\.quantised"):
+        with pytest.raises(PlanError, match=r"for experiments.*vk\.sensitivity\.quantized"):
             vk.Plan(language_model=name)
     assert vk.Plan(language_model="int8")["language_model"] == "int8"

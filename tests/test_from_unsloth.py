@@ -21,12 +21,12 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Processor
 
 import vlmkit as vk
 from vlmkit.anatomy import component_finder
+from vlmkit.course.pictures import FIRST
 from vlmkit.errors import CheckpointError, FinetuningError, PlanError
 from vlmkit.evaluation.asking import prepared
 from vlmkit.formats import quantize
 from vlmkit.loading import plan_of
 from vlmkit.loading.audit import format_of
-from vlmkit.pictures import FIRST
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -280,7 +280,7 @@ def test_full_finetuning(run, family):
     model, _ = vk.load(family("qwen2_vl"), "bf16", processor=False)
     model = run(model=model)
     assert all(p.requires_grad for p in model.parameters())
-    with pytest.raises(FinetuningError, match="is quantised"):
+    with pytest.raises(FinetuningError, match="is quantized"):
         run(model=vk.load(family("qwen2_vl"), "nf4-dq", processor=False)[0])
 
 
@@ -343,7 +343,7 @@ def checkpointing_keeps_gradients(run, model, processor, adapters_first):
 
 @row("from_pretrained", "use_exact_model_name")
 def test_exact_model(run, llava):
-    """Its weights are those of the folder: as they are, or quantised from them."""
+    """Its weights are those of the folder: as they are, or quantized from them."""
     model, _ = run(name=llava)
     source = AutoModelForImageTextToText.from_pretrained(llava, dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():

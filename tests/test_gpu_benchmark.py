@@ -50,7 +50,7 @@ def test_the_script_on_a_cpu(benchmark, tmp_path):
     assert len({row["trained"] for row in found["trainings"]}) == 1
     losses = [row["loss"] for row in found["trainings"]]
     assert max(losses) - min(losses) < 0.05
-    for row in found["quantiser"]:
+    for row in found["quantizer"]:
         assert row["codes_that_differ"] == row["codes_that_differ_from_vlmkits"] == 0
         assert row["products_from_exact"] == pytest.approx(row["weights_from_exact"], rel=0.1)
     text = benchmark["report"](found)

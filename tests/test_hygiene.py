@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 import chapters
-import colour_vision
+import color_vision
 import nbformat
 import pytest
 from matplotlib.colors import is_color_like, to_hex
@@ -79,10 +79,10 @@ PALETTE = {to_hex(value) for value in vars(colors).values() if is_color_like(val
 PALETTE |= {to_hex(color) for color in colors.COMPONENT_COLORS.values()}
 MAPS = {"gray", "gray_r", "Greys", "Blues", "viridis", "cividis"}
 DRAWING = {"plot", "bar", "barh", "scatter", "errorbar", "step", "hist", "fill_between", "line"}
-WITHOUT_COLOURS = {
-    ("03_loading", "used.plot"): "one series, in the first colour of any palette",
+WITHOUT_COLORS = {
+    ("03_loading", "used.plot"): "one series, in the first color of any palette",
 }
-"""Where a chapter leaves colours to matplotlib, whose own are not made for every eye, and why."""
+"""Where a chapter leaves colors to matplotlib, whose own are not made for every eye, and why."""
 
 
 def is_grey(color):
@@ -90,7 +90,7 @@ def is_grey(color):
 
 
 def named_colors(tree):
-    """Every colour that is written out in a cell: hexadecimal ones, and those given as a colour."""
+    """Every color that is written out in a cell: hexadecimal ones, and those given as a color."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and re.fullmatch("#[0-9a-fA-F]{3,8}", str(node.value)):
             yield node.value
@@ -101,7 +101,7 @@ def named_colors(tree):
 
 
 def drawn_without_colors(tree):
-    """The calls, such as `ax.plot`, that draw something and leave its colour open."""
+    """The calls, such as `ax.plot`, that draw something and leave its color open."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             called = ast.unparse(node.func)
@@ -115,7 +115,7 @@ def drawn_without_colors(tree):
 
 
 @each
-def test_chapter_has_no_colours_but_those_of_the_palette(path):
+def test_chapter_has_no_colors_but_those_of_the_palette(path):
     for source in chapters.sources(read(path), "code"):
         tree = ast.parse(source)
         other = {c for c in named_colors(tree) if to_hex(c) not in PALETTE and not is_grey(c)}
@@ -124,10 +124,10 @@ def test_chapter_has_no_colours_but_those_of_the_palette(path):
         maps = {ast.literal_eval(keyword.value) for keyword in given if keyword.arg == "cmap"}
         assert maps <= MAPS, source
         without = {(path.stem, call) for call in drawn_without_colors(tree)}
-        assert without - set(WITHOUT_COLOURS) == set(), source
+        assert without - set(WITHOUT_COLORS) == set(), source
 
 
-def test_colours_outside_the_palette_are_recognised():
+def test_colors_outside_the_palette_are_recognised():
     tree = ast.parse(
         'ax.plot(x, y, color="red"); ax.bar(x, y); f = ["#ff0000"]; ax.text(0, 0, "b")'
     )
@@ -135,24 +135,24 @@ def test_colours_outside_the_palette_are_recognised():
     assert list(drawn_without_colors(tree)) == ["ax.bar"]
 
 
-@pytest.mark.parametrize("vision", colour_vision.SIMULATED)
-def test_palette_is_told_apart_with_any_colour_vision(vision):
+@pytest.mark.parametrize("vision", color_vision.SIMULATED)
+def test_palette_is_told_apart_with_any_color_vision(vision):
     """15 in L*a*b* is some six times what is noticed side by side."""
-    assert colour_vision.nearest(colors.COMPONENT_COLORS.values(), vision)[0] > 15
-    assert colour_vision.nearest((color for color, _ in colors.MARKS), vision)[0] > 15
+    assert color_vision.nearest(colors.COMPONENT_COLORS.values(), vision)[0] > 15
+    assert color_vision.nearest((color for color, _ in colors.MARKS), vision)[0] > 15
     assert len({mark for _, mark in colors.MARKS}) == len(colors.MARKS)
 
 
-def test_the_measure_of_colours_tells_good_palettes_from_bad_ones():
+def test_the_measure_of_colors_tells_good_palettes_from_bad_ones():
     usual = ["C0", "C1", "C2", "C3"]  # matplotlib's first four, with a green and a red
-    assert colour_vision.nearest(usual)[0] > 15
-    assert colour_vision.nearest(usual, "deuteranopia")[0] < 15
-    assert colour_vision.nearest(usual, "protanopia")[0] < 15
-    assert colour_vision.distance("white", "black") == pytest.approx(100, abs=0.1)
-    assert colour_vision.lab("#ff0000") == pytest.approx([53.2, 80.1, 67.2], abs=0.2)
-    for vision in colour_vision.SIMULATED:  # a grey looks the same to all
-        assert colour_vision.lab("#777777", vision) == pytest.approx(
-            colour_vision.lab("#777777"), abs=0.5
+    assert color_vision.nearest(usual)[0] > 15
+    assert color_vision.nearest(usual, "deuteranopia")[0] < 15
+    assert color_vision.nearest(usual, "protanopia")[0] < 15
+    assert color_vision.distance("white", "black") == pytest.approx(100, abs=0.1)
+    assert color_vision.lab("#ff0000") == pytest.approx([53.2, 80.1, 67.2], abs=0.2)
+    for vision in color_vision.SIMULATED:  # a gray looks the same to all
+        assert color_vision.lab("#777777", vision) == pytest.approx(
+            color_vision.lab("#777777"), abs=0.5
         )
 
 

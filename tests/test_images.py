@@ -45,7 +45,7 @@ def test_cmyk_jpeg(tmp_path):
     assert red > 240 and green < 15 and blue < 15
 
 
-def test_transparent_pixels_become_white_whatever_colour_they_hide(tmp_path):
+def test_transparent_pixels_become_white_whatever_color_they_hide(tmp_path):
     image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
     image.putpixel((1, 0), (255, 0, 0, 255))
     assert pixel(images.read(image), 0, 0) == (255, 255, 255)
@@ -62,7 +62,7 @@ def test_transparent_pixels_become_white_whatever_colour_they_hide(tmp_path):
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     values = np.array([[0, 32768, 65535]], dtype=np.uint16)
     for suffix in ("png", "tiff", "pgm"):
-        path = tmp_path / f"grey.{suffix}"
+        path = tmp_path / f"gray.{suffix}"
         Image.fromarray(values).save(path)
         assert [pixel(images.read(path), x, 0)[0] for x in range(3)] == [0, 128, 255]
     assert [pixel(images.read(values), x, 0)[0] for x in range(3)] == [0, 128, 255]
@@ -102,8 +102,8 @@ def test_arrays_and_tensors():
         torch.tensor(floats, dtype=torch.bfloat16, requires_grad=True),
     ):
         assert np.abs(np.asarray(images.read(array)).astype(int) - expected).max() <= 1
-    grey = np.full((5, 7), 128, dtype=np.uint8)
-    for array in (grey, grey[..., None], grey[None]):
+    gray = np.full((5, 7), 128, dtype=np.uint8)
+    for array in (gray, gray[..., None], gray[None]):
         image = images.read(array)
         assert image.size == (7, 5) and pixel(image, 0, 0) == (128, 128, 128)
     assert pixel(images.read(np.ones((5, 7), dtype=bool)), 0, 0) == (255, 255, 255)

@@ -12,15 +12,15 @@ from families import FAMILIES, inputs
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 import vlmkit as vk
+from vlmkit.backend.quiet import quiet
 from vlmkit.errors import CheckpointError, ConfigError
 from vlmkit.linting import Fate
 from vlmkit.linting.case import Case
 from vlmkit.linting.configs import read
 from vlmkit.linting.rules import cpu_shapes
 from vlmkit.loading.audit import format_of
-from vlmkit.loading.quiet import quiet
 
-# bitsandbytes' own, which vlmkit.loading.cpu replaces by a better one when a load needs it
+# bitsandbytes' own, which vlmkit.backend.cpu replaces by a better one when a load needs it
 KERNEL = torch.library.get_kernel("bitsandbytes::dequantize_4bit", "CPU")
 
 LISTS = {
@@ -69,7 +69,7 @@ def require_true(findings, model):
     assert {fate.name for fate in findings.fates} == owned
     for fate in findings.fates:
         module = model.get_submodule(fate.module)
-        if fate.tied and fate.quantized:  # a quantised layer that was handed the embeddings' weight
+        if fate.tied and fate.quantized:  # a quantized layer that was handed the embeddings' weight
             assert (
                 type(module).__name__.startswith("Linear") and type(module) is not torch.nn.Linear
             )
@@ -139,12 +139,12 @@ def test_a_bare_name_keeps_nothing_and_the_remedy_does(folders):
     (error,) = findings.errors
     assert (error.code, error.component) == ("not-a-substring", "vision_encoder")
     assert error.modules and all(".vision_tower." in name for name in error.modules)
-    quantised = findings.modules()
-    assert error.bytes == quantised.loc[list(error.modules), "bytes"].sum() > 0
+    quantized = findings.modules()
+    assert error.bytes == quantized.loc[list(error.modules), "bytes"].sum() > 0
     assert "'model.vision_tower'" in error.remedy and "vision_encoder='bf16'" in error.remedy
     better = vk.lint(folders("llava"), bits(["model.vision_tower", "lm_head"]))
     assert better.ok
-    assert better.components().loc["vision_encoder", "quantised"] == 0
+    assert better.components().loc["vision_encoder", "quantized"] == 0
 
 
 @pytest.mark.parametrize(
@@ -210,10 +210,10 @@ def test_entries_on_which_loading_fails(entry, folders):
 
 @pytest.mark.parametrize(("skip", "way"), [([""], "nf4"), (["model", "lm_head"], "int8"),
                                            (None, "int8 with fp16 weights")])  # fmt: skip
-def test_nothing_is_quantised(skip, way, folders):
+def test_nothing_is_quantized(skip, way, folders):
     findings = vk.lint(folders("llava"), bits(skip, way))
-    assert codes(findings, "error") == ["nothing-quantised"]
-    assert findings.components()["quantised"].sum() == 0
+    assert codes(findings, "error") == ["nothing-quantized"]
+    assert findings.components()["quantized"].sum() == 0
 
 
 # --- the head ------------------------------------------------------------------------------------
@@ -236,11 +236,11 @@ def test_a_tied_head_dies_in_forward_as_foretold(way, qwen2_vl):
 
 def test_any_list_loses_the_head(folders):
     for skip in ([], ["model.vision_tower"]):
-        (lost,) = (f for f in vk.lint(folders("llava"), bits(skip)) if f.code == "head-quantised")
+        (lost,) = (f for f in vk.lint(folders("llava"), bits(skip)) if f.code == "head-quantized")
         assert (lost.severity, lost.modules) == ("warning", ("lm_head",))
         assert "'lm_head'" in lost.remedy
     for skip in (None, ["lm_head"]):
-        assert "head-quantised" not in codes(vk.lint(folders("llava"), bits(skip)))
+        assert "head-quantized" not in codes(vk.lint(folders("llava"), bits(skip)))
 
 
 # --- components, experts, shapes -----------------------------------------------------------------
@@ -249,11 +249,11 @@ def test_any_list_loses_the_head(folders):
 def test_components_that_were_perhaps_not_meant(folders):
     folder = folders("mllama")
     findings = vk.lint(folder, bits())
-    found = {f.component: f for f in findings if f.code == "component-quantised"}
+    found = {f.component: f for f in findings if f.code == "component-quantized"}
     assert set(found) == {"vision_encoder", "projector", "cross_attention"}
     table = findings.components()
     for component, finding in found.items():
-        assert len(finding.modules) == table.loc[component, "quantised"]
+        assert len(finding.modules) == table.loc[component, "quantized"]
     # what the remedies say, together, is what a plan does
     entries = ["lm_head", "model.vision_model", "model.multi_modal_projector",
                "model.language_model.layers.1.cross_attn"]  # fmt: skip
@@ -300,14 +300,14 @@ def test_shapes_that_a_cpu_cannot_do():
         for name in ("Qwen/Qwen2.5-VL-7B-Instruct", "google/paligemma-3b-mix-224")
     }
     qwen, paligemma = awkward.values()
-    assert len(qwen["cpu-forward"].modules) == 32 * 3 and "cpu-dequantise" not in qwen
-    assert len(paligemma["cpu-dequantise"].modules) == 27
-    assert all(name.endswith("mlp.fc2") for name in paligemma["cpu-dequantise"].modules)
+    assert len(qwen["cpu-forward"].modules) == 32 * 3 and "cpu-dequantize" not in qwen
+    assert len(paligemma["cpu-dequantize"].modules) == 27
+    assert all(name.endswith("mlp.fc2") for name in paligemma["cpu-dequantize"].modules)
     for name, config in (
         ("llava-hf/llava-1.5-7b-hf", bits()),
         ("google/paligemma-3b-mix-224", bits(way="int8")),
     ):
-        assert not {"cpu-forward", "cpu-dequantise"} & set(codes(vk.lint(name, config)))
+        assert not {"cpu-forward", "cpu-dequantize"} & set(codes(vk.lint(name, config)))
 
 
 @pytest.mark.skipif(not has_avx512bf16(), reason="this CPU has no such kernel")
@@ -331,10 +331,10 @@ def test_the_shapes_are_those_that_bitsandbytes_misreads(width):
     fate = Fate("", "", None, "linear", (32, width), "nf4", 0, 0, True, True, (), False)
     told = list(cpu_shapes(Case(read(bits()), (fate,), (), {})))
     misread = not torch.allclose(found, right, atol=0.01)
-    assert misread == ("cpu-dequantise" in [finding.code for finding in told])
+    assert misread == ("cpu-dequantize" in [finding.code for finding in told])
 
 
-# --- configs that are given in other ways, and checkpoints that are quantised already -------------
+# --- configs that are given in other ways, and checkpoints that are quantized already -------------
 
 
 def test_objects_dictionaries_and_files_say_the_same(folders, tmp_path):
@@ -377,7 +377,7 @@ def test_what_is_no_config(config, says, folders, tmp_path):
     if config == "FILE":
         config = tmp_path / "broken.json"
         config.write_text("{")
-    config = {"pebble": None, "PEBBLE": vk.pebble.path()}.get(config, config) if isinstance(
+    config = {"pebble": None, "PEBBLE": vk.models.pebble.path()}.get(config, config) if isinstance(
         config, str) else config  # fmt: skip
     with pytest.raises(ConfigError, match=re.escape(says)):
         vk.lint("pebble", config)
@@ -397,42 +397,42 @@ def test_a_loaded_model_is_judged_by_its_own_config(folders):
 
 
 @pytest.fixture
-def quantised(folders, tmp_path):
+def quantized(folders, tmp_path):
     model = loaded(folders("llava"), bits(["model.vision_tower", "lm_head"]))
-    model.save_pretrained(tmp_path / "quantised")
-    return tmp_path / "quantised"
+    model.save_pretrained(tmp_path / "quantized")
+    return tmp_path / "quantized"
 
 
-def test_a_quantised_checkpoint(quantised):
-    findings = vk.lint(quantised)
+def test_a_quantized_checkpoint(quantized):
+    findings = vk.lint(quantized)
     assert findings.ok
     with quiet():
-        require_true(findings, AutoModelForImageTextToText.from_pretrained(quantised))
+        require_true(findings, AutoModelForImageTextToText.from_pretrained(quantized))
 
 
-def test_a_quantised_checkpoint_whose_list_no_longer_fits(quantised):
+def test_a_quantized_checkpoint_whose_list_no_longer_fits(quantized):
     """As of a release of transformers that had other names: the list of its config.json protects
     nothing now, and the weights are stored in 16 bits."""
-    raw = json.loads((quantised / "config.json").read_text())
+    raw = json.loads((quantized / "config.json").read_text())
     raw["quantization_config"]["llm_int8_skip_modules"] = ["vision_tower", "lm_head"]
-    (quantised / "config.json").write_text(json.dumps(raw))
-    findings = vk.lint(quantised)
+    (quantized / "config.json").write_text(json.dumps(raw))
+    findings = vk.lint(quantized)
     assert codes(findings, "error") == ["stored-otherwise", "not-a-substring"]
     (stored, _) = findings.errors
     assert all(name.startswith("model.vision_tower.") for name in stored.modules)
     with quiet():
-        model = AutoModelForImageTextToText.from_pretrained(quantised)
+        model = AutoModelForImageTextToText.from_pretrained(quantized)
     with pytest.raises((AssertionError, RuntimeError)):
         forward(model)
-    forward(vk.load(quantised, processor=False)[0])  # the remedy
+    forward(vk.load(quantized, processor=False)[0])  # the remedy
 
 
-def test_a_config_that_a_quantised_checkpoint_overrules(quantised):
-    findings = vk.lint(quantised, bits(["lm_head"], "int8"))
+def test_a_config_that_a_quantized_checkpoint_overrules(quantized):
+    findings = vk.lint(quantized, bits(["lm_head"], "int8"))
     assert codes(findings, "error") == ["overruled"]
     assert "int8" in findings.errors[0].message and "in nf4" in findings.title
-    own = json.loads((quantised / "config.json").read_text())["quantization_config"]
-    assert vk.lint(quantised, own).ok
+    own = json.loads((quantized / "config.json").read_text())["quantization_config"]
+    assert vk.lint(quantized, own).ok
 
 
 # --- how it is shown -----------------------------------------------------------------------------

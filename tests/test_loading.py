@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import vlmkit as vk
+from vlmkit.backend import cpu
+from vlmkit.backend.boundaries import join_dtypes
 from vlmkit.errors import AuditError, CheckpointError, PlanError
-from vlmkit.loading import cpu, join_dtypes
 
 MIXED = [
     "vision_encoder=fp32,language_model=nf4",
@@ -33,7 +34,7 @@ def inputs(processor, text="What is it?", images=1):
 
 
 def linear4bit(inside=128, outside=96, quant_type="nf4", nested=False, bias=False):
-    """A quantised layer as load leaves it, and the weight that it was made from."""
+    """A quantized layer as load leaves it, and the weight that it was made from."""
     import bitsandbytes as bnb
 
     torch.manual_seed(0)
@@ -53,8 +54,8 @@ def linear4bit(inside=128, outside=96, quant_type="nf4", nested=False, bias=Fals
 
 
 def bytes_of(model):
-    """A copy of every distinct storage of a parameter or quantisation state, by its address."""
-    from vlmkit.memory import state_tensors
+    """A copy of every distinct storage of a parameter or quantization state, by its address."""
+    from vlmkit.backend.storages import state_tensors
 
     tensors = {}
     for module in model.modules():
@@ -105,7 +106,7 @@ def test_weights_are_the_checkpoints(llava):
 
 
 @pytest.mark.parametrize("name", ["nf4", "nf4-dq", "fp4", "int8"])
-def test_quantised_weights_are_the_references(llava, name):
+def test_quantized_weights_are_the_references(llava, name):
     from vlmkit.formats import quantize
 
     plain, _ = vk.load(llava, "bf16", processor=False)
@@ -322,7 +323,7 @@ def test_devices(llava, monkeypatch):
 
 
 def test_mistaken_plans_stop_before_anything_is_read(llava):
-    with pytest.raises(PlanError, match="did you mean 'nf4'"):
+    with pytest.raises(PlanError, match="Did you mean 'nf4'"):
         vk.load("owner/no-such-model", "nf44")
     with pytest.raises(PlanError, match="matches no module"):
         vk.load(llava, vk.Plan().override("vision_towr", "nf4"))

@@ -52,7 +52,7 @@ def test_the_matrix(name, family):
 
 @pytest.mark.parametrize("plan", ["bf16", "fp16", "nf4", "vision_encoder=fp32,language_model=nf4"])
 def test_what_a_class_keeps_in_fp32(llava, plan, monkeypatch):
-    """transformers lets a model's class keep modules in fp32, and out of quantisation."""
+    """transformers lets a model's class keep modules in fp32, and out of quantization."""
     from transformers import LlavaForConditionalGeneration as Llava
 
     monkeypatch.setattr(Llava, "_keep_in_fp32_modules_strict", ["post_layernorm"])
@@ -99,4 +99,4 @@ def test_published_sizes():
     assert predict(config).by_kind["linear"] - predict(config, "bf16").by_kind["linear"] == (
         weights // 2 - 2 * weights
     )
-    assert predict(config).by_kind["quantisation state"] == weights * 4 // 64 + 64 * 32 * 7
+    assert predict(config).by_kind["quantization state"] == weights * 4 // 64 + 64 * 32 * 7

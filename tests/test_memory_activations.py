@@ -10,8 +10,8 @@ import torch
 from families import FAMILIES
 
 import vlmkit as vk
+from vlmkit.backend.checkpointing import enable
 from vlmkit.finetuning import add_adapters
-from vlmkit.finetuning.checkpointing import enable
 from vlmkit.memory import measure_peak, predict
 from vlmkit.memory.demand import demand_of
 from vlmkit.memory.inputs import batch_of

@@ -19,7 +19,7 @@ MODELS, MANY, SOME = 300, 100, 20
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = ("llava", "llava_onevision", "qwen2_vl", "mllama", "idefics3", "gemma3", "mistral3")
-QUANTISED = ("nf4", "nf4-dq", "fp4", "int8")
+QUANTIZED = ("nf4", "nf4-dq", "fp4", "int8")
 FLOATS = ("fp32", "fp16", "bf16")
 
 
@@ -59,9 +59,9 @@ def models(draw):
     text["tie_word_embeddings"] = fields["tie_word_embeddings"] = draw(st.booleans())
     config = CONFIG_MAPPING[family.model_type](**fields)
     formats = {
-        "vision_encoder": draw(st.sampled_from(QUANTISED + FLOATS)),
+        "vision_encoder": draw(st.sampled_from(QUANTIZED + FLOATS)),
         "projector": draw(st.sampled_from(FLOATS)),
-        "language_model": draw(st.sampled_from(QUANTISED + FLOATS)),
+        "language_model": draw(st.sampled_from(QUANTIZED + FLOATS)),
     }
     lora = vk.LoRA(
         r=draw(st.integers(1, 20)),

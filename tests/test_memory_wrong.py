@@ -38,7 +38,7 @@ LLAMA, QWEN = "meta-llama/Llama-3.2-11B-Vision-Instruct", "Qwen/Qwen2.5-VL-3B-In
         ({"training": "lorra"}, FinetuningError, "lorra"),
         ({"training": {"projektor": "full"}}, FinetuningError, "'projector'"),
         ({"training": {"cross_attention": "full"}}, FinetuningError, "has none"),
-        ({"training": {"language_model": "full"}}, FinetuningError, "quantised"),
+        ({"training": {"language_model": "full"}}, FinetuningError, "quantized"),
         ({"training": "lora", "optimizer": "adamw8bit"}, FinetuningError, "'adamw_8bit'"),
         ({"checkpointing": True}, FinetuningError, "for training"),
         ({"allocator": "tpu"}, SizeError, "'tpu'"),

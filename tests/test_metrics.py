@@ -17,7 +17,7 @@ from vlmkit.evaluation.metrics import (
     anls,
     direct_answer,
     exact_match,
-    normalise_vqa,
+    normalize_vqa,
     relaxed_accuracy,
     vqa_accuracy,
 )
@@ -58,7 +58,7 @@ VQA_TEXTS = {
 
 @pytest.mark.parametrize(("answer", "expected"), VQA_TEXTS.items())
 def test_normalising_as_the_vqa_evaluation_does(answer, expected):
-    assert normalise_vqa(answer) == expected
+    assert normalize_vqa(answer) == expected
 
 
 def test_the_contractions_are_those_of_the_evaluation():
@@ -279,7 +279,7 @@ def test_without_a_known_task_it_is_exact_match_as_ever(evaluated):
 
 def test_a_metric_that_cannot_be_used_is_told_before_anything_is_asked(evaluated):
     rows = [{"answer": "red", "task": "plain"}]
-    with pytest.raises(TaskError, match="no metric 'anl'; did you mean 'anls'"):
+    with pytest.raises(TaskError, match="no metric 'anl'; Did you mean 'anls'"):
         evaluated(rows, ["red"], metric="anl")
     with pytest.raises(TaskError, match="a function.*this is a float"):
         evaluated(rows, ["red"], metric=0.5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vlmkit import tasks
-from vlmkit.pebble import batches, recipe, train
+from vlmkit.models.pebble import batches, recipe, train
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_a_stage_trains_what_it_names(model):
 
 
 def test_the_shipped_log_is_of_the_stages_in_order():
-    log = resources.files("vlmkit.pebble") / "training_log.csv"
+    log = resources.files("vlmkit.models.pebble") / "training_log.csv"
     rows = list(csv.DictReader(log.read_text(encoding="utf-8").splitlines()))
     assert list(rows[0]) == ["stage", "step", "seconds", "loss", "patches", *train.ALL_KINDS]
     assert list(dict.fromkeys(row["stage"] for row in rows)) == [s.name for s in train.STAGES]

@@ -11,7 +11,7 @@ import vlmkit as vk
 from vlmkit.anatomy import on_meta
 from vlmkit.checkpoints import read_config
 from vlmkit.errors import PlanError
-from vlmkit.layout import EMBEDDING, HEAD, LINEAR
+from vlmkit.rows import EMBEDDING, HEAD, LINEAR
 
 Plan = vk.Plan
 
@@ -64,9 +64,9 @@ def test_compares_prints_copies_and_does_not_change():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Plan(vision="bf16"), "'vision' is not a component: did you mean 'vision_encoder'"),
-        (lambda: Plan(projector="bf61"), "'bf61' is not a number format: did you mean 'bf16'"),
-        (lambda: Plan.parse("nf5"), "did you mean 'nf4'"),
+        (lambda: Plan(vision="bf16"), "'vision' is not a component. Did you mean 'vision_encoder'"),
+        (lambda: Plan(projector="bf61"), "'bf61' is not a number format. Did you mean 'bf16'"),
+        (lambda: Plan.parse("nf5"), "Did you mean 'nf4'"),
         (
             lambda: Plan.parse("projector=nf4,vision_encoder"),
             "'vision_encoder' .* component=format",
@@ -109,7 +109,7 @@ def test_the_skip_list_replaces_the_automatic_one_even_when_it_is_empty(model):
     assert layout.quantization_config().llm_int8_skip_modules == []
 
 
-def test_a_tied_head_is_never_quantised(tied):
+def test_a_tied_head_is_never_quantized(tied):
     layout = Plan.uniform("nf4").resolve(tied)
     assert "lm_head" in layout.skipped and "lm_head" not in layout.quantized
     assert HEAD not in {row.kind for row in layout.rows} and EMBEDDING in {
@@ -161,8 +161,8 @@ def test_uniform_says_nothing_about_components_that_are_not_there(model):
     assert Plan.uniform("nf4").resolve(model).quantized
 
 
-def test_two_quantised_formats_are_two_of_transformers_configs(model):
-    from vlmkit.mixed import MixedConfig
+def test_two_quantized_formats_are_two_of_transformers_configs(model):
+    from vlmkit.backend.mixed import MixedConfig
 
     layout = Plan(vision_encoder="int8", language_model="nf4-dq").resolve(model)
     config = layout.quantization_config()

@@ -175,8 +175,8 @@ def test_the_plan_is_loaded_audited_and_as_measured(pebble, questions, planner):
     low, high = result.measured.kl_interval
     assert low <= result.measured.kl <= high
     table = result.table()
-    assert table.loc["unquantised", "kl"] < 1e-4
-    assert table.loc["unquantised", "bytes"] == vk.memory.measure(model).total
+    assert table.loc["unquantized", "kl"] < 1e-4
+    assert table.loc["unquantized", "bytes"] == vk.memory.measure(model).total
     assert "<table" in result._repr_html_() and result.reason in str(result)
     assert "language_model embedding" in str(result)
 
@@ -306,9 +306,9 @@ def test_bad_input(pebble, questions, llava):
         Planner(model, processor, questions, formats=["int33"])
     with pytest.raises(SensitivityError, match="formats is a list"):
         Planner(model, processor, questions, formats="nf4")
-    quantised, _ = vk.load("pebble", "nf4", processor=False)
-    with pytest.raises(SensitivityError, match="quantised already"):
-        best_plan(quantised, processor, questions, "3 MB")
+    quantized, _ = vk.load("pebble", "nf4", processor=False)
+    with pytest.raises(SensitivityError, match="quantized already"):
+        best_plan(quantized, processor, questions, "3 MB")
     random_model, its_processor = vk.load(llava, "bf16")
     with pytest.raises(SensitivityError, match="answers none of"):
         best_plan(random_model, its_processor, questions, "1 MB", max_new_tokens=2, progress=False)
@@ -329,7 +329,7 @@ def test_what_is_said_of_two_plans():
     good, near = trial("planned", right, noise), trial("uniform nf4", right, noise[::-1])
     far, bad = trial("uniform nf4", right, noise + 0.1), trial("uniform nf4", wrong, noise + 0.1)
     assert not is_worse(good, far) and is_worse(far, good) and is_worse(bad, good)
-    assert "closer to the unquantised" in reason(good, far)
+    assert "closer to the unquantized" in reason(good, far)
     assert "more questions right" in reason(good, bad)
     assert "as good as" in reason(good, near)
     assert "No uniform plan" in reason(good, None)

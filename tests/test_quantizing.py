@@ -1,4 +1,4 @@
-"""The fast 4-bit quantiser: bitsandbytes' bytes for every tensor, alone and while a model loads."""
+"""The fast 4-bit quantizer: bitsandbytes' bytes for every tensor, alone and while a model loads."""
 
 import threading
 from contextlib import nullcontext
@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import vlmkit as vk
+from vlmkit.backend import quantizing
+from vlmkit.backend.quantizing import fast_quantizer, quantize_4bit
 from vlmkit.errors import CheckpointError
 from vlmkit.formats import FP4, NF4
-from vlmkit.loading import quantizing
-from vlmkit.loading.quantizing import fast_quantizer, quantize_4bit
 
 KINDS = ("nf4", "fp4")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -90,7 +90,7 @@ def test_at_and_beside_every_midpoint(kind):
 def test_every_16_bit_number(dtype, kind):
     weight = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     weight = weight[weight.isfinite()]
-    check(weight, kind)  # beside its neighbours
+    check(weight, kind)  # beside its neighbors
     torch.manual_seed(0)
     for _ in range(4):  # and beside any other
         check(weight[torch.randperm(len(weight))], kind)
@@ -106,9 +106,9 @@ def test_no_cell_holds_two_midpoints(kind):
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nested_state(kind, nested):
-    """Through bitsandbytes' own function, which quantises the scales once more."""
+    """Through bitsandbytes' own function, which quantizes the scales once more."""
 
-    def quantised():
+    def quantized():
         packed, state = bitsandbytes.functional.quantize_4bit(
             weight, quant_type=kind, compress_statistics=nested
         )
@@ -116,9 +116,9 @@ def test_nested_state(kind, nested):
 
     torch.manual_seed(0)
     weight = torch.randn(1111, 77).bfloat16()
-    own = quantised()
+    own = quantized()
     with fast_quantizer():
-        fast = quantised()
+        fast = quantized()
     assert own.keys() == fast.keys() and len(own) == (6 if nested else 4)
     assert all(torch.equal(own[name], fast[name]) for name in own)
 
@@ -205,7 +205,7 @@ def test_load_names_the_parameters_that_hold_infinities(llava, copy, plan, bad):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The sizes of the tensors that the fast quantiser was given."""
+    """The sizes of the tensors that the fast quantizer was given."""
     seen = []
 
     def counting(weight, *args):
@@ -270,7 +270,7 @@ def test_threads_may_come_and_go():
     assert not wrong and quantizing._users == 0 and quantizing._library is None
 
 
-def test_what_the_quantiser_does_not_do_is_left_to_bitsandbytes():
+def test_what_the_quantizer_does_not_do_is_left_to_bitsandbytes():
     weight = torch.randn(4, 64)
     bad = weight.clone()
     bad[1, 2] = torch.nan
@@ -295,7 +295,7 @@ def test_load_uses_it_and_gives_the_same_model(llava, plan, calls, monkeypatch):
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def test_float_plans_need_no_quantiser(llava, calls):
+def test_float_plans_need_no_quantizer(llava, calls):
     vk.load(llava, "bf16", processor=False)
     vk.load(llava, "int8", processor=False)
     assert not calls

@@ -423,7 +423,7 @@ def test_columns_of_no_layout():
         from_dataset(bare, "chartqa")
     with pytest.raises(TaskError, match="a column image or images"):
         from_dataset(bare.remove_columns("image"), "textvqa")
-    with pytest.raises(TaskError, match="no schema 'VQA2'; did you mean 'vqav2'"):
+    with pytest.raises(TaskError, match="no schema 'VQA2'; Did you mean 'vqav2'"):
         from_dataset(bare, "VQA2")
 
 
@@ -570,7 +570,7 @@ def test_the_page_runs_on_files_of_your_own(tmp_path, monkeypatch):
 
 
 def test_the_pages_lines_for_the_hub(monkeypatch):
-    """With the hub played by this file's rows: each line is recognised as what it says."""
+    """With the hub played by this file's rows: each line is recognized as what it says."""
     (block,) = (block for block in BLOCKS if "lmms-lab" in block)
     lines = [line.split("  # ") for line in block.splitlines()]
     assert {schema for _, schema in lines} == set(SCHEMAS) - {"plain"}

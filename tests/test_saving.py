@@ -104,7 +104,7 @@ def test_ledger_and_preview_of_what_is_stored(family, tmp_path):
     # what another plan would cost may be asked, if not loaded
     bf16 = vk.memory.predict(family("llava"), "bf16").total
     assert vk.memory.predict(tmp_path / "saved", "bf16").total == bf16
-    with pytest.raises(PlanError, match="is quantised already"):
+    with pytest.raises(PlanError, match="is quantized already"):
         vk.preview(tmp_path / "saved", "bf16")
     (
         tmp_path / "saved" / "model.safetensors"
@@ -146,13 +146,13 @@ def kinds(folder):
 folders = sys.argv[1:]
 alone = [kinds(folder) for folder in folders]
 assert "vlmkit" not in sys.modules
-import vlmkit.mixed
+import vlmkit.backend.mixed
 print(json.dumps([alone, kinds(folders[-1])]))
 """
 
 
 def test_transformers_alone_loads_the_same(family, tmp_path):
-    """In a process of its own; two formats, the last of them, only after `import vlmkit.mixed`."""
+    """In its own process; two formats load only after `import vlmkit.backend.mixed`."""
     ours, folders = [], []
     for plan in ("recommended", "int8", "three of 4 bits", "a layer kept", "two formats"):
         model = load(family("llava"), PLANS[plan])
@@ -230,26 +230,26 @@ def test_a_plan_that_contradicts_what_is_stored(plan, family, tmp_path):
     with pytest.raises(PlanError) as error:
         load(tmp_path / "saved", plan)
     text = str(error.value)
-    assert "is quantised already" in text and "holds " in text and "asked for " in text
+    assert "is quantized already" in text and "holds " in text and "asked for " in text
     assert "Leave the plan out" in text and "the checkpoint that this one was made from" in text
 
 
-def test_floats_beside_the_quantised_weights_may_be_asked_for_anew(family, tmp_path):
+def test_floats_beside_the_quantized_weights_may_be_asked_for_anew(family, tmp_path):
     vk.save(load(family("llava")), None, tmp_path / "saved")
     plan = vk.Plan(vision_encoder="fp32", language_model="nf4")
     vk.audit(load(tmp_path / "saved", plan), plan)
 
 
-def test_other_quantisers(family, copy):
+def test_other_quantizers(family, copy):
     folder = copy(family("llava"))
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="quantised by gptq, which vlmkit does not read"):
+    with pytest.raises(CheckpointError, match="quantized by gptq, which vlmkit does not read"):
         load(folder)
 
 
-def test_a_quantised_file_that_was_cut_short(small, tmp_path):
+def test_a_quantized_file_that_was_cut_short(small, tmp_path):
     folder = vk.save(small, None, tmp_path / "saved")
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:-100])
@@ -257,7 +257,7 @@ def test_a_quantised_file_that_was_cut_short(small, tmp_path):
         load(folder)
 
 
-def test_a_config_that_says_quantised_of_weights_that_are_not(family, copy):
+def test_a_config_that_says_quantized_of_weights_that_are_not(family, copy):
     """The headers are believed, not the config."""
     folder = copy(family("llava"))
     config = json.loads((folder / "config.json").read_text())

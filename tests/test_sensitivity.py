@@ -12,7 +12,7 @@ import torch
 import vlmkit as vk
 from vlmkit.errors import PlanError, SensitivityError
 from vlmkit.formats import Rounding, rounding
-from vlmkit.layout import LINEAR
+from vlmkit.rows import LINEAR
 from vlmkit.sensitivity import (
     chosen,
     equal_bits,
@@ -21,7 +21,7 @@ from vlmkit.sensitivity import (
     needed,
     outliers,
     paired_interval,
-    quantised,
+    quantized,
     random_weights,
 )
 from vlmkit.sensitivity.scopes import label_of, weights_of
@@ -87,7 +87,7 @@ def test_a_tied_weight_is_one(load):
     with pytest.raises(SensitivityError, match="matches nothing"):
         chosen(model, r"^lm_head")
     before = model.lm_head.weight.clone()
-    with quantised(model, "embed_tokens", "int2"):
+    with quantized(model, "embed_tokens", "int2"):
         assert model.lm_head.weight is model.get_input_embeddings().weight
         assert not torch.equal(model.lm_head.weight, before)
     assert torch.equal(model.lm_head.weight, before)
@@ -117,7 +117,7 @@ def test_cross_attention_is_a_scope_of_its_own(load):
 )
 def test_a_scope_that_matches_nothing_says_what_there_is(model, scope, says):
     with pytest.raises(SensitivityError, match=says):
-        quantised(model, scope, "int4")
+        quantized(model, scope, "int4")
 
 
 # --- swapping -------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_a_scope_that_matches_nothing_says_what_there_is(model, scope, says):
 def test_weights_are_the_rounded_ones_and_come_back(model, scope, name):
     before = families.state(model)
     objects = dict(model.named_parameters())
-    with quantised(model, scope, name) as swap:
+    with quantized(model, scope, name) as swap:
         changed = families.differing(before, families.state(model))
         assert set(changed) == names(model, scope)
         for n in changed:
@@ -140,11 +140,11 @@ def test_weights_are_the_rounded_ones_and_come_back(model, scope, name):
 
 def test_effective_bits_and_bytes_saved(model):
     weights = chosen(model, "projector").weights
-    swap = quantised(model, "projector", "int4")
+    swap = quantized(model, "projector", "int4")
     total = sum(rounding("int4").total_bits(w.parameter.shape) for w in weights)
     assert swap.effective_bits == pytest.approx(total / swap.parameters)
     assert swap.bytes_saved == 2 * swap.parameters - total // 8
-    assert quantised(model, "projector", "int8-act-token").bytes_saved == 0
+    assert quantized(model, "projector", "int8-act-token").bytes_saved == 0
 
 
 class Interrupted(Rounding):
@@ -173,7 +173,7 @@ def press_ctrl_c():
 def test_an_interrupted_swap_leaves_the_model_as_it_was(model, how, error):
     before = families.state(model)
     Interrupted.count, Interrupted.how = 0, staticmethod(how)
-    with pytest.raises(error), quantised(model, "language_model", Interrupted("int2")):
+    with pytest.raises(error), quantized(model, "language_model", Interrupted("int2")):
         raise AssertionError("the block is not reached")
     assert Interrupted.count == 3
     assert not families.differing(before, families.state(model))
@@ -184,7 +184,7 @@ def test_an_interrupted_swap_leaves_the_model_as_it_was(model, how, error):
 )
 def test_so_does_an_interrupted_block(model, how, error):
     before = families.state(model)
-    with pytest.raises(error), quantised(model, "language_model", "int2"):
+    with pytest.raises(error), quantized(model, "language_model", "int2"):
         assert families.differing(before, families.state(model))
         how()
     assert not families.differing(before, families.state(model))
@@ -204,7 +204,7 @@ def test_interrupts_at_random_moments(model):
         for _ in range(40):
             try:
                 signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.0002, 0.006))
-                with quantised(model, "language_model", "int2"):
+                with quantized(model, "language_model", "int2"):
                     pass
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
@@ -218,9 +218,9 @@ def test_interrupts_at_random_moments(model):
 
 def test_contexts_nest_and_are_used_once_at_a_time(model):
     before = families.state(model)
-    swap = quantised(model, "language_model", "int4")
-    with swap, quantised(model, "language_model", "int8-act-token"):
-        with quantised(model, "projector", "int2"):
+    swap = quantized(model, "language_model", "int4")
+    with swap, quantized(model, "language_model", "int8-act-token"):
+        with quantized(model, "projector", "int2"):
             pass
         with pytest.raises(SensitivityError, match="in use"):
             swap.__enter__()
@@ -238,7 +238,7 @@ def test_activations_are_the_inputs_of_linear_layers(load):
     handle = linear.register_forward_hook(lambda m, x, y: seen.append((x[0], y)))
     with torch.no_grad():
         plain = model(**inputs).logits
-        with quantised(model, "projector", "int4-act-token"):
+        with quantized(model, "projector", "int4-act-token"):
             rounded = model(**inputs).logits
         again = model(**inputs).logits
     handle.remove()
@@ -247,7 +247,7 @@ def test_activations_are_the_inputs_of_linear_layers(load):
     assert torch.equal(seen[1][1], torch.nn.functional.linear(expected, linear.weight, linear.bias))
     assert not any(module._forward_pre_hooks for module in model.modules())
     with pytest.raises(SensitivityError, match="inputs of Linear layers"):
-        quantised(model, "embed_tokens", "int8-act-token")
+        quantized(model, "embed_tokens", "int8-act-token")
 
 
 def test_a_weight_with_nan_is_named(llava):
@@ -256,19 +256,19 @@ def test_a_weight_with_nan_is_named(llava):
     for value in (float("nan"), float("inf")):
         model.get_parameter(name).data[3, 5] = value
         with pytest.raises(SensitivityError, match=re.escape(name)):
-            quantised(model, "language_model", "int4")
+            quantized(model, "language_model", "int4")
 
 
-def test_a_model_that_is_quantised_already_is_refused(llava):
+def test_a_model_that_is_quantized_already_is_refused(llava):
     for plan in ("recommended", "int8"):
         model = vk.load(str(llava), plan, processor=False)[0]
-        with pytest.raises(SensitivityError, match='quantised already.*plan="bf16"'):
-            quantised(model, "vision_encoder", "int4")
+        with pytest.raises(SensitivityError, match='quantized already.*plan="bf16"'):
+            quantized(model, "vision_encoder", "int4")
 
 
 def test_a_wrong_format_is_refused_before_anything_else(model):
-    with pytest.raises(PlanError, match="did you mean 'int4-g32'"):
-        quantised(model, "language_model", "int4g32")
+    with pytest.raises(PlanError, match="Did you mean 'int4-g32'"):
+        quantized(model, "language_model", "int4g32")
 
 
 # --- controls -------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def test_random_weights_are_as_many_and_elsewhere(model):
     before = families.state(model)
     scope = random_weights(like="projector", of="language_model", seed=3)
     count = chosen(model, "projector").parameters
-    with quantised(model, scope, "int2") as swap:
+    with quantized(model, scope, "int2") as swap:
         after = families.state(model)
         changed = families.differing(before, after)
         assert set(changed) <= names(model, "language_model")
@@ -292,14 +292,14 @@ def test_random_weights_are_as_many_and_elsewhere(model):
     other = chosen(model, random_weights(like="projector", of="language_model", seed=4))
     assert any(not torch.equal(a, b) for a, b in zip(other.places, swap.chosen.places, strict=True))
     with pytest.raises(SensitivityError, match="only .* to draw them from"):
-        quantised(model, random_weights(like="language_model", of="projector"), "int2")
+        quantized(model, random_weights(like="language_model", of="projector"), "int2")
 
 
 def test_formats_of_equal_bits(model):
     found = equal_bits(model, "language_model", 4.5)
     assert {"int4-g64", "nf4-b64", "fp4-b64"} <= set(found["format"])
     for row in found.itertuples():
-        swap = quantised(model, "language_model", row.format)
+        swap = quantized(model, "language_model", row.format)
         assert swap.effective_bits == pytest.approx(row.bits)
         assert abs(row.bits - 4.5) <= 0.05
     with pytest.raises(SensitivityError, match="closest is int8"):
@@ -324,7 +324,7 @@ def test_outliers_change_no_logit(with_processor, scope, where):
             extreme = columns.topk(3).values if where == "weights" else columns.sort().values[:3]
             ratio = extreme.mean() / columns.median()
             assert ratio > 20 if where == "weights" else ratio < 0.05
-            with quantised(model, scope, "int4-row"):
+            with quantized(model, scope, "int4-row"):
                 assert not torch.equal(model(**inputs).logits, logits)
     assert not families.differing(before, families.state(model))
 

@@ -13,7 +13,7 @@ import torch
 import vlmkit as vk
 from vlmkit.errors import PlanError, SensitivityError, TaskError
 from vlmkit.evaluation import room_for_answers
-from vlmkit.sensitivity import Baseline, by_kind, quantised, random_weights, sweep
+from vlmkit.sensitivity import Baseline, by_kind, quantized, random_weights, sweep
 from vlmkit.sensitivity.baseline import could_become
 from vlmkit.sensitivity.forcing import logits_by_steps, logits_of_answers, rows_of
 from vlmkit.sensitivity.replaying import Replays, _tensors
@@ -47,7 +47,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_cell_is_what_the_plain_way_gives(pebble, questions, table, threads):
-    """The checkpoint loaded anew, quantised for good, and evaluated."""
+    """The checkpoint loaded anew, quantized for good, and evaluated."""
     torch.set_num_threads(threads)
     if threads == 2:
         again = sweep(*pebble, questions, ["int2", "int3-row"], SCOPES, progress=False)
@@ -56,7 +56,7 @@ def test_a_cell_is_what_the_plain_way_gives(pebble, questions, table, threads):
     before = vk.evaluate(*pebble, questions).answers["correct"]
     for row in table[table["format"] == "int2"].itertuples():
         model, processor = vk.load("pebble", "bf16")
-        quantised(model, row.scope, row.format).__enter__()
+        quantized(model, row.scope, row.format).__enter__()
         scores = vk.evaluate(model, processor, questions)
         after = scores.answers["correct"]
         assert row.accuracy == scores.accuracy and row.n == 48
@@ -69,12 +69,12 @@ def test_a_cell_is_what_the_plain_way_gives(pebble, questions, table, threads):
 
 
 def test_divergence_is_that_of_the_decoded_answers(pebble, questions, table):
-    """Against generating with the unquantised model's tokens, one at a time."""
+    """Against generating with the unquantized model's tokens, one at a time."""
     model, processor = pebble
     room = room_for_answers(processor, questions)
     base = Baseline(model, processor, questions, batch_size=64, max_new_tokens=room)
     row = table.iloc[0]
-    with quantised(model, row.scope, row.format):
+    with quantized(model, row.scope, row.format):
         kl = np.zeros(len(questions))
         for batch in base.batches:
             logits = logits_by_steps(model, processor, batch.inputs, batch.tokens)
@@ -85,7 +85,7 @@ def test_divergence_is_that_of_the_decoded_answers(pebble, questions, table):
                 q = logits[place][own].softmax(-1)
                 kl[number] = float((p * (p.log() - q.log())).sum(-1).mean())
     assert row.kl == pytest.approx(kl.mean(), rel=0.01) and row.kl > 0
-    with quantised(model, "projector", "int8"):
+    with quantized(model, "projector", "int8"):
         fine = base.compare([])
     assert fine.kl.mean() < 0.01 * row.kl
 
@@ -116,7 +116,7 @@ def test_so_it_is_for_other_families(fixture, request):
         model, processor, rows, ["int2", "int4"], scopes, max_new_tokens=4, progress=False
     )
     for row in table.itertuples():
-        with quantised(model, row.scope, row.format):
+        with quantized(model, row.scope, row.format):
             scores = vk.evaluate(model, processor, rows, max_new_tokens=4)
         assert row.accuracy == scores.accuracy and row.kl > 0
         assert row.gained == 0 and row.lost == 8 - scores.answers["correct"].sum()
@@ -129,7 +129,7 @@ def test_activations_are_asked_as_evaluate_asks(pebble, questions):
     formats = ["int4-act-token", "int6-act-tensor"]
     table = sweep(*pebble, some, formats, ["vision_encoder"], progress=False)
     for row in table.itertuples():
-        with quantised(pebble[0], row.scope, row.format):
+        with quantized(pebble[0], row.scope, row.format):
             assert row.accuracy == vk.evaluate(*pebble, some).accuracy
         assert row.bytes_saved == 0 and row.bits == 16 and row.kl > 0
 
@@ -230,7 +230,7 @@ def test_replayed_outputs_change_nothing(family, name, changed):
     replays = Replays(model)
     plain = logits_of_answers(model, inputs, answers)
     for format in ("int2", "int3"):
-        with quantised(model, changed, format) as swap:
+        with quantized(model, changed, format) as swap:
             expected = logits_of_answers(model, inputs, answers)
             parameters = [weight.parameter for weight in swap.chosen.weights]
             for _ in range(2):
@@ -248,7 +248,7 @@ def test_an_output_that_was_changed_in_place_is_computed_again(family):
     model = vk.load(str(family("llava")), "bf16", processor=False)[0]
     inputs, answers = families.inputs(model), torch.tensor([[20, 33]])
     replays = Replays(model)
-    with quantised(model, "language_model", "int2") as swap:
+    with quantized(model, "language_model", "int2") as swap:
         expected = logits_of_answers(model, inputs, answers)
         with replays.without([w.parameter for w in swap.chosen.weights]):
             for _ in range(2):
@@ -315,7 +315,7 @@ def test_too_few_questions_for_the_interval_are_said(pebble, questions):
     [
         ("int4", ["projector"], SensitivityError, "formats is a list"),
         (["int4"], [], SensitivityError, "scopes is a list"),
-        (["int4", "itn4"], ["projector"], PlanError, "did you mean 'int4'"),
+        (["int4", "itn4"], ["projector"], PlanError, "Did you mean 'int4'"),
         (["int4", "int4-g64"], ["projector"], SensitivityError, "asked for twice"),
         (["int4"], ["projector", "cross_attention"], SensitivityError, "which has vision_encoder"),
     ],
@@ -327,8 +327,8 @@ def test_what_is_wrong_is_said_before_a_question_is_asked(
         sweep(pebble[0], pebble[1], questions, formats, scopes, progress=False)
 
 
-def test_a_quantised_model_and_a_dataset_without_answers(pebble, questions):
-    with pytest.raises(SensitivityError, match="quantised already"):
+def test_a_quantized_model_and_a_dataset_without_answers(pebble, questions):
+    with pytest.raises(SensitivityError, match="quantized already"):
         sweep(*vk.load("pebble", "recommended"), questions, ["int4"], ["projector"])
     with pytest.raises(TaskError, match="no column answer"):
         sweep(*pebble, questions.remove_columns("answer"), ["int4"], ["projector"])
@@ -390,7 +390,7 @@ def test_a_file_of_another_sweep_is_refused(pebble, few, tmp_path):
     with pytest.raises(SensitivityError, match=r"differs in its max_new_tokens \(there .*here 9\)"):
         sweep(model, processor, few, max_new_tokens=9, **run)
     with (
-        quantised(model, "lm_head", "int8"),
+        quantized(model, "lm_head", "int8"),
         pytest.raises(SensitivityError, match="differs in its model"),
     ):
         sweep(model, processor, few, **run)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vlmkit.errors import VlmkitError
-from vlmkit.pebble import recipe, states, train
+from vlmkit.models.pebble import recipe, states, train
 
 
 @pytest.fixture(scope="module")

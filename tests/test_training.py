@@ -87,7 +87,7 @@ def test_rates_are_those_of_the_components(rows, tmp_path):
     assert max(v for n, v in moved.items() if "lora_B" in n) > 1e-4
 
 
-def test_a_projector_alone_beside_a_quantised_language_model(rows, tmp_path):
+def test_a_projector_alone_beside_a_quantized_language_model(rows, tmp_path):
     run = train(tmp_path, rows, training={"projector": "full"})
     assert len(run.curve) == 4 and run.model.is_quantized
 
@@ -313,11 +313,11 @@ def test_nothing_to_learn_from(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"step": 3}, "did you mean steps"),
+        ({"step": 3}, "Did you mean steps"),
         ({"steps": 0}, "steps is a whole number from 1"),
         ({"batch_size": 5, "accumulation": 2}, "does not part into 2"),
-        ({"optimizer": "adamw_8bits"}, "did you mean 'adamw_8bit'"),
-        ({"rate": {"languge_model": 1e-3}}, "did you mean 'language_model'"),
+        ({"optimizer": "adamw_8bits"}, "Did you mean 'adamw_8bit'"),
+        ({"rate": {"languge_model": 1e-3}}, "Did you mean 'language_model'"),
         ({"rate": -1}, "small number"),
         ({"patience": 2}, "give evaluate_every"),
     ],

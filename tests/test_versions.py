@@ -95,25 +95,25 @@ def test_what_vlmkit_imports_is_there(module, name):
 @fact
 def test_checkpointing_has_one_of_two_names():
     """Trainer's arguments turn checkpointing on by the name activation_checkpointing (from 5.23) or
-    gradient_checkpointing (before); vlmkit/finetuning/checkpointing.py chooses between the two."""
-    from vlmkit.finetuning.checkpointing import arguments
+    gradient_checkpointing (before); vlmkit/backend/checkpointing.py chooses between the two."""
+    from vlmkit.backend.checkpointing import arguments
 
     fields = TrainingArguments.__dataclass_fields__
     assert set(arguments(True)) <= set(fields), sorted(n for n in fields if "checkpointing" in n)
 
 
 @fact
-def test_a_quantiser_has_the_parts_that_a_mixed_plan_hands_on():
-    """transformers' bitsandbytes quantisers have these members, which vlmkit/mixed.py calls for two
-    formats in one model; without them, plans with two quantised formats cannot be loaded."""
+def test_a_quantizer_has_the_parts_that_a_mixed_plan_hands_on():
+    """transformers' bitsandbytes quantizers have these members, which vlmkit/backend/mixed.py
+    calls for two formats in one model. Without them no plan with two formats can be loaded."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     for way in ({"load_in_4bit": True}, {"load_in_8bit": True}):
-        quantiser = AutoHfQuantizer.from_config(BitsAndBytesConfig(**way))
-        assert quantiser.param_needs_quantization and quantiser.get_quantize_ops
-        assert quantiser.quantized_element_size <= 1 and quantiser._dequantize
-        assert "deserialize" in quantiser.get_load_operations()
-        assert quantiser.serialized_names["weight"]
+        quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(**way))
+        assert quantizer.param_needs_quantization and quantizer.get_quantize_ops
+        assert quantizer.quantized_element_size <= 1 and quantizer._dequantize
+        assert "deserialize" in quantizer.get_load_operations()
+        assert quantizer.serialized_names["weight"]
 
 
 # --- transformers ---------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ NAME = "model.vision_tower.encoder.layers.0.self_attn.q_proj"
 
 
 @pytest.mark.parametrize(
-    ("entry", "quantised"),
+    ("entry", "quantized"),
     [
         ("vision_tower", True),  # the bare name that everybody writes
         ("model.vision_tower", False),
@@ -136,20 +136,20 @@ NAME = "model.vision_tower.encoder.layers.0.self_attn.q_proj"
 )
 @fact
 def test_an_entry_of_a_skip_list_is_a_regular_expression_from_the_start_or_a_suffix(
-    entry, quantised
+    entry, quantized
 ):
     """An entry of llm_int8_skip_modules keeps a module out if it matches its full name from the
     start as far as a dot, or ends it; a bare name in the middle protects nothing. Plans are written
     as such lists, `vk.lint` explains them, and chapter 03 shows the trap."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    assert should_convert_module(NAME, [entry]) == quantised
+    assert should_convert_module(NAME, [entry]) == quantized
 
 
 @fact
 def test_a_list_of_ones_own_replaces_the_exceptions():
     """Without a skip list the head stays in 16 bits; with any list, even an empty one, it is
-    quantised unless it is named. vlmkit therefore always names it, and `vk.lint` warns of it."""
+    quantized unless it is named. vlmkit therefore always names it, and `vk.lint` warns of it."""
     from transformers.quantizers.base import HfQuantizer
 
     model = nn.Module()
@@ -171,13 +171,13 @@ def in_4_bits(llava):
 
 
 @fact
-def test_by_default_tower_and_projector_are_quantised_and_embeddings_are_not(in_4_bits):
-    """load_in_4bit quantises the Linear layers of the vision encoder and of the projector too, and
+def test_by_default_tower_and_projector_are_quantized_and_embeddings_are_not(in_4_bits):
+    """load_in_4bit quantizes the Linear layers of the vision encoder and of the projector too, and
     nothing that is no Linear; chapter 03 and the recommended plan start from that."""
     kinds = {name: type(module) for name, module in in_4_bits.named_modules()}
-    quantised = {name for name, kind in kinds.items() if kind is Linear4bit}
+    quantized = {name for name, kind in kinds.items() if kind is Linear4bit}
     parts = ("vision_tower", "multi_modal_projector", "language_model")
-    assert all(any(part in name for name in quantised) for part in parts)
+    assert all(any(part in name for name in quantized) for part in parts)
     assert kinds["lm_head"] is nn.Linear
     assert not any(kind is Linear4bit for n, kind in kinds.items() if "embed" in n)
 
@@ -201,8 +201,8 @@ def test_num_parameters_counts_what_is_packed_in_full(in_4_bits, llava):
 
 
 @fact
-def test_a_quantised_model_refuses_another_dtype(in_4_bits):
-    """.to(dtype) of a quantised model raises rather than silently ruining it."""
+def test_a_quantized_model_refuses_another_dtype(in_4_bits):
+    """.to(dtype) of a quantized model raises rather than silently ruining it."""
     with pytest.raises(ValueError, match="dtype"):
         in_4_bits.to(torch.float16)
 
@@ -213,7 +213,7 @@ def test_a_quantised_model_refuses_another_dtype(in_4_bits):
 @fact
 def test_a_4_bit_weight_keeps_its_state_where_it_is_read():
     """A Linear4bit's quant_state has absmax, code, blocksize, shape and dtype, and nested ones have
-    offset and state2; vlmkit measures, audits and dequantises from these."""
+    offset and state2; vlmkit measures, audits and dequantizes from these."""
     layer = Linear4bit(64, 64, bias=False, quant_type="nf4", compress_statistics=True)
     layer.load_state_dict({"weight": torch.randn(64, 64)})
     layer.to("cpu")
@@ -260,7 +260,7 @@ def test_int8_rounds_activations_in_evaluation_only():
 @fact
 def test_operators_take_kernels_from_elsewhere():
     """bitsandbytes' operators are torch operators, quantize_4bit and dequantize_4bit among them, so
-    that vlmkit can give the CPU a faster quantiser and a right dequantiser."""
+    that vlmkit can give the CPU a faster quantizer and a right dequantizer."""
     for name in ("quantize_4bit", "dequantize_4bit"):
         assert hasattr(torch.ops.bitsandbytes, name)
     assert torch.library.get_kernel("bitsandbytes::dequantize_4bit", "CPU")
@@ -320,8 +320,8 @@ def test_the_name_of_a_part_excludes_nothing(clip):
 
 
 @fact
-def test_a_quantised_projector_cannot_be_trained_in_full(in_4_bits):
-    """modules_to_save copies modules to train them in full, and fails on quantised ones; vlmkit
+def test_a_quantized_projector_cannot_be_trained_in_full(in_4_bits):
+    """modules_to_save copies modules to train them in full, and fails on quantized ones; vlmkit
     says so beforehand and asks for a plan that keeps the projector in 16 bits."""
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["multi_modal_projector"])
     with pytest.raises(RuntimeError):
@@ -339,7 +339,7 @@ def test_adapters_of_a_4_bit_layer_are_fp32(in_4_bits):
 
 @fact
 def test_preparing_for_k_bits_makes_everything_else_fp32(in_4_bits):
-    """prepare_model_for_kbit_training turns every weight that is not quantised into float32, and so
+    """prepare_model_for_kbit_training turns every weight that is not quantized into float32, and so
     costs a VLM whose tower was kept in 16 bits more than half its memory; the prediction with
     prepare_kbit=True, and the advice against it, are about that."""
     model = prepare_model_for_kbit_training(

@@ -9,7 +9,6 @@ something else on nearly half of the architectures. What does tell the component
 reads. The rules are the tables of `vlmkit.architectures`, and nothing but those tables.
 """
 
-import difflib
 import re
 import sys
 import types
@@ -18,7 +17,8 @@ from math import prod
 
 from vlmkit import COMPONENTS
 from vlmkit.architectures import NOT_VLMS, PROJECTOR, VISION, decide
-from vlmkit.errors import AnatomyError
+from vlmkit.errors import AnatomyError, did_you_mean
+from vlmkit.tables import Table
 
 
 def unwrapped(model):
@@ -53,7 +53,7 @@ def component_finder(model):
 
 def shape_of(parameter):
     """Shape of the weight that `parameter` stands for, as a tuple. A 4-bit weight packs two in a
-    byte, which is what its own `shape` and `numel()` tell; its quantisation state knows better."""
+    byte, which is what its own `shape` and `numel()` tell; its quantization state knows better."""
     state = getattr(parameter, "quant_state", None)
     return tuple(parameter.shape if state is None else state.shape)
 
@@ -74,7 +74,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class Anatomy(Table):
     """The components of one model. `a["projector"].parameters`, `a.total`, `a.component_of(path)`.
 
     `unknown` holds the full names of the parameters (and saved buffers) that no rule knows; the
@@ -89,11 +89,9 @@ class Anatomy:
 
     def __getitem__(self, component):
         if component not in self.parts:
-            near = difflib.get_close_matches(str(component), COMPONENTS, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}? " if near else ""
             raise AnatomyError(
-                f"{component!r} is not a component: {hint}"
-                f"the components are {', '.join(COMPONENTS)}"
+                f"{component!r} is not a component. {did_you_mean(component, COMPONENTS)}"
+                f"The components are {', '.join(COMPONENTS)}."
             )
         return self.parts[component]
 
@@ -128,13 +126,13 @@ class Anatomy:
         table.insert(2, "share", [f"{s:.1%}" for s in share])
         return table.set_index("component")
 
-    def __str__(self):
-        table = self.table().to_string(formatters={"parameters": "{:,}".format})
-        return f"{self.architecture}: {self.total:,} parameters\n{table}"
+    def _text_table(self):
+        table = self.table()
+        table["parameters"] = table["parameters"].map("{:,}".format)
+        return table
 
-    def _repr_html_(self):
-        head = f"<p><b>{self.architecture}</b>: {self.total:,} parameters</p>"
-        return head + self.table().to_html(formatters={"parameters": "{:,}".format})
+    def _headline(self):
+        return f"{self.architecture}: {self.total:,} parameters"
 
     def require_known(self):
         """Raise AnatomyError if any parameter is unknown; otherwise return self."""
@@ -150,7 +148,7 @@ class Anatomy:
 
 
 def anatomy_of(model):
-    """Anatomy of a `torch.nn.Module`: on the meta device or loaded, quantised, wrapped by PEFT
+    """Anatomy of a `torch.nn.Module`: on the meta device or loaded, quantized, wrapped by PEFT
     (whose adapters count in the component that they adapt)."""
     counts, tensors, places, buffers = {}, {}, {}, {}
     unknown = []
@@ -255,7 +253,7 @@ def _why_not_built(config, error):
     """
     import traceback
 
-    from vlmkit.checkpoints import brief
+    from vlmkit.errors import brief
 
     text = f"{type(config).__name__} ({config.model_type}) cannot be built: {brief(error)}."
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/models/" in f.filename]

@@ -96,7 +96,7 @@ def answer_without(model, processor, image, question, patches, *, max_new_tokens
 
     patches: their numbers in the grid of `over_patches`, row by row. No token attends to them; the
     others keep their places. The vision encoder has seen the whole picture, so that a patch's
-    feature can hold something of what its neighbours showed. Raises what `over_patches` raises, and
+    feature can hold something of what its neighbors showed. Raises what `over_patches` raises, and
     AnatomyError for a patch that the grid does not have.
     """
     import torch

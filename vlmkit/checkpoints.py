@@ -5,26 +5,20 @@ A name is "pebble", a folder, or a hub id (`owner/name`). Whatever it is, everyt
 Where no weights are wanted, `vlmkit.catalog` answers for the models that it has.
 """
 
-import difflib
 import json
 import re
 from pathlib import Path
 
 from vlmkit import catalog
-from vlmkit.errors import CheckpointError
+from vlmkit.errors import CheckpointError, brief, did_you_mean
 
 PEBBLE = "pebble"
+BUNDLED = Path(__file__).parent / "models" / "pebble" / "checkpoint"
 OFFLINE = 'vk.load("pebble") works without a network.'
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Buffers that older releases of transformers saved and that models now compute for themselves.
 NO_LONGER_SAVED = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
-
-
-def brief(error, length=200):
-    """The message of a library's error on one line, cut to a readable length."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return text if len(text) <= length else text[:length] + " …"
 
 
 def find(name, *, revision=None, weights=True, trust_remote_code=False):
@@ -38,15 +32,13 @@ def find(name, *, revision=None, weights=True, trust_remote_code=False):
     """
     text = str(name)
     if text == PEBBLE:
-        from vlmkit import pebble
-
-        folder = Path(pebble.path())
-        if not folder.is_dir():
+        if not BUNDLED.is_dir():
             raise CheckpointError(
-                f"{PEBBLE!r} is bundled with vlmkit, but {folder} is not there: this installation "
-                "is incomplete. Install vlmkit again, or make it: python -m vlmkit.pebble.train"
+                f"{PEBBLE!r} is bundled with vlmkit, but {BUNDLED} is not there: this installation "
+                "is incomplete. Install vlmkit again, or make pebble: "
+                "python -m vlmkit.models.pebble.train"
             )
-        return folder
+        return BUNDLED
     folder = Path(text).expanduser()
     if text and folder.is_dir():
         return folder
@@ -56,12 +48,10 @@ def find(name, *, revision=None, weights=True, trust_remote_code=False):
             "config.json, the weights and the processor's files."
         )
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
-        known = {name.split("/")[-1].lower(): name for name in (PEBBLE, *catalog.NAMES)}
-        near = difflib.get_close_matches(text.lower(), known, n=1, cutoff=0.6)
-        hint = f"Did you mean {known[near[0]]!r}? " if near else ""
+        short = {name.split("/")[-1]: name for name in (PEBBLE, *catalog.NAMES)}
         raise CheckpointError(
             f"There is no checkpoint {text!r}: it is not a folder here, and a hub id has the form "
-            f"'owner/name'. {hint}{OFFLINE}"
+            f"'owner/name'. {did_you_mean(text, short, 0.6, short)}{OFFLINE}"
         )
     if not weights and revision is None and catalog.folder_of(text):
         return catalog.folder_of(text)

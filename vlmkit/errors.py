@@ -5,6 +5,8 @@ Each message says what was asked, what was found and what to do next. All derive
 a remedy, from a defect of ours, which needs a traceback.
 """
 
+import difflib
+
 
 class VlmkitError(Exception):
     """Base of every error that vlmkit raises on purpose."""
@@ -23,7 +25,7 @@ class CheckpointError(VlmkitError, OSError):
 
 
 class ConfigError(VlmkitError, ValueError):
-    """A quantisation config cannot be read, or is not one of bitsandbytes."""
+    """A quantization config cannot be read, or is not one of bitsandbytes."""
 
 
 class AuditError(VlmkitError, RuntimeError):
@@ -39,7 +41,7 @@ class FinetuningError(VlmkitError, ValueError):
 
 
 class SensitivityError(VlmkitError, ValueError):
-    """What is to be quantised in an experiment is not there, or the experiment can show nothing."""
+    """What is to be quantized in an experiment is not there, or the experiment can show nothing."""
 
 
 class DependencyError(VlmkitError, ImportError):
@@ -60,3 +62,23 @@ class TaskError(VlmkitError, ValueError):
 
 class ExerciseError(VlmkitError, ValueError):
     """A check is asked for that no exercise has, or is given data that it does not take."""
+
+
+def brief(error, length=200):
+    """The message of a library's error on one line, cut to a readable length."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return text if len(text) <= length else text[:length] + " …"
+
+
+def did_you_mean(word, known, cutoff=0.5, show=None):
+    """ "Did you mean 'projector'? " for a word that looks like one of `known`, or an empty string.
+
+    The comparison ignores case. The text ends with a space, so that a message can follow it.
+    show: {name: the longer name to suggest in its place}.
+    """
+    spelled = {str(name).lower(): name for name in known}
+    near = difflib.get_close_matches(str(word).lower(), spelled, n=1, cutoff=cutoff)
+    if not near:
+        return ""
+    name = spelled[near[0]]
+    return f"Did you mean {(show or {}).get(name, name)!r}? "

@@ -6,10 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from vlmkit.checkpoints import brief
-from vlmkit.errors import CheckpointError
-
-MEGABYTE = 10**6
+from vlmkit.errors import CheckpointError, brief
+from vlmkit.units import MEGABYTE
 
 
 @contextlib.contextmanager

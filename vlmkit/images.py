@@ -1,7 +1,7 @@
 """Reading pictures: whatever holds one becomes an RGB image, or an error that names it.
 
 A processor of transformers accepts images too, but it guesses: it takes transparent pixels for
-the colour that happens to lie under them, ignores a camera's rotation mark, clips 16-bit images
+the color that happens to lie under them, ignores a camera's rotation mark, clips 16-bit images
 to white, and answers a damaged file with whatever error its decoder had. Every image that vlmkit
 gives to a processor has passed through `read`, so these cases are decided here, once.
 """
@@ -36,7 +36,7 @@ def read(image):
       could be read either way, such as (3, 5, 3), is refused.
 
     Transparent images are put on a white ground, a rotation noted in EXIF is carried out, 16-bit
-    values are scaled to 8 bits, CMYK is converted without a colour profile, and a picture larger
+    values are scaled to 8 bits, CMYK is converted without a color profile, and a picture larger
     than `MOST_PIXELS` is reduced, keeping its shape.
 
     Raises `ImageError`, naming the file, for what is missing, a directory, empty, damaged, cut
@@ -164,7 +164,7 @@ def _size_within(size, most):
 
 
 def _eight_bits(image, name):
-    """Grey images of more than 8 bits a pixel, as 8; others as they are.
+    """Gray images of more than 8 bits a pixel, as 8; others as they are.
 
     Pillow itself clips here, so that nearly all of a 16-bit picture comes out white. Its decoders
     store 16-bit files as mode I;16 or I, from 0 to 65,535.
@@ -256,7 +256,7 @@ def _as_bytes(array, name):
     if not (low >= -slack and high <= most + slack):  # also where a value is not a number
         raise ImageError(
             f"{name} holds values from {low:g} to {high:g}, and an image of {array.dtype} holds "
-            f"{allowed}. Undo a processor's normalisation, or divide by the largest value."
+            f"{allowed}. Undo a processor's normalization, or divide by the largest value."
         )
     scaled = array if most == 255 else np.rint(np.clip(array, 0, 1) * 255)
     return np.ascontiguousarray(scaled.astype(np.uint8))

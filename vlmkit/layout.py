@@ -3,44 +3,14 @@
 Loading, auditing and the memory ledger all read the same Layout, so they cannot disagree.
 """
 
-import difflib
 import re
 from dataclasses import dataclass
 from functools import cached_property
 
 from vlmkit.anatomy import anatomy_of, on_meta
-from vlmkit.errors import PlanError
-from vlmkit.formats import FORMATS, torch_dtype
-from vlmkit.plan import DEFAULT
-
-LINEAR, EXPERTS, HEAD, EMBEDDING = "linear", "fused experts", "head", "embedding"
-TIED, NORM = "embedding and tied head", "norm"
-CONVOLUTION, BIAS, BARE = "convolution", "bias", "bare parameter"
-KINDS = (LINEAR, EXPERTS, HEAD, EMBEDDING, TIED, NORM, CONVOLUTION, BIAS, BARE)
-"""What a parameter is, as tables show it. `linear` is quantised with its component, `head` only
-where a plan names it, and nothing else at all: bitsandbytes converts Linear modules, and a
-mixture's experts are one parameter of three dimensions."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One parameter: the format that the plan asks of it, and the one that it gets.
-
-    They differ where bitsandbytes and transformers leave a parameter alone; `kind` says why, and
-    `note` where the kind does not.
-
-    convertible: whether it can be quantised at all.
-    """
-
-    name: str
-    module: str
-    component: str
-    kind: str
-    shape: tuple
-    asked: str
-    format: str
-    convertible: bool = False
-    note: str = ""
+from vlmkit.errors import PlanError, did_you_mean
+from vlmkit.formats import DEFAULT, FORMATS, torch_dtype
+from vlmkit.rows import BIAS, LINEAR, Row, is_linear, kind_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +28,7 @@ class Layout:
 
     @cached_property
     def floats(self):
-        """Names of the float formats that the plan asks for, also beside quantised weights."""
+        """Names of the float formats that the plan asks for, also beside quantized weights."""
         return {FORMATS[row.asked].companion for row in self.rows}
 
     @property
@@ -69,8 +39,8 @@ class Layout:
 
     @property
     def skipped(self):
-        """Full names of the modules to leave out of quantisation: the outermost modules in which
-        nothing is quantised."""
+        """Full names of the modules to leave out of quantization: the outermost modules in which
+        nothing is quantized."""
         return self._outside(self.quantized)
 
     def _outside(self, inside):
@@ -78,8 +48,8 @@ class Layout:
         return outermost(self.linears, inside)
 
     def quantization_config(self):
-        """transformers' config for this layout, or None where nothing is quantised: its own
-        BitsAndBytesConfig for one quantised format, `vlmkit.mixed.MixedConfig` for several.
+        """transformers' config for this layout, or None where nothing is quantized: its own
+        BitsAndBytesConfig for one quantized format, `vlmkit.backend.mixed.MixedConfig` for several.
 
         Raises PlanError for what a skip list cannot express.
         """
@@ -87,12 +57,12 @@ class Layout:
         configs = [self._config_of(name) for name in formats]
         if len(configs) < 2:
             return configs[0] if configs else None
-        from vlmkit.mixed import MixedConfig
+        from vlmkit.backend.mixed import MixedConfig
 
         return MixedConfig(configs)
 
     def _config_of(self, name):
-        """The BitsAndBytesConfig that quantises what has the format `name`, and nothing else."""
+        """The BitsAndBytesConfig that quantizes what has the format `name`, and nothing else."""
         from transformers import BitsAndBytesConfig
 
         # A list always, even an empty one: None would bring transformers' automatic exceptions
@@ -123,7 +93,7 @@ class Layout:
         if wrong:
             raise PlanError(
                 f"transformers' skip list cannot express this plan: it would treat {wrong[0]} "
-                f"(and {len(wrong) - 1} more modules) differently. Plan them like their neighbours."
+                f"(and {len(wrong) - 1} more modules) differently. Plan them like their neighbors."
             )
 
 
@@ -194,47 +164,18 @@ def resolve(plan, model):
         if kind == LINEAR and not can:
             note = kept.get(module, f"{type(owner).__name__}, not a plain Linear")
         shape = tuple(parameter.shape)
-        rows.append(Row(name, module, component, kind, shape, asked, given, can, note))
+        size = FORMATS[given].nbytes(shape)
+        rows.append(Row(name, component, kind, size, shape, asked, given, can, note))
     layout = Layout(plan, tuple(rows), tuple(linears), tuple(_fp32_names(model)))
     overrides.require_used(layout)
     _require_effect(plan, found, layout)
     return layout
 
 
-def is_linear(module):
-    """Whether bitsandbytes converts `module` if it is let: exactly what transformers'
-    replace_with_bnb_linear looks for. Subclasses stay as they are."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    return type(module) is nn.Linear or isinstance(module, Conv1D)
-
-
-def kind_of(model, module, leaf):
-    """Which of KINDS the parameter `leaf` of `module` is, a module of `model`."""
-    from torch import nn
-
-    if leaf == "bias" and isinstance(module, nn.Linear):
-        return BIAS
-    head = model.get_output_embeddings()
-    head = getattr(head, "base_layer", head)  # within an adapter's layer, where it has one
-    if module is head:
-        return HEAD
-    if isinstance(module, nn.Embedding):
-        return TIED if head is not None and head.weight is module.weight else EMBEDDING
-    if isinstance(module, nn.Linear) or is_linear(module):
-        return LINEAR
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return CONVOLUTION
-    if "Experts" in type(module).__name__:
-        return EXPERTS
-    return NORM if type(module).__name__.endswith("Norm") else BARE
-
-
 def _never_converted(model):
-    """{module name: why} of modules that must not be quantised even by name: a tied weight is
+    """{module name: why} of modules that must not be quantized even by name: a tied weight is
     shared with an embedding, which cannot read packed bytes; and what the model's own class lists
-    as to be kept in fp32 stays out of quantisation whatever it is kept in."""
+    as to be kept in fp32 stays out of quantization whatever it is kept in."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     fp32 = _fp32_names(model)
@@ -291,17 +232,16 @@ class _Overrides:
             if not modules:
                 modules = list(dict.fromkeys(row.module for row in layout.rows))
                 segments = {segment for module in modules for segment in module.split(".")}
-                near = difflib.get_close_matches(pattern, segments, n=1)
                 raise PlanError(
                     f"the plan's override {pattern!r} matches no module of this model. "
-                    f"{f'Did you mean {near[0]!r}? ' if near else ''}Its modules have full names "
+                    f"{did_you_mean(pattern, segments, 0.6)}Its modules have full names "
                     "such as\n  " + "\n  ".join(modules[:: 1 + len(modules) // 5])
                 )
             if FORMATS[name].quantized and not modules & set(layout.quantized):
                 kinds = sorted({row.kind for row in layout.rows if row.module in modules})
                 raise PlanError(
                     f"the plan's override {pattern!r} asks for {name}, and none of the "
-                    f"{len(modules)} modules that it matches can be quantised (they are: "
+                    f"{len(modules)} modules that it matches can be quantized (they are: "
                     f"{', '.join(kinds)}). Only Linear layers whose weight is not tied to an "
                     "embedding can."
                 )
@@ -309,7 +249,7 @@ class _Overrides:
 
 def _require_effect(plan, anatomy, layout):
     """A component that the plan gives a format of its own must be there, and must have something to
-    quantise if the format is a quantised one."""
+    quantize if the format is a quantized one."""
     for component, name in plan.named.items():
         if name != DEFAULT and not anatomy[component].parameters:
             has = ", ".join(c for c, part in anatomy.parts.items() if part.parameters)
@@ -322,6 +262,6 @@ def _require_effect(plan, anatomy, layout):
         ):
             continue
         raise PlanError(
-            f"the plan asks for {component} in {name}, but nothing in it can be quantised: it has "
+            f"the plan asks for {component} in {name}, but nothing in it can be quantized: it has "
             f"{', '.join(sorted({r.kind for r in layout.rows if r.component == component}))}."
         )

@@ -8,28 +8,25 @@
 A plan knows no model. Resolved against one it becomes a `vlmkit.layout.Layout`.
 """
 
-import difflib
 import re
 from types import MappingProxyType
 
 from vlmkit import COMPONENTS
-from vlmkit.errors import PlanError
-from vlmkit.formats import FORMATS, format_named
+from vlmkit.errors import PlanError, did_you_mean
+from vlmkit.formats import DEFAULT, FORMATS, format_named
+from vlmkit.layout import resolve
+from vlmkit.tables import Table
 
-DEFAULT = "bf16"
 
-
-class Plan:
+class Plan(Table):
     """A format for each component; those that are not named get bf16. Immutable.
 
-    The formats are the names in `vlmkit.formats.FORMATS`. A quantised format is for the Linear
+    The formats are the names in `vlmkit.formats.FORMATS`. A quantized format is for the Linear
     layers of a component. The output head, tied weights, embeddings, norms, biases and convolutions
     stay in the format's companion (bf16), as transformers and bitsandbytes keep them.
 
     Raises PlanError, with the nearest right name, for an unknown component or format.
     """
-
-    __slots__ = ("_default", "named", "overrides")
 
     def __init__(self, **formats):
         self._set(formats)
@@ -37,11 +34,10 @@ class Plan:
     def _set(self, formats, overrides=(), default=DEFAULT):
         for component, name in formats.items():
             if component not in COMPONENTS:
-                near = difflib.get_close_matches(component, COMPONENTS, n=1, cutoff=0.4)
-                hint = f"did you mean {near[0]!r}? " if near else ""
                 raise PlanError(
-                    f"{component!r} is not a component: {hint}"
-                    f"the components are {', '.join(COMPONENTS)}"
+                    f"{component!r} is not a component. "
+                    f"{did_you_mean(component, COMPONENTS, 0.4)}"
+                    f"The components are {', '.join(COMPONENTS)}."
                 )
             format_named(name)
         named = {c: formats[c] for c in COMPONENTS if c in formats}
@@ -139,18 +135,10 @@ class Plan:
             "component"
         )
 
-    def __str__(self):
-        return self.table().to_string()
-
-    def _repr_html_(self):
-        return self.table().to_html()
-
     def resolve(self, model):
         """The plan applied to `model`, a model on the meta device (`vlmkit.anatomy.on_meta`).
 
         Returns a Layout. Raises AnatomyError if the model has parameters of unknown component, and
         PlanError if a part of the plan matches nothing, changes nothing, or contradicts another.
         """
-        from vlmkit.layout import resolve
-
         return resolve(self, model)

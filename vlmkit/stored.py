@@ -1,8 +1,8 @@
-"""Checkpoints that are quantised already: which formats they hold, and which plan that is.
+"""Checkpoints that are quantized already: which formats they hold, and which plan that is.
 
     plan = plan_of_formats(stored_formats(folder, model_on_meta), model_on_meta)
 
-The formats are read from the headers of the weight files, a quantised weight being known by the
+The formats are read from the headers of the weight files, a quantized weight being known by the
 scales stored beside it. What config.json says of them is a wish, as a plan is, and is not asked.
 """
 
@@ -14,9 +14,9 @@ from vlmkit import COMPONENTS
 from vlmkit.anatomy import on_meta
 from vlmkit.checkpoints import check_weights, find, read_config, weight_files
 from vlmkit.errors import CheckpointError, PlanError
-from vlmkit.formats import FORMATS
+from vlmkit.formats import DEFAULT, FORMATS
 from vlmkit.layout import layout_for
-from vlmkit.plan import DEFAULT, Plan
+from vlmkit.plan import Plan
 
 _FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 _STATE = re.compile(r"\.quant_state\.bitsandbytes__(nf4|fp4)$")
@@ -28,7 +28,7 @@ def planned(x, plan=None, *, loadable=True, revision=None, trust_remote_code=Fal
 
     x: "pebble", a folder, a hub id, a transformers config, or a model (for its config).
     plan: a Plan or anything that `Plan.parse` takes; for None see `layout_of`.
-    loadable: whether `plan` has to be one under which `x` can be loaded, if it is quantised.
+    loadable: whether `plan` has to be one under which `x` can be loaded, if it is quantized.
     """
     config = getattr(x, "config", x)
     if hasattr(config, "model_type"):
@@ -39,7 +39,7 @@ def planned(x, plan=None, *, loadable=True, revision=None, trust_remote_code=Fal
         return config, layout_for(config, Plan.parse(plan), trust_remote_code)
     if getattr(config, "quantization_config", None) and not list(folder.glob("*.safetensors")):
         raise CheckpointError(
-            f"{x} is quantised already. What it holds is read from its weight files, and they are "
+            f"{x} is quantized already. What it holds is read from its weight files, and they are "
             "not here. What it would cost under a plan, vk.memory.predict(name, plan) tells."
         )
     return config, layout_of(folder, config, plan, trust_remote_code)
@@ -50,17 +50,17 @@ def layout_of(folder, config, plan=None, trust_remote_code=False):
 
     config: the checkpoint's.
     plan: a Plan, or None for the recommended one, or for the formats that the checkpoint holds if
-        it is quantised already.
+        it is quantized already.
 
-    Raises CheckpointError if it is quantised by something other than bitsandbytes, and PlanError
-    if `plan` asks for other quantised formats than it holds.
+    Raises CheckpointError if it is quantized by something other than bitsandbytes, and PlanError
+    if `plan` asks for other quantized formats than it holds.
     """
     if not getattr(config, "quantization_config", None):
         return layout_for(config, Plan.parse(plan), trust_remote_code)
     method = _method(config.quantization_config)
     if method not in _METHODS:
         raise CheckpointError(
-            f"{folder} holds weights quantised by {method}, which vlmkit does not read. Load the "
+            f"{folder} holds weights quantized by {method}, which vlmkit does not read. Load the "
             "checkpoint that they were made from, under a plan."
         )
     model = on_meta(config, trust_remote_code=trust_remote_code)
@@ -91,8 +91,8 @@ def _require_same(folder, layout, stored):
         lines = "\n  ".join(f"{name}: holds {has}, asked for {ask}" for name, has, ask in wrong[:5])
         more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise PlanError(
-            f"{folder} is quantised already, and not as the plan asks, in {len(wrong)} weights:\n"
-            f"  {lines}{more}\nA plan cannot give back the bits that are gone, and quantising "
+            f"{folder} is quantized already, and not as the plan asks, in {len(wrong)} weights:\n"
+            f"  {lines}{more}\nA plan cannot give back the bits that are gone, and quantizing "
             "again would lose more. Leave the plan out to load what is stored, or load the "
             "checkpoint that this one was made from under your plan."
         )
@@ -155,18 +155,18 @@ def plan_of_formats(formats, model):
     `formats` ({full name: format name}) gives: a format for each component, and overrides for what
     differs from its component.
 
-    Beside quantised weights fp16 counts as bf16, which is what a plan has there.
+    Beside quantized weights fp16 counts as bf16, which is what a plan has there.
     Raises CheckpointError if no plan says so.
     """
     layouts = {
         name: Plan.uniform(name).resolve(model).rows for name in {DEFAULT, *formats.values()}
     }
     rows = layouts[DEFAULT]
-    quantised = {row.component for row in rows if FORMATS[formats.get(row.name, DEFAULT)].quantized}
+    quantized = {row.component for row in rows if FORMATS[formats.get(row.name, DEFAULT)].quantized}
     wanted = {}
     for row in rows:
         name = formats.get(row.name)  # None: the other name of a tied weight, or not stored
-        halved = name == "fp16" and row.component in quantised
+        halved = name == "fp16" and row.component in quantized
         wanted[row.name] = DEFAULT if halved else name
     given = {
         (name, row.name): row.format for name, layout in layouts.items() for row in layout
@@ -211,7 +211,7 @@ def _overrides(prefix, rows, base, wanted, agrees):
         if row.module == prefix:
             if row in wrong:
                 raise CheckpointError(
-                    f"{row.name} is held in {wanted[row.name]}, and its neighbours are not: no "
+                    f"{row.name} is held in {wanted[row.name]}, and its neighbors are not: no "
                     "plan says that."
                 )
             continue

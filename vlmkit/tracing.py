@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from vlmkit.anatomy import component_finder
 from vlmkit.architectures import CROSS, LANGUAGE, PROJECTOR, VISION
 from vlmkit.errors import AnatomyError
+from vlmkit.tables import Table
 
 FIXED_GRID, TILES, DYNAMIC = "fixed grid", "tiles", "dynamic resolution"
 CROSS_ATTENTION, QUERIES = "cross-attention", "queries"
@@ -41,7 +42,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Trace:
+class Trace(Table):
     """The stages of one forward pass, and how many visual tokens the language model was given.
 
     strategy: how many tokens an image becomes. A fixed grid (LLaVA-1.5, Liu et al., 2023, arXiv
@@ -70,14 +71,8 @@ class Trace:
         columns = ["stage", "component", "shape", "dtype", "module"]
         return pd.DataFrame(rows, columns=columns).set_index("stage")
 
-    def __str__(self):
-        return f"{self.table().to_string()}\n{self._sentence()}"
-
-    def _repr_html_(self):
-        return f"{self.table().to_html()}<p>{self._sentence()}</p>"
-
-    def _sentence(self):
-        return f"{self.visual_tokens:,} visual tokens ({self.strategy})"
+    def _remarks(self):
+        yield f"{self.visual_tokens:,} visual tokens ({self.strategy})"
 
 
 def trace(model, processor, images, question):

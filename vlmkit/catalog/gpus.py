@@ -9,7 +9,8 @@ is 10^9 bytes, the smaller reading.
 
 from dataclasses import dataclass
 
-GIGABYTE = 10**9
+from vlmkit.units import GIGABYTE
+
 _NVIDIA = "https://www.nvidia.com/en-us/"
 _GEFORCE = f"{_NVIDIA}geforce/graphics-cards/"
 

@@ -38,7 +38,7 @@ for command, short, epilog in (
     (answering.anatomy, "Which component has which parameters.", answering.ANATOMY_EXAMPLES),
     (sizing.memory, "What a model needs, by component.", sizing.MEMORY_EXAMPLES),
     (sizing.fit, "Which models fit on which graphics cards.", sizing.FIT_EXAMPLES),
-    (checking.lint, "What a quantisation config will really do.", checking.EXAMPLES),
+    (checking.lint, "What a quantization config will really do.", checking.EXAMPLES),
     (training.train, "Train a model as a file says.", training.EXAMPLES),
     (doctoring.doctor, "What this machine can run, and what is missing.", doctoring.EXAMPLES),
 ):

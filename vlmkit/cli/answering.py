@@ -84,7 +84,7 @@ def ask(
 
 def first_answer():
     """The bundled model on a bundled picture, with everything that is worth seeing."""
-    from vlmkit.pictures import FIRST
+    from vlmkit.course.pictures import FIRST
 
     here = Path.cwd()
     path = FIRST.path.relative_to(here) if FIRST.path.is_relative_to(here) else FIRST.path
@@ -95,7 +95,7 @@ def first_answer():
 def anatomy(model: Model = None, trust_remote_code: Code = False):
     """Show which component of a model has which parameters, without its weights."""
     from vlmkit.anatomy import anatomy
-    from vlmkit.loading.quiet import quiet
+    from vlmkit.backend.quiet import quiet
 
     with quiet():
         found = anatomy(name_of(model), trust_remote_code=trust_remote_code)
@@ -128,8 +128,8 @@ class _Run:
         return load(self.name, self.plan, **self.code)
 
     def answer(self, model, processor, pictures, question):
+        from vlmkit.backend.quiet import quiet
         from vlmkit.evaluation import ask
-        from vlmkit.loading.quiet import quiet
 
         with quiet():
             return ask(model, processor, pictures, question, max_new_tokens=self.max_new_tokens)
@@ -146,7 +146,7 @@ class _Run:
         print(f"answer     {answer}")
         print(f"time       loading {loaded - start:.1f} s, answering {answered - loaded:.1f} s\n")
         print("What was loaded, every module audited against the plan:\n")
-        # of a checkpoint that is quantised: what it holds
+        # of a checkpoint that is quantized: what it holds
         plan = self.plan or vk.loading.plan_of(model)
         print(vk.audit(model, plan))
         print(f"\n{self._saving(plan, vk.memory.measure(model))}")

@@ -1,4 +1,4 @@
-"""`vlmkit lint`: what somebody's quantisation config will do."""
+"""`vlmkit lint`: what somebody's quantization config will do."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ Examples:
 
 \b
   vlmkit lint Qwen/Qwen2.5-VL-7B-Instruct quantization_config.json
-  vlmkit lint ./my-checkpoint                      # its own config.json says how it is quantised
+  vlmkit lint ./my-checkpoint                      # its own config.json says how it is quantized
   vlmkit lint ./my-checkpoint ./another/config.json --json
 
 CONFIG holds the fields of a BitsAndBytesConfig, or is a config.json with a quantization_config:

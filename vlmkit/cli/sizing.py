@@ -112,7 +112,7 @@ def memory(
     """Predict a model's memory from its config: weights under a plan, the cache of keys and values,
     activations, and what training adds. Nothing is downloaded for a model of the catalog."""
     import vlmkit as vk
-    from vlmkit.loading.quiet import quiet
+    from vlmkit.backend.quiet import quiet
 
     room = None if budget is None else vk.memory.parse_size(budget)
     use = _use(images, image_size, tokens, new_tokens, batch, train, rank, checkpointing, optimizer)
@@ -186,7 +186,7 @@ def fit(
 ):
     """Which models fit on which graphics cards, under which plans: a table, and a figure if asked
     for. With --tokens 0 --images 0 it is the weights alone that are to fit, which is quicker."""
-    from vlmkit import fitting
+    from vlmkit.memory import fitting
 
     use = _use(images, image_size, tokens, new_tokens, batch, train, rank, checkpointing, optimizer)
     chosen = {"models": model, "gpus": gpu, "plans": plan}
@@ -273,7 +273,7 @@ def _verdict(ledger, room):
 
 
 def _as_text(table, reserve):
-    from vlmkit.fitting import summary
+    from vlmkit.memory.fitting import summary
 
     wide = summary(table)
     cards = {}

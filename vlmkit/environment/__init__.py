@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from vlmkit.environment import limits
+from vlmkit.units import GIGABYTE
 
 __all__ = ["FINE", "MISSING", "NOTE", "OLDEST", "TESTED", "Environment", "Finding", "check"]
 
@@ -61,7 +62,6 @@ OLDEST = {
 here, because the installed package's own metadata may be missing, or of an earlier set-up."""
 
 OLDEST_PYTHON = (3, 11)
-GIGABYTE = 10**9
 WANTED_MEMORY = 2 * GIGABYTE
 """Free memory for the bundled model: Python with torch and the data is most of it, not pebble."""
 

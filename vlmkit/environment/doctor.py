@@ -2,8 +2,8 @@
 
     print(vlmkit.environment.doctor.diagnose())
 
-Which models fit is what `vlmkit.fitting` says of the memory that is free now, on the GPU with most
-of it, or else on the CPU. Nothing is downloaded and nothing is contacted.
+`vlmkit.memory.fitting` says which models fit in the memory that is free now, on the GPU with the
+most free memory, or on the CPU. Nothing is downloaded and nothing is contacted.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def _room():
 
 
 def _fit(models, where, memory, progress):
-    from vlmkit import fitting
+    from vlmkit.memory import fitting
 
     table = fitting.fit(
         ("pebble", *fitting.NAMES) if models is None else models,

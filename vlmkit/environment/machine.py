@@ -59,7 +59,7 @@ def disks():
     own = os.environ.get("VLMKIT_CACHE")
     if own:
         path = Path(own).expanduser()
-        rows.append(_folder("VLMKIT_CACHE", path, "quantised models are not kept"))
+        rows.append(_folder("VLMKIT_CACHE", path, "quantized models are not kept"))
     return rows
 
 

@@ -10,7 +10,8 @@ import contextlib
 from vlmkit.errors import QuestionError, TaskError, VlmkitError
 from vlmkit.evaluation.asking import TooLong, answers, ask, check_processor, check_question
 from vlmkit.evaluation.metrics import METRICS, OF_TASK, chosen
-from vlmkit.evaluation.scores import Scores, bootstrap, compared, normalise, wilson
+from vlmkit.evaluation.scores import Scores, compared, normalize
+from vlmkit.evaluation.statistics import bootstrap, mcnemar, paired_interval, wilson
 from vlmkit.images import read_all
 
 __all__ = [
@@ -24,7 +25,9 @@ __all__ = [
     "check_question",
     "compared",
     "evaluate",
-    "normalise",
+    "mcnemar",
+    "normalize",
+    "paired_interval",
     "wilson",
 ]
 
@@ -49,7 +52,7 @@ def evaluate(
     answers, a list of all that are accepted.
     metric: how an answer is scored, one of `METRICS` or a function (predicted, accepted answers) to
     a number from 0 to 1. By default what the task's own evaluation uses, see `OF_TASK`, and else
-    exact match: an answer counts if it is the expected one, or one of several, after `normalise`.
+    exact match: an answer counts if it is the expected one, or one of several, after `normalize`.
     max_new_tokens: by default 8 more than the longest expected answer takes; one that is longer is
     wrong, however it goes on. progress: show a progress bar.
 
@@ -142,7 +145,7 @@ def scored(dataset, predicted, metrics=None):
     table = pd.DataFrame({name: _column(dataset, name) for name in ("question", "answer")})
     table["predicted"] = predicted
     if metrics is None:
-        table["correct"] = table["answer"].map(normalise) == table["predicted"].map(normalise)
+        table["correct"] = table["answer"].map(normalize) == table["predicted"].map(normalize)
         score = table["correct"]
     else:
         rows = zip(metrics, predicted, _accepted(dataset), strict=True)

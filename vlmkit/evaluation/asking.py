@@ -135,7 +135,7 @@ def _vision_dtype(model):
     """The floating-point type in which the vision encoder wants its pixels.
 
     Under a plan the components' types differ, and `model.dtype` is whichever comes first. Of a
-    quantised encoder it is the type of what stayed unquantised, its patch embedding for one.
+    quantized encoder it is the type of what stayed unquantized, its patch embedding for one.
     """
     component_of = anatomy.component_finder(model)
     for name, parameter in model.named_parameters():

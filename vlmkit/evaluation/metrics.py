@@ -3,7 +3,7 @@
     vk.evaluate(model, processor, dataset, metric="anls")
     vqa_accuracy("2", ["two"] * 3 + ["3"] * 7)  # 0.9
 
-  exact_match       the expected answer, or one of several, after `normalise`
+  exact_match       the expected answer, or one of several, after `normalize`
   vqa_accuracy      how many of ten people gave that answer (VQAv2, TextVQA)
   direct_answer     the same without leaving a person out (A-OKVQA)
   anls              likeness of spelling (DocVQA, ST-VQA)
@@ -17,15 +17,15 @@ import difflib
 import re
 
 from vlmkit.errors import TaskError
-from vlmkit.evaluation.scores import normalise
+from vlmkit.evaluation.scores import normalize
 
 FULL_MARKS = 4
 """Fewer answers than this to a question, and no answer can reach a VQA accuracy of 1."""
 
 
 def exact_match(predicted, accepted):
-    """1 if the answer is one of the accepted ones after `normalise`, otherwise 0."""
-    return float(normalise(predicted) in map(normalise, accepted))
+    """1 if the answer is one of the accepted ones after `normalize`, otherwise 0."""
+    return float(normalize(predicted) in map(normalize, accepted))
 
 
 # --- VQA accuracy ---------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ _NUMBERS = {word: str(i) for i, word in enumerate(_ZERO_TO_TEN.split())} | {"non
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # not the apostrophe (girl's) and the colon (2:50)
 
 
-def normalise_vqa(answer):
+def normalize_vqa(answer):
     """An answer as the VQA evaluation compares it (visualqa.org/evaluation).
 
     Lower case; full stops removed except decimal points; punctuation replaced by a space, or
@@ -82,12 +82,12 @@ def vqa_accuracy(predicted, accepted):
     over the ten ways to leave one out: 0.3, 0.6 and 0.9 for an answer that one, two or three gave,
     and 1 from four on.
 
-    All answers pass through `normalise_vqa`, as the evaluation's page says. Its script has changed
+    All answers pass through `normalize_vqa`, as the evaluation's page says. Its script has changed
     over the years in whether it does so where all ten agree, and whether to the ten in full.
     """
     _require_several(accepted, "VQA accuracy")
-    predicted = normalise_vqa(predicted)
-    gave_it = [normalise_vqa(answer) == predicted for answer in accepted]
+    predicted = normalize_vqa(predicted)
+    gave_it = [normalize_vqa(answer) == predicted for answer in accepted]
     matches = sum(gave_it)
     return sum(min((matches - one) / 3, 1.0) for one in gave_it) / len(gave_it)
 
@@ -96,11 +96,11 @@ def direct_answer(predicted, accepted):
     """The direct-answer accuracy of A-OKVQA (Schwenk et al., 2022, arXiv 2206.01718).
 
     min(people who gave that answer / 3, 1), over all ten. The answers are compared after
-    `normalise`, where the evaluation's script asks for equal strings.
+    `normalize`, where the evaluation's script asks for equal strings.
     """
     _require_several(accepted, "direct-answer accuracy")
-    predicted = normalise(predicted)
-    return min(sum(normalise(answer) == predicted for answer in accepted) / 3, 1.0)
+    predicted = normalize(predicted)
+    return min(sum(normalize(answer) == predicted for answer in accepted) / 3, 1.0)
 
 
 def _require_several(accepted, name):
@@ -116,7 +116,7 @@ def _require_several(accepted, name):
 
 
 def anls(predicted, accepted, threshold=0.5):
-    """Average normalised Levenshtein similarity, of one answer (Biten et al., 2019, arXiv
+    """Average normalized Levenshtein similarity, of one answer (Biten et al., 2019, arXiv
     1905.13648, equation 1; Mathew et al., 2021, arXiv 2007.00398, for DocVQA).
 
     1 minus the edit distance over the longer text's length, in the best case over the accepted

@@ -2,54 +2,18 @@
 
 from dataclasses import dataclass
 
-_Z = 1.959963984540054  # 97.5% of the normal distribution lie below it, 95% within plus and minus
+from vlmkit.evaluation.statistics import bootstrap, wilson
+from vlmkit.tables import Table
 
 
-def normalise(answer):
+def normalize(answer):
     """An answer as it is compared: case, outer and repeated spaces and closing punctuation do not
     count, so that "Red." is "red"."""
     return " ".join(answer.split()).casefold().rstrip(".,;:!? ")
 
 
-def wilson(correct, n):
-    """The 95% score interval of a proportion, (low, high), both within 0 and 1.
-
-    Unlike the mean plus or minus two standard errors it holds for few answers and near 0% and 100%
-    (Wilson, 1927, JASA 22, pages 209 to 212; recommended for few trials by Brown, Cai and DasGupta,
-    2001, Statistical Science 16, pages 101 to 133).
-    """
-    if not 0 <= correct <= n or n < 1:
-        raise ValueError(f"{correct} of {n} is not a proportion")
-    share, spread = correct / n, _Z**2 / n
-    centre = (share + spread / 2) / (1 + spread)
-    half = _Z / (1 + spread) * (share * (1 - share) / n + spread / (4 * n)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def bootstrap(scores, resamples=10_000):
-    """The 95% interval of the mean of `scores`, (low, high), by the percentile bootstrap.
-
-    For scores that are shares, where `wilson` does not apply (Efron and Tibshirani, An Introduction
-    to the Bootstrap, 1993, chapter 13). Drawing n scores with replacement is drawing how often each
-    distinct score comes, which is quick for many scores of few values. The same scores give the
-    same interval every time.
-    """
-    import numpy as np
-
-    values, counts = np.unique(np.asarray(scores, float), return_counts=True)
-    rng = np.random.default_rng(0)
-    n = counts.sum()
-    chunk = max(1, 10**6 // len(values))  # draws at a time, to keep memory small
-    means = [
-        rng.multinomial(n, counts / n, size=min(chunk, resamples - start)) @ values / n
-        for start in range(0, resamples, chunk)
-    ]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return float(low), float(high)
-
-
 @dataclass(frozen=True, eq=False)
-class Scores:
+class Scores(Table):
     """What a model answered, and how often it was right.
 
     answers: a DataFrame with a row per question, in the dataset's order: question, answer (the
@@ -99,15 +63,8 @@ class Scores:
             rows, index=groups.size().index, columns=["n", "accuracy", "low", "high"]
         )
 
-    def __str__(self):
-        table = self._table().to_string(index_names=False)
-        return f"{self._headline()}\n{table}"
-
     def __repr__(self):
         return f"<Scores: {self._headline()}>"
-
-    def _repr_html_(self):
-        return f"<p>{self._headline()}</p>{self._table().to_html(index_names=False)}"
 
     def _headline(self):
         low, high = self.interval
@@ -116,8 +73,11 @@ class Scores:
             found = f"mean {self.metric} {self.accuracy:.1%} over {self.n:,} answers"
         return f"{found} (95% interval {low:.1%} to {high:.1%})"
 
-    def _table(self):
-        table = self.by_task
+    def table(self):
+        return self.by_task
+
+    def _text_table(self):
+        table = self.by_task.rename_axis(None)
         for column in ("accuracy", "low", "high"):
             table[column] = table[column].map("{:.1%}".format)
         return table

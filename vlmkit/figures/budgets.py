@@ -1,6 +1,6 @@
 """Layers and budgets: what `vlmkit.sensitivity` says of layers, and `vlmkit.planner` of plans."""
 
-from vlmkit.figures.colors import BLACK, COMPONENT_COLORS, GREY, MARKS
+from vlmkit.figures.colors import BLACK, COMPONENT_COLORS, GRAY, MARKS
 from vlmkit.figures.damage import points
 
 WORDS = {
@@ -13,7 +13,7 @@ WORDS = {
 
 def layer_damage(table, ax=None):
     """The divergence that each scope alone causes, on a logarithmic axis: a row per scope, in the
-    colour of its component, and a mark per format; the change in right answers, in percentage
+    color of its component, and a mark per format; the change in right answers, in percentage
     points, is written beside the mark of the format that does most.
 
     table: DataFrame with columns scope, format, kl and difference, as `vlmkit.sensitivity.sweep`
@@ -52,7 +52,7 @@ def layer_damage(table, ax=None):
 
 def scores_against_damage(table, correlation, damage="kl_true"):
     """Each score of a layer against its true damage: a panel per score, a dot per scope in the
-    colour of its component, the rank correlation with its interval above. Returns the Axes.
+    color of its component, the rank correlation with its interval above. Returns the Axes.
 
     table: DataFrame of one format with a column per score, `damage`, which is drawn on a
     logarithmic axis, and scope or component. correlation: DataFrame with columns score, spearman,
@@ -114,7 +114,7 @@ def frontier(table, column="accuracy", ax=None):
         interval = [(y - scale * own[low]).clip(lower=0), (scale * own[high] - y).clip(lower=0)]
         style = {"color": MARKS[0][0], "marker": "o", "zorder": 3}
         if name != "planned":
-            color, below = (GREY, -9) if number else (BLACK, 4)
+            color, below = (GRAY, -9) if number else (BLACK, 4)
             style = {"color": color, "marker": "sD"[number % 2], "ls": "--", "lw": 1}
             for place in zip(x, y, parts[0][own.index], strict=True):
                 said = place[2].removeprefix("uniform ")
@@ -139,4 +139,4 @@ def _component(row):
 
 
 def _color(row):
-    return COMPONENT_COLORS.get(_component(row), GREY)
+    return COMPONENT_COLORS.get(_component(row), GRAY)

@@ -3,7 +3,7 @@
 import textwrap
 from itertools import cycle
 
-from vlmkit.figures.colors import COMPONENT_COLORS, GREY, MARKS, VERMILION
+from vlmkit.figures.colors import COMPONENT_COLORS, GRAY, MARKS, VERMILION
 
 
 def damage(table, worst=None, ax=None):
@@ -30,7 +30,7 @@ def damage(table, worst=None, ax=None):
     for row in table.itertuples():
         lost[scopes.index(row.scope), formats.index(row.format)] = -100 * row.difference
     highest = max(1.0, np.nanmax(lost)) if worst is None else worst
-    # One hue: read by any colour vision, and darker with the loss in print without colour.
+    # One hue: read by any color vision, and darker with the loss in print without color.
     shown = ax.imshow(
         np.clip(lost, 0, None), cmap="Blues", norm=PowerNorm(0.5, 0, highest), aspect="auto"
     )
@@ -76,7 +76,7 @@ def damage_by_bytes(table, ax=None):
         for format, *place in zip(line["format"], x, y, strict=True):
             ax.plot(*place, shapes[format], color=color)
     for format, shape in shapes.items():
-        ax.plot([], [], shape, color=GREY, label=format)
+        ax.plot([], [], shape, color=GRAY, label=format)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())

@@ -1,6 +1,6 @@
 """Number formats: their bits, and what they keep of a weight."""
 
-from vlmkit.figures.colors import GREY, SKY, VERMILION
+from vlmkit.figures.colors import GRAY, SKY, VERMILION
 
 
 def bits(rows, ax=None):
@@ -15,7 +15,7 @@ def bits(rows, ax=None):
     widest = max(len("".join(fields)) for fields in rows.values())
     if ax is None:
         _, ax = plt.subplots(figsize=(0.25 * widest + 0.8, 0.6 + 0.35 * len(rows)))
-    colors = {"sign": GREY, "exponent": VERMILION, "fraction": SKY}
+    colors = {"sign": GRAY, "exponent": VERMILION, "fraction": SKY}
     for y, fields in enumerate(rows.values()):
         owners = [name for name, field in zip(colors, fields, strict=True) for _ in field]
         for x, (owner, bit) in enumerate(zip(owners, "".join(fields), strict=True)):

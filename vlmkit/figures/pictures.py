@@ -2,7 +2,7 @@
 
 import textwrap
 
-from vlmkit.figures.colors import GREY, VERMILION
+from vlmkit.figures.colors import GRAY, VERMILION
 
 
 def questions(rows, answers=None, ax=None):
@@ -36,7 +36,7 @@ def questions(rows, answers=None, ax=None):
 
 
 def attention(image, weights, most=None, ax=None):
-    """A picture in grey with a map of attention over it, in % for each patch, and a colour bar.
+    """A picture in gray with a map of attention over it, in % for each patch, and a color bar.
 
     image: anything that `vlmkit.images.read` takes. weights: array (rows, columns) of shares from 0
     to 1, stretched over the whole picture, such as `vlmkit.attention` gives. most: the share at the
@@ -47,15 +47,15 @@ def attention(image, weights, most=None, ax=None):
 
     from vlmkit.images import read
 
-    grey = np.asarray(read(image).convert("L"))
+    gray = np.asarray(read(image).convert("L"))
     percent = 100 * np.asarray(weights, dtype=float)
     highest = percent.max() if most is None else 100 * most
     if ax is None:
         _, ax = plt.subplots(figsize=(4, 3.3), layout="constrained")
-    height, width = grey.shape
+    height, width = gray.shape
     whole = (0, width, height, 0)
-    ax.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=whole, interpolation="nearest")
-    # viridis is read by any colour vision, and gets lighter with the value in print without colour.
+    ax.imshow(gray, cmap="gray", vmin=0, vmax=255, extent=whole, interpolation="nearest")
+    # viridis is read by any color vision, and gets lighter with the value in print without color.
     laid_over = ax.imshow(
         percent,
         cmap="viridis",
@@ -87,7 +87,7 @@ def patches(image, grid, block=1, ax=None):
     for y in range(blocks * block):
         for x in range(blocks * block):
             hatch = "////" if max(x, y) >= grid else None
-            ax.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor=GREY, hatch=hatch, lw=0.6))
+            ax.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor=GRAY, hatch=hatch, lw=0.6))
     for y in range(blocks):
         for x in range(blocks):
             corner = (x * block, y * block)

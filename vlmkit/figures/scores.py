@@ -1,6 +1,6 @@
 """Right answers, with their intervals."""
 
-from vlmkit.figures.colors import BLUE, GREY, MARKS
+from vlmkit.figures.colors import BLUE, GRAY, MARKS
 
 
 def accuracy(scores, ax=None):
@@ -106,7 +106,7 @@ def accuracy_against(costs, scores, references=None):
         apart = 0.025 * (costs[cost].max() - costs[cost].min() or 1)
         for ax, task in zip(row, tasks, strict=True):
             for name, level in levels.items():
-                ax.axhline(level[task], color=GREY, ls="--", lw=1)
+                ax.axhline(level[task], color=GRAY, ls="--", lw=1)
                 ax.text(0.01, level[task] + 1, name, fontsize=7, transform=ax.get_yaxis_transform())
             for number, (model, share) in enumerate(shares.items()):
                 color, mark = MARKS[number % len(MARKS)]

@@ -1,9 +1,8 @@
 """What a model is made of and what it takes: parameters, bytes, seconds, cards that it fits on."""
 
 from vlmkit import COMPONENTS
-from vlmkit.figures.colors import BLACK, BLUE, COMPONENT_COLORS, GREEN, GREY, PURPLE, SKY, VERMILION
-
-MEGABYTE, GIGABYTE = 10**6, 10**9
+from vlmkit.figures.colors import BLACK, BLUE, COMPONENT_COLORS, GRAY, GREEN, PURPLE, SKY, VERMILION
+from vlmkit.units import GIGABYTE, MEGABYTE
 
 
 def bytes_by_component(ledgers, ax=None):
@@ -50,7 +49,7 @@ def seconds(parts, ax=None):
     parts: {label: {what: seconds}}, of at most three kinds. From top to bottom in that order.
     """
     kinds = dict.fromkeys(kind for times in parts.values() for kind in times)
-    colors = dict(zip(kinds, (SKY, VERMILION, GREY), strict=False))
+    colors = dict(zip(kinds, (SKY, VERMILION, GRAY), strict=False))
     ends = {label: f"{sum(times.values()):.2f} s" for label, times in parts.items()}
     ax = _stacked_by_component(parts, ends, ax, colors)
     ax.set_xlabel("seconds")
@@ -103,15 +102,15 @@ def architecture(anatomy, ax=None):
 
 
 PLAN_MARKS = (("o", BLACK), ("s", SKY), ("^", VERMILION), ("D", PURPLE), ("v", BLUE), ("P", GREEN))
-"""A marker and a colour for each plan, so that neither has to be told apart alone."""
+"""A marker and a color for each plan, so that neither has to be told apart alone."""
 
 
 def what_fits(table, sizes=(8, 16, 24, 80), ax=None):
     """A line for each model, with a mark for what it needs under each plan, on a logarithmic axis.
     What is left of a dashed line fits on a card of that size.
 
-    table: of `vlmkit.fitting.fit`. sizes: nominal memory in GB of the cards to show, as far as the
-    table has them. The model that needs least is on top.
+    table: from `vlmkit.memory.fitting.fit`. sizes: nominal memory in GB of the cards to show, as
+    far as the table has them. The model that needs least is on top.
     """
     from matplotlib import pyplot as plt
 
@@ -124,11 +123,11 @@ def what_fits(table, sizes=(8, 16, 24, 80), ax=None):
     if ax is None:
         _, ax = plt.subplots(figsize=(8, 1.4 + 0.33 * len(needed)), layout="constrained")
     for y, values in enumerate(needed.to_numpy()):
-        ax.plot([values.min(), values.max()], [y, y], color=GREY, linewidth=1.5, zorder=1)
+        ax.plot([values.min(), values.max()], [y, y], color=GRAY, linewidth=1.5, zorder=1)
     for plan, (marker, color) in zip(needed, PLAN_MARKS, strict=False):
         ax.plot(needed[plan], range(len(needed)), marker, color=color, label=plan, markersize=7)
     for size, end in ends.items():
-        ax.axvline(end, color=GREY, linestyle="--", linewidth=1, zorder=0)
+        ax.axvline(end, color=GRAY, linestyle="--", linewidth=1, zorder=0)
         above = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
         ax.annotate(f"{size:g} GB", (end, 1), (0, 3), ha="center", fontsize=9, **above)
     every = [*needed.min(), *needed.max(), *ends.values()]

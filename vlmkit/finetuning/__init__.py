@@ -18,8 +18,8 @@ configs.py     the same as a file, for `vlmkit train`
 saving.py      what was trained, to disk and back, and merged into the weights
 """
 
+from vlmkit.adapters import LoRA, Target, adapted, parse, targets
 from vlmkit.errors import FinetuningError
-from vlmkit.finetuning.adapters import LoRA, Target, adapted, parse, targets
 from vlmkit.finetuning.collating import Collator, token_table
 from vlmkit.finetuning.gradients import gradient_report
 from vlmkit.finetuning.saving import load, merge, save
@@ -57,7 +57,7 @@ def add_adapters(model, **training):
     writes the adapters alone.
 
     Raises FinetuningError if there is no such component, if a LoRA finds no Linear layer, if a
-    quantised weight is to be trained in full, or if the model has adapters already.
+    quantized weight is to be trained in full, or if the model has adapters already.
     """
     if hasattr(model, "peft_config"):
         raise FinetuningError(

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import yaml
 
+from vlmkit.adapters import LoRA, parse
 from vlmkit.errors import FinetuningError, VlmkitError
-from vlmkit.finetuning.adapters import LoRA, parse
 from vlmkit.finetuning.settings import Settings
 from vlmkit.plan import Plan
 

@@ -78,7 +78,7 @@ def load(model, path, *, trainable=False):
     """`model` with what was saved at `path` put into it, in place: adapters, and parameters that
     were trained in full. Returns a PeftModel, or the model itself where there are no adapters.
 
-    model: the base, under any plan in which what was trained in full is not quantised.
+    model: the base, under any plan in which what was trained in full is not quantized.
     trainable: whether training may go on; otherwise all is frozen and the model in eval mode.
 
     Raises FinetuningError if there is nothing such at `path`, if it was trained on another base, or
@@ -140,7 +140,7 @@ def _put(model, stored, path):
             )
         if not held[name].is_floating_point():
             raise FinetuningError(
-                f"{name} was trained in full, and in this model it is quantised: load the base "
+                f"{name} was trained in full, and in this model it is quantized: load the base "
                 "under a plan that keeps it in a float format."
             )
     with torch.no_grad():
@@ -163,7 +163,7 @@ def _parted_as(parameter, tensor):
 
 def fingerprint(model, tensors):
     """What a base is known by under any plan: its architecture, and the mean magnitude of each of
-    its vectors (norms and biases), which are never quantised. {"architecture", "means"}.
+    its vectors (norms and biases), which are never quantized. {"architecture", "means"}.
 
     Vectors that are trained, or of which there are more than the first 64, are left out. tensors:
     what `gathered` gave.
@@ -210,8 +210,8 @@ def _require_base(model, notes, path):
 def merge(model):
     """The adapters worked into the weights: (the model without adapters, a report).
 
-    Each weight W becomes W + (alpha / r) B A, rounded to the format that W is held in. A quantised
-    weight is quantised anew, and what an adapter learnt can be finer than the steps of its format.
+    Each weight W becomes W + (alpha / r) B A, rounded to the format that W is held in. A quantized
+    weight is quantized anew, and what an adapter learnt can be finer than the steps of its format.
     The report is a DataFrame with a row per component and format: modules, and lost, the length of
     (merged - wanted) over the length of the adapters' change: 0 where all of it arrived, 1 where
     rounding undid as much as was learnt. Load the base in bf16 or fp32 to lose less.
@@ -250,7 +250,7 @@ def merge(model):
 
 
 def _weight_of(layer):
-    """The weight of a Linear layer as float32, dequantised where it is quantised."""
+    """The weight of a Linear layer as float32, dequantized where it is quantized."""
     from peft.utils.integrations import dequantize_module_weight
 
     return dequantize_module_weight(layer).detach().float().cpu()

@@ -5,17 +5,9 @@ import difflib
 from dataclasses import dataclass
 
 from vlmkit import COMPONENTS
+from vlmkit.backend.optimizers import check_optimizer
 from vlmkit.errors import FinetuningError
 from vlmkit.finetuning.collating import RAISE, SKIP
-
-OPTIMIZERS = {
-    "adamw": "adamw_torch_fused",
-    "adamw_8bit": "adamw_bnb_8bit",
-    "paged_adamw": "paged_adamw_32bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-}
-"""What we call an optimizer, and what transformers does: the AdamW of PyTorch, and of bitsandbytes,
-with states in 8 bits, with states that can move to the host's memory ("paged"), and both."""
 
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 
@@ -106,17 +98,6 @@ class Settings:
                     f"{name!r} is not a setting of a training: {hint}they are {', '.join(names)}"
                 )
         return cls(**given)
-
-
-def check_optimizer(name):
-    """`name`, if it is one of OPTIMIZERS. Raises FinetuningError, with the nearest, if not."""
-    if name in OPTIMIZERS:
-        return name
-    near = difflib.get_close_matches(str(name), OPTIMIZERS, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise FinetuningError(
-        f"{name!r} is not an optimizer: {hint}the optimizers are {', '.join(OPTIMIZERS)}"
-    )
 
 
 def _require_among(name, value, among):

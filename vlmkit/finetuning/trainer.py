@@ -12,10 +12,10 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from vlmkit.anatomy import component_finder
-from vlmkit.checkpoints import brief
-from vlmkit.errors import FinetuningError
+from vlmkit.backend import passes
+from vlmkit.errors import FinetuningError, brief
 from vlmkit.evaluation import evaluate
-from vlmkit.finetuning import passes, saving
+from vlmkit.finetuning import saving
 from vlmkit.finetuning.gradients import gradient_report
 
 COMPLETE = "trainer_state.json"
@@ -144,7 +144,7 @@ def last_checkpoint(folder):
 
 @contextlib.contextmanager
 def _passes_for_trainable(model):
-    """A Trainer refuses a quantised model without adapters. Ours may have a projector, in a float
+    """A Trainer refuses a quantized model without adapters. Ours may have a projector, in a float
     format, that is trained in full: `add_adapters` has made sure of it."""
     if hasattr(model, "peft_config") or not getattr(model, "is_quantized", False):
         yield

@@ -15,11 +15,12 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from vlmkit.backend import checkpointing
+from vlmkit.backend.optimizers import OPTIMIZERS
 from vlmkit.errors import FinetuningError
 from vlmkit.evaluation import COLUMNS, lacking_columns
-from vlmkit.finetuning import checkpointing
 from vlmkit.finetuning.collating import Collator, undecoded
-from vlmkit.finetuning.settings import OPTIMIZERS, Settings
+from vlmkit.finetuning.settings import Settings
 
 SETTINGS = "settings.json"
 
@@ -182,7 +183,7 @@ def _arguments(model, folder, settings, evaluates):
         ddp_find_unused_parameters=True if processes > 1 else None,
     )
     # A process has one GPU. Where it sees several, a Trainer would hand the model to all of them
-    # (DataParallel), with so many times the batch and, for a quantised model, the loss.
+    # (DataParallel), with so many times the batch and, for a quantized model, the loss.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 

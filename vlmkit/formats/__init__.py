@@ -13,6 +13,7 @@ experiments.py   formats for experiments, int2 to int8 among them, and their spe
 
 from vlmkit.formats.exact import (
     BLOCK,
+    DEFAULT,
     FORMATS,
     NESTED_BLOCK,
     NESTED_CELLS,
@@ -26,6 +27,7 @@ from vlmkit.formats.reference import FP4, NF4, Packed, dequantize, dynamic_code,
 
 __all__ = [
     "BLOCK",
+    "DEFAULT",
     "FORMATS",
     "FP4",
     "NESTED_BLOCK",

@@ -4,7 +4,7 @@
     rounding("int3-g32-asym")    # groups of 32 along a row's inputs, with zero points
     rounding("int8-row")         # a scale a row, as LLM.int8 rounds weights
     rounding("int2-tensor")      # one scale for the whole weight
-    rounding("nf4-b128-dq")      # NormalFloat in blocks of 128, the scales quantised once more
+    rounding("nf4-b128-dq")      # NormalFloat in blocks of 128, the scales quantized once more
     rounding("int8-act-token")   # the inputs of the layers: a scale for each token
 
 No model is loaded in these: nothing is packed, and nothing gets smaller or faster. They show what
@@ -39,7 +39,7 @@ class Rounding:
         bitsandbytes.
     asymmetric: the values span from the smallest to the largest number (with zero in between), not
         as far to both sides. A symmetric intN has 2^N - 1 values, so that int2 is ternary.
-    double: the scales are quantised once more (QLoRA, arXiv 2305.14314, sec. 3).
+    double: the scales are quantized once more (QLoRA, arXiv 2305.14314, sec. 3).
     activations: rounds the inputs of layers, not their weights.
     """
 
@@ -126,7 +126,7 @@ class Rounding:
         return _ungrouped(index * self._kept(span, step, steps), rows)
 
     def _kept(self, span, step, steps):
-        """The scales as they are kept: float32, or what double quantisation leaves of it."""
+        """The scales as they are kept: float32, or what double quantization leaves of it."""
         if not self.double:
             return step
         return (dequantize_scales(quantize_scales(span.flatten())) / steps)[:, None]
@@ -160,7 +160,7 @@ def rounding(x):
         raise PlanError(
             f"{x!r} is not a format for experiments{hint} A format is int2 to int8, nf4 or fp4, "
             "then what shares a scale: -tensor, -row, -g32 (any number), then -asym for zero "
-            "points and -dq for quantised scales, such as int4, int3-g32-asym, nf4-b128-dq; for "
+            "points and -dq for quantized scales, such as int4, int3-g32-asym, nf4-b128-dq; for "
             "activations int8-act-token or int8-act-tensor."
         )
     return found

@@ -23,7 +23,7 @@ FP4 = tuple(v / 12 for v in (0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -1
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantised tensor. `state` holds the tensors that dequantising needs besides `data`."""
+    """A quantized tensor. `state` holds the tensors that dequantizing needs besides `data`."""
 
     format: str
     shape: tuple
@@ -36,9 +36,9 @@ class Packed:
 
 
 def quantize(weight, name):
-    """Round `weight` (a float tensor of shape (rows, columns)) to the quantised format `name`.
+    """Round `weight` (a float tensor of shape (rows, columns)) to the quantized format `name`.
 
-    Returns a Packed. Raises PlanError if `name` is not a quantised format.
+    Returns a Packed. Raises PlanError if `name` is not a quantized format.
     """
     kind = format_named(name)
     if not kind.quantized:
@@ -74,7 +74,7 @@ def dequantize(packed):
 
 
 def quantize_scales(absmax):
-    """Double quantisation (QLoRA, sec. 3): scales of blocks, their mean taken off, rounded to 8
+    """Double quantization (QLoRA, sec. 3): scales of blocks, their mean taken off, rounded to 8
     bits in blocks of their own. A state for `dequantize_scales`."""
     import torch
 
@@ -134,8 +134,8 @@ def _nearest(values, code):
 
 
 def dynamic_code():
-    """The 256 values that double quantisation rounds scales to: for each power of ten from 1e-6
-    to 1, twice as many steps as for the one below (8-bit dynamic tree quantisation, arXiv
+    """The 256 values that double quantization rounds scales to: for each power of ten from 1e-6
+    to 1, twice as many steps as for the one below (8-bit dynamic tree quantization, arXiv
     1511.04561; used for the scales by QLoRA, sec. 3)."""
     import torch
 

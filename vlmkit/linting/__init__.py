@@ -28,14 +28,14 @@ def lint(x, config=None, *, revision=None, trust_remote_code=False):
         folder, in whose config.json it is. None is the one that `x` has itself.
 
     What each parameter will be held in (`findings.fates`) is the verdict of transformers' own
-    quantiser, for a load without a device_map. Bytes are those in the dtype that
+    quantizer, for a load without a device_map. Bytes are those in the dtype that
     the model's config names.
 
     Raises ConfigError where there is no config of bitsandbytes, CheckpointError and AnatomyError
     as `vk.anatomy` does.
     """
     from vlmkit.anatomy import on_meta
-    from vlmkit.loading.quiet import quiet
+    from vlmkit.backend.quiet import quiet
 
     with quiet():
         model_config, folder = _config_of(x, revision, trust_remote_code)

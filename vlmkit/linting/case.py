@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from vlmkit import COMPONENTS
-from vlmkit.layout import HEAD, outermost
+from vlmkit.layout import outermost
 from vlmkit.linting.fates import keepers, why_unusable
 from vlmkit.linting.findings import MEGABYTE, Finding
 from vlmkit.plan import Plan
+from vlmkit.rows import HEAD
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Case:
     """What the rules look at.
 
     given: the config, a `Given`. fates: of `vlmkit.linting.fates`. modules: full names of all
-    modules. stored: {parameter: format} of weights that are quantised already, else empty.
+    modules. stored: {parameter: format} of weights that are quantized already, else empty.
     overruled: the Given that transformers will not look at, or None.
     """
 

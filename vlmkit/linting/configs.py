@@ -1,4 +1,4 @@
-"""Somebody's quantisation config: as an object, a dictionary or a file, made transformers' own."""
+"""Somebody's quantization config: as an object, a dictionary or a file, made transformers' own."""
 
 import copy
 import difflib
@@ -6,8 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmkit.checkpoints import brief
-from vlmkit.errors import ConfigError
+from vlmkit.errors import ConfigError, brief
 
 SKIP = "llm_int8_skip_modules"
 FORMATS_OF_4_BITS = ("fp4", "nf4")
@@ -58,7 +57,7 @@ def read(config):
         return _from_dict(config)
     if type(config).__name__ != "BitsAndBytesConfig":
         raise ConfigError(
-            f"{type(config).__name__} is not a quantisation config that can be checked: give a "
+            f"{type(config).__name__} is not a quantization config that can be checked: give a "
             "BitsAndBytesConfig, its dictionary, or the path of a JSON file."
         )
     _require_a_format(config)

@@ -1,7 +1,7 @@
-"""Fates: what transformers will make of every parameter under a quantisation config.
+"""Fates: what transformers will make of every parameter under a quantization config.
 
 Nothing of this is worked out here. transformers builds the model on the meta device and hands it to
-its own quantiser, as `from_pretrained` does before it reads a weight; then one looks at the result.
+its own quantizer, as `from_pretrained` does before it reads a weight; then one looks at the result.
 """
 
 import copy
@@ -11,7 +11,8 @@ from math import prod
 
 from vlmkit.anatomy import component_finder, on_meta
 from vlmkit.formats import FORMATS, format_of_dtype
-from vlmkit.layout import is_linear, kept_in_fp32, kind_of
+from vlmkit.layout import kept_in_fp32
+from vlmkit.rows import is_linear, kind_of
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Fate:
     """One parameter: what it is, and what it will be held in.
 
     format: of vlmkit.formats, or the dtype's own name where it has none there.
-    bytes: with its quantisation state. plain_bytes: if nothing were quantised.
+    bytes: with its quantization state. plain_bytes: if nothing were quantized.
     convertible: whether it is the weight of a layer that bitsandbytes converts if it is let.
     kept_by: the entries of the skip list that keep it as it is.
     tied: whether another parameter, an embedding, has the same weight. It costs nothing then.
@@ -48,7 +49,7 @@ def fates(config, given, *, stored=False, trust_remote_code=False):
     """A tuple with a Fate for each parameter, tied ones under each of their names.
 
     config: a transformers config. given: a `vlmkit.linting.configs.Given`.
-    stored: whether the weights are quantised already, as their own config says.
+    stored: whether the weights are quantized already, as their own config says.
     """
     from transformers.quantizers.auto import AutoHfQuantizer
 

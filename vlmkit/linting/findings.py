@@ -1,12 +1,12 @@
-"""Findings: what a look at a quantisation config found, as data, as a table and as text."""
+"""Findings: what a look at a quantization config found, as data, as a table and as text."""
 
 import html
 import textwrap
 from dataclasses import asdict, dataclass
 
 from vlmkit import COMPONENTS
+from vlmkit.units import MEGABYTE
 
-MEGABYTE = 10**6
 ERROR, WARNING, NOTE = "error", "warning", "note"
 SEVERITIES = (ERROR, WARNING, NOTE)
 """What nobody can have meant, what often is not meant, and what is good to know."""
@@ -95,7 +95,7 @@ class Findings:
 
     @property
     def total(self):
-        """Bytes of the weights as they will be held, with their quantisation states."""
+        """Bytes of the weights as they will be held, with their quantization states."""
         return sum(fate.bytes for fate in self.fates)
 
     def table(self):
@@ -132,7 +132,7 @@ class Findings:
 
     def components(self):
         """A pandas DataFrame with a row for each component: its Linear layers, how many of them
-        are quantised, and its bytes, with what they were if nothing were quantised."""
+        are quantized, and its bytes, with what they were if nothing were quantized."""
         import pandas as pd
 
         rows = {}
@@ -145,7 +145,7 @@ class Findings:
                     sum(f.bytes for f in own),
                     sum(f.plain_bytes for f in own),
                 )
-        columns = ["Linear layers", "quantised", "bytes", "bytes unquantised"]
+        columns = ["Linear layers", "quantized", "bytes", "bytes unquantized"]
         return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
     def to_dict(self):
@@ -167,7 +167,7 @@ class Findings:
 
     def _components_in_megabytes(self):
         table = self.components()
-        for column in ("bytes", "bytes unquantised"):
+        for column in ("bytes", "bytes unquantized"):
             table[column.replace("bytes", "MB")] = (table.pop(column) / MEGABYTE).map(
                 "{:.2f}".format
             )

@@ -38,7 +38,7 @@ def _no_substring(case, pattern, kept, missed):
     count = f"{len(kept) or 'none'} of the {len(kept) + len(missed)} Linear layers"
     text = f"{pattern!r} keeps {count} with it in their names, such as {missed[0].module}. "
     text += "An entry is matched from the start of a full name, or at its end, not in the middle. "
-    text += f"{len(lost)} are quantised: {size_of(lost)}." if lost else "Other entries keep them."
+    text += f"{len(lost)} are quantized: {size_of(lost)}." if lost else "Other entries keep them."
     components = {fate.component for fate in missed}
     remedy = f"Write {listed(_covering(case, pattern, missed))}"
     if components <= case.spared:

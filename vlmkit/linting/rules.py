@@ -2,12 +2,12 @@
 
 from vlmkit import COMPONENTS
 from vlmkit.formats import BLOCK, format_of_dtype
-from vlmkit.layout import EXPERTS, HEAD, LINEAR
 from vlmkit.linting.case import listed, size_of, titled
 from vlmkit.linting.configs import SKIP
 from vlmkit.linting.fates import why_unusable
 from vlmkit.linting.findings import ERROR, MEGABYTE, NOTE, WARNING, Finding
 from vlmkit.linting.patterns import patterns
+from vlmkit.rows import EXPERTS, HEAD, LINEAR
 
 LANGUAGE_MODEL = "language_model"
 
@@ -15,12 +15,12 @@ LANGUAGE_MODEL = "language_model"
 
 
 def overruled(case):
-    """A config given for a checkpoint that is quantised already."""
+    """A config given for a checkpoint that is quantized already."""
     if case.overruled is not None:
         yield Finding(
             ERROR,
             "overruled",
-            f"The checkpoint is quantised already, and transformers uses the config inside it "
+            f"The checkpoint is quantized already, and transformers uses the config inside it "
             f"({case.given}). The one given ({case.overruled}) is not looked at, and what follows "
             "is about the other.",
             "Leave the config out, or load the checkpoint that this one was made from under it.",
@@ -80,7 +80,7 @@ def nothing_quantized(case):
         if "" in all_of_them:
             why += " (every name ends with the empty string)"
         remedy = "Name the modules to keep in full, or load without a config."
-    yield case.finding(ERROR, "nothing-quantised", f"Nothing is quantised: {why}.", remedy,
+    yield case.finding(ERROR, "nothing-quantized", f"Nothing is quantized: {why}.", remedy,
                        case.layers)  # fmt: skip
 
 
@@ -110,14 +110,14 @@ def stored_otherwise(case):
 
 
 def tied_weights(case):
-    """A layer that shares the embeddings' weight, made a quantised one."""
+    """A layer that shares the embeddings' weight, made a quantized one."""
     lost = [fate for fate in case.layers if fate.tied and fate.quantized]
     if lost:
         names = [fate.module for fate in lost]
         yield case.finding(
             ERROR,
             "tied-weight",
-            f"{listed(names)} shares its weight with the embeddings and becomes a quantised layer. "
+            f"{listed(names)} shares its weight with the embeddings and becomes a quantized layer. "
             "The model loads, and its first forward pass fails. transformers leaves it out by "
             f"itself, but any {SKIP}, even an empty one, replaces that.",
             f"Add {listed(names)} to {SKIP}. A vk.Plan leaves it out by itself.",
@@ -127,14 +127,14 @@ def tied_weights(case):
 
 
 def quantized_head(case):
-    """The output head quantised, which transformers does not do by itself."""
+    """The output head quantized, which transformers does not do by itself."""
     heads = [fate for fate in case.layers if fate.kind == HEAD and fate.quantized and not fate.tied]
     if heads and case.given.patterns is not None:
         names = [fate.module for fate in heads]
         yield case.finding(
             WARNING,
-            "head-quantised",
-            f"The output head {listed(names)} is quantised ({size_of(heads)}). transformers leaves "
+            "head-quantized",
+            f"The output head {listed(names)} is quantized ({size_of(heads)}). transformers leaves "
             f"it out by itself, but any {SKIP}, even an empty one, replaces that.",
             f"Add {listed(names)} to {SKIP}. A vk.Plan leaves it out unless it is named.",
             heads,
@@ -142,11 +142,11 @@ def quantized_head(case):
         )
 
 
-# --- what is quantised, and what is not ----------------------------------------------------------
+# --- what is quantized, and what is not ----------------------------------------------------------
 
 
 def quantized_components(case):
-    """Components whose quantisation is seldom meant: all but the language model."""
+    """Components whose quantization is seldom meant: all but the language model."""
     for component in (*COMPONENTS, None):
         layers = [fate for fate in case.layers if fate.component == component]
         lost = [fate for fate in layers if fate.quantized]
@@ -162,8 +162,8 @@ def quantized_components(case):
             text += f", or load it under {case.plan_that_keeps(component)}"
         yield case.finding(
             WARNING,
-            "component-quantised",
-            f"{titled(component)} is quantised to {case.given.format}: {len(lost)} "
+            "component-quantized",
+            f"{titled(component)} is quantized to {case.given.format}: {len(lost)} "
             f"of its {len(layers)} Linear layers, {size_of(lost)}.",
             f"{text}.",
             lost,
@@ -222,7 +222,7 @@ def fused_experts(case):
             f"{sum(f.bytes for f in experts) / MEGABYTE:,.1f} MB, {share:.0%} of the bytes. They "
             "are parameters of three dimensions, and bitsandbytes converts Linear layers.",
             "No skip list and no plan changes this: count them in full (vk.memory.predict does), "
-            "or look for a checkpoint that was quantised with another method.",
+            "or look for a checkpoint that was quantized with another method.",
             experts,
             experts[0].component,
         )
@@ -234,7 +234,7 @@ _GUARDED = "On a CPU load it with vk.load, which guards against it. GPUs are not
 
 
 def cpu_shapes(case):
-    """Shapes that the CPU kernels of bitsandbytes 0.50 cannot handle; see vlmkit.loading.cpu."""
+    """Shapes that the CPU kernels of bitsandbytes 0.50 cannot handle; see vlmkit.backend.cpu."""
     if case.given.format == "int8":
         return
     layers = [fate for fate in case.layers if fate.quantized and not fate.tied]
@@ -253,8 +253,8 @@ def cpu_shapes(case):
     if misread:
         yield case.finding(
             WARNING,
-            "cpu-dequantise",
-            f"On a CPU with AVX512 {len(misread)} layers are dequantised wrongly, such as "
+            "cpu-dequantize",
+            f"On a CPU with AVX512 {len(misread)} layers are dequantized wrongly, such as "
             f"{misread[0].module} {misread[0].shape}: in_features is a multiple of 16 and not of "
             f"{BLOCK}, and the kernel begins a new block at every row.",
             _GUARDED,

@@ -2,23 +2,21 @@
 
     model, processor = vk.load("pebble", plan=vk.Plan(language_model="nf4"))
 
-What comes back is what the ecosystem expects: a transformers model in eval mode, quantised by
+What comes back is what the ecosystem expects: a transformers model in eval mode, quantized by
 transformers' own BitsAndBytesConfig, and the checkpoint's AutoProcessor.
 """
 
 import contextlib
 import gc
 import os
-from functools import partial
 
+from vlmkit.backend.boundaries import join_dtypes
+from vlmkit.backend.cpu import guard_against_cpu_traps
+from vlmkit.backend.quiet import quiet
 from vlmkit.checkpoints import PEBBLE, check_weights, find, read_config
 from vlmkit.loading.audit import audit, audit_layout, plan_of, preview
-from vlmkit.loading.boundaries import join_dtypes
-from vlmkit.loading.cache import entry_for
-from vlmkit.loading.cpu import guard_against_cpu_traps
 from vlmkit.loading.devices import check_formats, resolve_device
 from vlmkit.loading.processors import load_processor
-from vlmkit.loading.quiet import quiet
 from vlmkit.loading.saving import save
 from vlmkit.loading.tables import Audit, Preview
 from vlmkit.loading.weights import load_weights
@@ -39,15 +37,14 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
 
     name: "pebble", a folder, or a hub id.
     plan: a Plan or anything that `Plan.parse` takes; None is `Plan.recommended()`, or for a
-        checkpoint that is quantised already what it holds, with which any plan has to agree.
+        checkpoint that is quantized already what it holds, with which any plan has to agree.
     processor: False leaves the processor out, returns None for it and needs none of its files.
     device: "cpu", "cuda", …; None is cuda if there is one, otherwise the CPU.
     revision: branch, tag or commit of a hub id.
     trust_remote_code: whether Python code that comes with the checkpoint may run.
 
     The plan is resolved to full module names on the meta device before any weight is read. All or
-    nothing: if anything is wrong, nothing is returned. If the environment variable VLMKIT_CACHE
-    names a folder, what is quantised is kept there for the next time (see vlmkit.loading.cache).
+    nothing: if anything is wrong, nothing is returned.
 
     Raises PlanError (the plan does not fit the model or the device), CheckpointError (files
     missing, damaged or refused), AnatomyError (not a VLM, or parts of it unknown), AuditError
@@ -64,11 +61,10 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
         check_weights(folder)
         # The processor before the weights: it is quick, and most of what can be missing is its.
         loaded_processor = load_processor(folder, trust_remote_code) if processor else None
-        entry = entry_for(folder, config, layout, device)
-        kept = entry and entry.read(partial(_built, layout, device, trust_remote_code))
-        model = kept or _built(layout, device, trust_remote_code, folder, config)
-    if entry and not kept:
-        entry.write(model)
+        model = load_weights(folder, config, layout, device, trust_remote_code)
+        guard_against_cpu_traps(model)
+        join_dtypes(model, layout)
+        audit_layout(model, layout)
     return model, loaded_processor
 
 
@@ -83,12 +79,3 @@ def _no_collections():
     finally:
         if enabled:
             gc.enable()
-
-
-def _built(layout, device, trust_remote_code, folder, config):
-    """The model in `folder`, in eval mode as transformers leaves it, ready for use, and audited."""
-    model = load_weights(folder, config, layout, device, trust_remote_code)
-    guard_against_cpu_traps(model)
-    join_dtypes(model, layout)
-    audit_layout(model, layout)
-    return model

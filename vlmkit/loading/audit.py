@@ -1,13 +1,12 @@
 """The audit: what every module of a loaded model really holds, against what the plan asked for."""
 
-from math import prod
+from dataclasses import replace
 
 from vlmkit.anatomy import is_adapter, on_meta, plain_name, shape_of, unwrapped
+from vlmkit.backend.storages import Storages, state_tensors
 from vlmkit.errors import AuditError
 from vlmkit.formats import BLOCK, FORMATS, format_of_dtype, torch_dtype
-from vlmkit.loading.tables import Audit, Held, Preview
-from vlmkit.memory import state_tensors
-from vlmkit.memory.weights import Storages
+from vlmkit.loading.tables import Audit, Preview
 from vlmkit.plan import Plan
 from vlmkit.stored import plan_of_formats, planned
 
@@ -19,15 +18,11 @@ def preview(name, plan=None, *, revision=None, trust_remote_code=False):
     name: "pebble", a folder, a hub id, a transformers config, or a model (for its config).
     plan: a Plan or anything that `Plan.parse` takes; None is what it is for `vk.load`.
 
-    Returns a Preview; its `left_alone()` lists what was asked to be quantised and cannot be.
+    Returns a Preview; its `left_alone()` lists what was asked to be quantized and cannot be.
     Raises CheckpointError, AnatomyError and PlanError as `vk.load` does.
     """
     _, layout = planned(name, plan, revision=revision, trust_remote_code=trust_remote_code)
-    held = (
-        Held(row, row.format, prod(row.shape), FORMATS[row.format].nbytes(row.shape))
-        for row in layout.rows
-    )
-    return Preview(layout.plan, tuple(held))
+    return Preview(layout.plan, layout.rows)
 
 
 def audit(model, plan):
@@ -66,8 +61,7 @@ def audit_layout(model, layout):
         module, leaf, parameter = parameters[row.name]
         found, shape = format_of(module, leaf), shape_of(parameter)
         tensors = (parameter, *state_tensors(module, parameter))
-        size = sum(storages.entry(row.name, row.component, row.kind, t).bytes for t in tensors)
-        held.append(Held(row, found, prod(shape), size))
+        held.append(replace(row, format=found, bytes=sum(map(storages.nbytes, tensors))))
         wrong = _difference(row, found, shape, module)
         if wrong:
             problems.append(f"{row.name}: {wrong}")
@@ -102,7 +96,7 @@ def plan_of(model):
     model: any transformers VLM, loaded by vlmkit or not.
 
     Raises AuditError if a weight is in a format that no plan has, such as one that a forward pass
-    has repacked (see vlmkit.loading.cpu), and CheckpointError if no plan says what is there.
+    has repacked (see vlmkit.backend.cpu), and CheckpointError if no plan says what is there.
     """
     model = unwrapped(model)
     formats = {}
@@ -129,5 +123,5 @@ def format_of(module, leaf):
         return state.quant_type + ("-dq" if state.nested else "")
     kind = type(parameter).__name__
     if kind == "Params4bit":
-        return "4-bit, not quantised yet"
+        return "4-bit, not quantized yet"
     return format_of_dtype(parameter.dtype)

@@ -1,7 +1,6 @@
 """Devices: where a model can go, and which formats run there."""
 
-from vlmkit.checkpoints import brief
-from vlmkit.errors import PlanError
+from vlmkit.errors import PlanError, brief
 
 
 def resolve_device(device=None):

@@ -1,7 +1,6 @@
 """Processors: the part of a checkpoint that turns pictures and words into tensors."""
 
-from vlmkit.checkpoints import brief
-from vlmkit.errors import CheckpointError
+from vlmkit.errors import CheckpointError, brief
 
 ANY_OF = ("processor_config.json", "preprocessor_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")

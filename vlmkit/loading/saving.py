@@ -4,14 +4,15 @@
     model, processor = vk.load("my-model")        # bit for bit, audited
 
 The folder is an ordinary checkpoint. config.json lists the full names of the modules that are not
-quantised, so that transformers alone loads it under the same plan:
+quantized, so that transformers alone loads it under the same plan:
 
     AutoModelForImageTextToText.from_pretrained("my-model")
 
-With int8 and a 4-bit format in one model that takes one more line, `import vlmkit.mixed`, without
-which transformers stops at the weights that it cannot place. Several 4-bit formats need no such
-line: each layer's scales say which it is. Where components are held in different float formats,
-transformers alone reads them all in the one that config.json names, and vlmkit each in its own.
+A model with int8 and a 4-bit format needs one more line before that, `import
+vlmkit.backend.mixed`. Without it transformers stops at the weights that it cannot place. Several
+4-bit formats need no such line, because the scales of each layer say which format it has. Where
+components are held in different float formats, transformers alone reads them all in the one that
+config.json names, and vlmkit reads each in its own.
 """
 
 import contextlib
@@ -19,21 +20,19 @@ import copy
 from pathlib import Path
 
 from vlmkit.anatomy import on_meta
+from vlmkit.backend.quiet import quiet
 from vlmkit.errors import CheckpointError
 from vlmkit.folders import whole_folder
 from vlmkit.formats import FORMATS, torch_dtype
 from vlmkit.loading.audit import audit_layout, plan_of
-from vlmkit.loading.quiet import quiet
-from vlmkit.memory import measure
 from vlmkit.stored import stored_formats
-
-MEGABYTE = 10**6
+from vlmkit.units import MEGABYTE
 
 
 def save(model, processor, path, *, overwrite=False):
     """Write `model` and `processor` to the folder `path`. Returns its pathlib.Path.
 
-    model: one that `vk.load` returned, quantised or not; any transformers VLM whose formats a plan
+    model: one that `vk.load` returned, quantized or not; any transformers VLM whose formats a plan
         can say.
     processor: its processor; None leaves it out.
     overwrite: whether a folder that is there and not empty is replaced. It stays until the new one
@@ -52,8 +51,7 @@ def save(model, processor, path, *, overwrite=False):
             "which leaves out a component trained in full; vk.save(model.unload(), ...) keeps that."
         )
     layout = plan_of(model).resolve(on_meta(model.config, trust_remote_code=True))
-    audit_layout(model, layout)
-    size = measure(model).total
+    size = audit_layout(model, layout).total
     need = f"The model takes {size / MEGABYTE:,.2f} MB."
     with whole_folder(path, overwrite=overwrite, size=size, need=need) as folder:
         with quiet():
@@ -98,7 +96,7 @@ def _ready_to_save(model):
 
 
 def _config_to_store(layout):
-    """What config.json says about quantisation: what the layout would be loaded with, in a simpler
+    """What config.json says about quantization: what the layout would be loaded with, in a simpler
     form where all formats have 4 bits, since each layer's state says which."""
     config = layout.quantization_config()
     if {FORMATS[name].bits for name in layout.quantized.values()} == {4}:

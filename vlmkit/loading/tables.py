@@ -5,19 +5,8 @@ from dataclasses import dataclass, field
 
 from vlmkit import COMPONENTS
 from vlmkit.formats import FORMATS
-
-MEGABYTE = 10**6
-
-
-@dataclass(frozen=True)
-class Held:
-    """One parameter as it is held, or will be: its row of the layout, format, count and bytes (with
-    its quantisation state)."""
-
-    row: object
-    format: str
-    parameters: int
-    bytes: int
+from vlmkit.tables import Table
+from vlmkit.units import MEGABYTE
 
 
 @dataclass(frozen=True)
@@ -38,8 +27,8 @@ class ComponentRow:
 
 
 @dataclass(frozen=True)
-class Table:
-    """A row per component, made of `held`, an entry per parameter."""
+class Formats(Table):
+    """The formats of a model's parameters under a plan. `held`: a `vlmkit.rows.Row` for each."""
 
     plan: object = field(repr=False)
     held: tuple = field(repr=False)
@@ -48,13 +37,13 @@ class Table:
     @property
     def rows(self):
         """A ComponentRow for each component that the model has."""
-        own = {c: [h for h in self.held if h.row.component == c] for c in COMPONENTS}
-        return tuple(_row(c, self.plan[c], held) for c, held in own.items() if held)
+        own = {c: [row for row in self.held if row.component == c] for c in COMPONENTS}
+        return tuple(_component_row(c, self.plan[c], rows) for c, rows in own.items() if rows)
 
     @property
     def total(self):
-        """Bytes of all parameters, with their quantisation states."""
-        return sum(held.bytes for held in self.held)
+        """Bytes of all parameters, with their quantization states."""
+        return sum(row.bytes for row in self.held)
 
     def table(self):
         """A pandas DataFrame with a row for each component that the model has."""
@@ -66,70 +55,62 @@ class Table:
         return table.rename(columns={"found": self.found})
 
     def left_alone(self):
-        """A pandas DataFrame of what the plan asks to be quantised and is not: by component and
-        kind of parameter, with the reason where the kind is none, and the bytes, most first."""
+        """A pandas DataFrame of what the plan asks to quantize and what is not quantized: by
+        component and kind of parameter, with the reason where the kind is none, and the bytes,
+        most first."""
         import pandas as pd
 
-        sums = {}
-        for held in self.held:
-            row = held.row
-            if FORMATS[row.asked].quantized and held.format != row.asked:
-                key = (row.component, row.kind, row.note, held.format)
-                count, size = sums.get(key, (0, 0))
-                sums[key] = (count + held.parameters, size + held.bytes)
+        totals = {}
+        for row in self.held:
+            if FORMATS[row.asked].quantized and row.format != row.asked:
+                key = (row.component, row.kind, row.note, row.format)
+                count, size = totals.get(key, (0, 0))
+                totals[key] = (count + row.parameters, size + row.bytes)
         columns = ["component", "kind", "why", "format", "parameters", "bytes"]
-        rows = [(*key, *sums[key]) for key in sorted(sums, key=lambda key: -sums[key][1])]
+        rows = [(*key, *totals[key]) for key in sorted(totals, key=lambda key: -totals[key][1])]
         return pd.DataFrame(rows, columns=columns).set_index("component")
 
     def _text_table(self):
-        table = self.table()
+        table = self.table().drop(columns="kept")
         table["parameters"] = table["parameters"].map("{:,}".format)
         table.insert(4, "MB", (table.pop("bytes") / MEGABYTE).map("{:.2f}".format))
-        return table.rename(columns={"kept": "besides (MB)"})
+        return table
 
-    def __str__(self):
-        table = self._text_table()
-        besides = [f"{c} {text}" for c, text in table.pop("besides (MB)").items() if text]
-        lines = [
-            table.to_string(),
-            f"total {self.total / MEGABYTE:.2f} MB (1 MB = 10^6 bytes)",
-            *(["besides, in MB:"] if besides else ()),
-            *(textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="    ")
-              for text in besides),
-        ]  # fmt: skip
-        return "\n".join(lines)
-
-    def _repr_html_(self):
-        text = self._text_table().to_html()
-        return f"{text}<p>total {self.total / MEGABYTE:.2f} MB (1 MB = 10<sup>6</sup> bytes)</p>"
+    def _remarks(self):
+        yield f"total {self.total / MEGABYTE:.2f} MB (1 MB = 10^6 bytes)"
+        others = [f"{row.component} {row.kept}" for row in self.rows if row.kept]
+        if others:
+            yield "in other formats, in MB:"
+        for text in others:
+            yield textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="    ")
 
 
-class Preview(Table):
+class Preview(Formats):
     """What loading under a plan will give, in bytes that are predicted to the last one."""
 
     found = "gets"
 
 
-class Audit(Table):
+class Audit(Formats):
     """The result of an audit that found no difference: what every parameter is held in."""
 
 
-def _row(component, asked, held):
-    others = {}  # format -> what is held in it -> bytes
-    for h in held:
-        if h.format != asked:
-            what = f"{h.row.kind} ({h.row.note})" if h.row.note else h.row.kind
-            sizes = others.setdefault(h.format, {})
-            sizes[what] = sizes.get(what, 0) + h.bytes
+def _component_row(component, asked, rows):
+    others = {}  # format -> what has it -> bytes
+    for row in rows:
+        if row.format != asked:
+            what = f"{row.kind} ({row.note})" if row.note else row.kind
+            sizes = others.setdefault(row.format, {})
+            sizes[what] = sizes.get(what, 0) + row.bytes
     kept = "; ".join(f"{name}: {_list(sizes)}" for name, sizes in others.items())
-    formats = list(dict.fromkeys(h.format for h in held))
+    formats = list(dict.fromkeys(row.format for row in rows))
     return ComponentRow(
         component,
         asked,
         " + ".join(sorted(formats, key=lambda f: f != asked)),
-        len({h.row.module for h in held}),
-        sum(h.parameters for h in held),
-        sum(h.bytes for h in held),
+        len({row.module for row in rows}),
+        sum(row.parameters for row in rows),
+        sum(row.bytes for row in rows),
         kept,
     )
 

@@ -5,34 +5,33 @@ import os
 from math import isfinite
 
 from vlmkit.anatomy import shape_of
-from vlmkit.checkpoints import NO_LONGER_SAVED, brief
-from vlmkit.errors import CheckpointError
+from vlmkit.backend.storages import state_tensors
+from vlmkit.checkpoints import NO_LONGER_SAVED
+from vlmkit.errors import CheckpointError, brief
 from vlmkit.formats import torch_dtype
-from vlmkit.loading.progress import show_progress
-from vlmkit.memory import state_tensors
 
 
 def load_weights(folder, config, layout, device, trust_remote_code=False):
     """The model in `folder`, with each parameter in the format that `layout` gives it.
 
-    config: the checkpoint's. If it says that the weights are quantised already, they are read as
-        they are; otherwise they are quantised one after another as they are read, so that there is
+    config: the checkpoint's. If it says that the weights are quantized already, they are read as
+        they are; otherwise they are quantized one after another as they are read, so that there is
         never more than one of them in memory both before and after.
 
     Raises CheckpointError if weights are missing, left over, of another shape than the model's, or
-    not to be quantised because they hold infinities or NaN.
+    not to be quantized because they hold infinities or NaN.
     """
     from transformers import AutoModelForImageTextToText
 
     quantization_config = layout.quantization_config()
     kwargs = {"quantization_config": quantization_config} if quantization_config else {}
-    if getattr(config, "quantization_config", None):  # quantised already: nothing is quantised now
+    if getattr(config, "quantization_config", None):  # quantized already: nothing is quantized now
         config.quantization_config = quantization_config and quantization_config.to_dict()
         kwargs = {}
     dtype = torch_dtype(layout.load_dtype)  # one for all that is float, see load_dtype
     mapped = device.type == "cpu" and config.dtype == dtype
     try:
-        with show_progress(layout, folder), _quantizer(layout), _threads(wanted=not mapped):
+        with _quantizer(layout), _threads(wanted=not mapped):
             model, info = AutoModelForImageTextToText.from_pretrained(
                 folder,
                 config=config,
@@ -59,7 +58,7 @@ def load_weights(folder, config, layout, device, trust_remote_code=False):
 def _quantizer(layout):
     if not any(name.startswith(("nf4", "fp4")) for name in layout.quantized.values()):
         return contextlib.nullcontext()
-    from vlmkit.loading.quantizing import fast_quantizer
+    from vlmkit.backend.quantizing import fast_quantizer
 
     return fast_quantizer()
 
@@ -80,7 +79,7 @@ def _threads(wanted):
 
 
 def _require_complete(folder, parameters, info, layout):
-    # transformers does not compare the shapes of weights that it quantises.
+    # transformers does not compare the shapes of weights that it quantizes.
     wrong = {str(key[0]) for key in info["mismatched_keys"]}
     wrong |= {row.name for row in layout.rows if shape_of(parameters[row.name]) != row.shape}
     # What is missing would have been filled with random numbers, which is worse than an error.
@@ -110,7 +109,7 @@ def _require_scales(folder, model, layout):
                 lost.append(row.name)
     if lost:
         raise CheckpointError(
-            f"{folder} holds infinities or NaN in weights that are to be quantised: {_some(lost)}. "
+            f"{folder} holds infinities or NaN in weights that are to be quantized: {_some(lost)}. "
             "A block of weights with one of them has no scale. Keep these in a float format with "
             'plan.override(…, "bf16"), or look for the step that made them.'
         )
@@ -129,7 +128,7 @@ def _round_to_layout(model, parameters, layout):
         dtype = torch_dtype(row.format)
         state = getattr(parameter, "quant_state", None)
         if state is not None:
-            state.dtype = dtype  # what it dequantises to
+            state.dtype = dtype  # what it dequantizes to
         elif parameter.is_floating_point() and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = text.dtype = torch_dtype(layout.plan["language_model"])

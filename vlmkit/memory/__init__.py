@@ -5,26 +5,17 @@ vk.memory.measure(model)              # a Ledger of what is there, from distinct
 vk.memory.compare(predicted, measured)
 """
 
-from vlmkit.memory.ledger import (
-    BOUNDED,
-    BUFFER,
-    MEGABYTE,
-    STATE,
-    Entry,
-    Ledger,
-    compare,
-)
+from vlmkit.memory.ledger import BOUNDED, BUFFER, STATE, Ledger, compare
 from vlmkit.memory.measuring import measure, measure_peak
 from vlmkit.memory.predicting import predict, visual_tokens
-from vlmkit.memory.sizes import Size, parse_size
-from vlmkit.memory.weights import state_tensors, storages_of
+from vlmkit.memory.weights import storages_of
+from vlmkit.units import MEGABYTE, Size, parse_size
 
 __all__ = [
     "BOUNDED",
     "BUFFER",
     "MEGABYTE",
     "STATE",
-    "Entry",
     "Ledger",
     "Size",
     "compare",
@@ -32,7 +23,6 @@ __all__ = [
     "measure_peak",
     "parse_size",
     "predict",
-    "state_tensors",
     "storages_of",
     "visual_tokens",
 ]

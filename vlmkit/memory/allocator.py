@@ -8,7 +8,7 @@ with its default settings:
   one of 10 MiB or more gets a segment of its own, a multiple of 2 MiB;
 - of the free blocks that are large enough the smallest is taken; what is left of it stays a block
   if it is at least 512 bytes, or among the large ones more than 1 MiB;
-- a block that is given back joins free neighbours in its segment.
+- a block that is given back joins free neighbors in its segment.
 
 Segments are what `nvidia-smi` shows (`torch.cuda.memory_reserved`), blocks what PyTorch counts
 (`torch.cuda.memory_allocated`). The context of CUDA itself, some hundred MB, is in neither.
@@ -24,7 +24,7 @@ OWN_SEGMENT, SEGMENT_STEP = 10 * 2**20, 2 * 2**20
 
 
 class Block:
-    """A piece of a segment. size: bytes. small: of which pool. before, after: its neighbours."""
+    """A piece of a segment. size: bytes. small: of which pool. before, after: its neighbors."""
 
     __slots__ = ("after", "before", "free", "place", "size", "small")
 

@@ -14,7 +14,8 @@ import torch
 
 from vlmkit.anatomy import component_finder
 from vlmkit.architectures import CROSS, LANGUAGE
-from vlmkit.memory.ledger import CACHE, Entry
+from vlmkit.memory.ledger import CACHE
+from vlmkit.rows import Row
 
 
 def predicted_cache(cache, places, new_tokens):
@@ -26,7 +27,7 @@ def predicted_cache(cache, places, new_tokens):
         grows = component != CROSS
         for key, tensor in _tensors(layer):
             size = _grown(layer, key, tensor, grows, new_tokens)
-            yield Entry(_name(key, layer_idx), component, CACHE, size)
+            yield Row(_name(key, layer_idx), component, CACHE, size)
 
 
 def _grown(layer, key, tensor, grows, new_tokens):
@@ -62,7 +63,7 @@ def measured_cache(cache, model, storages):
     """Entries of what `cache` really holds, distinct storages at their full size."""
     for layer_idx, component, layer in _layers(cache, places_of(model)):
         for key, tensor in _tensors(layer):
-            entry = storages.entry(_name(key, layer_idx), component, CACHE, tensor)
+            entry = Row(_name(key, layer_idx), component, CACHE, storages.nbytes(tensor))
             if entry.bytes:
                 yield entry
 

@@ -5,7 +5,7 @@ Within these are a whole weight in 16 bits and activations in several formats, a
 peak they count, and so do the copies that PyTorch makes where it multiplies numbers of two kinds.
 Each is what bitsandbytes 0.50 does in `backends/default/ops.py`, and on a GPU in
 `backends/cuda/ops.py`, less the values: no activation is taken for an outlier of LLM.int8, which
-only the values could tell. (With outliers, their columns of the weight are dequantised as well.)
+only the values could tell. (With outliers, their columns of the weight are dequantized as well.)
 """
 
 import torch
@@ -13,7 +13,7 @@ import torch
 
 def gemm_4bit(x, packed, shape, absmax, blocksize, kind, bias=None, absmax_8bit=None,
               absmax_code=None, absmax_offset=None):  # fmt: skip
-    """y = x W^T + b, with W dequantised as a whole."""
+    """y = x W^T + b, with W dequantized as a whole."""
     ops = torch.ops.bitsandbytes
     if absmax_8bit is not None:
         absmax = ops.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32)
@@ -49,7 +49,7 @@ def int8_mixed_scaled_mm(x, x_rows, weight, x_scales, scales, outliers=None, bia
 
 FEW = 4
 """Rows up to which a GPU multiplies with 4-bit weights as they are. Beyond them it depends on the
-card and the shape, and the whole weight is counted as dequantised."""
+card and the shape, and the whole weight is counted as dequantized."""
 
 
 def gemm_4bit_on_cuda(x, packed, shape, *scales, **more):

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 
 from vlmkit import COMPONENTS
-from vlmkit.layout import KINDS
+from vlmkit.rows import KINDS, sums
+from vlmkit.tables import Table
+from vlmkit.units import MEGABYTE
 
-MEGABYTE = 10**6
-
-STATE, BUFFER = "quantisation state", "buffer"
+STATE, BUFFER = "quantization state", "buffer"
 ADAPTER, UPCAST = "adapter", "float32 upcast"
 GRADIENT, OPTIMIZER = "gradient", "optimizer state"
 CACHE, INPUT, ACTIVATION = "kv cache", "input", "activation"
@@ -23,17 +23,7 @@ BOUNDED = (ACTIVATION, ROUNDING, UNUSED)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """Bytes of one tensor's storage: whose, of which component (None: unknown), of which kind."""
-
-    name: str
-    component: str
-    kind: str
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Ledger:
+class Ledger(Table):
     """Bytes of a model, and of what it needs to run or to be trained.
 
     `total`, `by_component`, `by_kind` (dicts of bytes), `entries`, and `notes`: how what is not
@@ -52,12 +42,12 @@ class Ledger:
     @property
     def by_component(self):
         """Bytes of each component that has any, in the order of `vlmkit.COMPONENTS`."""
-        return _sums(self.entries, "component", COMPONENTS)
+        return sums(self.entries, "component", COMPONENTS)
 
     @property
     def by_kind(self):
-        """Bytes of each kind: linear weights, embeddings, quantisation state, kv cache, …"""
-        return _sums(self.entries, "kind", ALL_KINDS)
+        """Bytes of each kind: linear weights, embeddings, quantization state, kv cache, …"""
+        return sums(self.entries, "kind", ALL_KINDS)
 
     @property
     def bounded(self):
@@ -81,33 +71,17 @@ class Ledger:
         table.loc["total"] = table.sum(axis=0)
         return table
 
-    def __str__(self):
-        head = f"{self.title}: {self.total / MEGABYTE:,.2f} MB (1 MB = 10^6 bytes)"
-        return "\n".join([head, _in_megabytes(self.table()).to_string(), *self._remarks()])
+    def _text_table(self):
+        return (self.table() / MEGABYTE).map("{:,.3f}".format)
 
-    def _repr_html_(self):
-        size = f"{self.total / MEGABYTE:,.2f} MB (1 MB = 10<sup>6</sup> bytes)"
-        remarks = "".join(f"<br>{remark}" for remark in self._remarks())
-        table = _in_megabytes(self.table()).to_html()
-        return f"<p><b>{self.title}</b>: {size}{remarks}</p>{table}"
+    def _headline(self):
+        return f"{self.title}: {self.total / MEGABYTE:,.2f} MB (1 MB = 10^6 bytes)"
 
     def _remarks(self):
         bounded = [kind for kind in self.by_kind if kind in BOUNDED]
         if bounded:
             yield f"Bounded, not exact: {', '.join(bounded)}. The rest is to the byte."
         yield from self.notes
-
-
-def _sums(entries, what, order):
-    sums = {}
-    for entry in entries:
-        key = getattr(entry, what)
-        sums[key] = sums.get(key, 0) + entry.bytes
-    return {key: sums[key] for key in (*order, None) if key in sums}
-
-
-def _in_megabytes(table):
-    return (table / MEGABYTE).map("{:,.3f}".format)
 
 
 def compare(predicted, measured):

@@ -2,14 +2,15 @@
 
 from vlmkit.anatomy import component_finder, plain_name
 from vlmkit.memory.cache import measured_cache
-from vlmkit.memory.ledger import Entry, Ledger
+from vlmkit.memory.ledger import Ledger
 from vlmkit.memory.training import measured_optimizer
 from vlmkit.memory.weights import Storages, measured_weights
+from vlmkit.rows import Row
 
 
 def measure(model, optimizer=None, cache=None):
     """Ledger of what `model` really holds: every distinct storage of a parameter, a buffer, a
-    quantisation state or a gradient, counted once and at its full size.
+    quantization state or a gradient, counted once and at its full size.
 
     model: any transformers VLM, also one that PEFT has wrapped.
     optimizer: a torch or bitsandbytes optimizer of its parameters, for the optimizer's states.
@@ -22,7 +23,7 @@ def measure(model, optimizer=None, cache=None):
     if cache is not None:
         entries += measured_cache(cache, model, storages)
     entries = tuple(
-        Entry(plain_name(e.name), e.component, e.kind, e.bytes) for e in entries if e.bytes
+        Row(plain_name(e.name), e.component, e.kind, e.bytes) for e in entries if e.bytes
     )
     return Ledger(f"measured on {type(model).__name__}", entries)
 

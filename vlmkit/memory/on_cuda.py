@@ -2,7 +2,7 @@
 
 transformers (5.23, `caching_allocator_warmup` and `convert_and_load_state_dict_in_model`) first
 takes memory for all weights at once and gives it back, so that the rest is cut from one segment.
-Then it reads one weight after another, in the order of their names, and what is to be quantised is
+Then it reads one weight after another, in the order of their names, and what is to be quantized is
 on the GPU in two formats for a moment. How much a block has to spare depends on this order.
 Measured on an H200 (benchmarks/results): what four models under four plans are given after a load
 is predicted to the byte in fifteen of sixteen, and to 0.005% in the other.
@@ -14,8 +14,9 @@ from vlmkit.architectures import OTHER
 from vlmkit.errors import SizeError
 from vlmkit.formats import FORMATS, torch_dtype
 from vlmkit.memory.allocator import CachingAllocator
-from vlmkit.memory.ledger import ACTIVATION, BUFFER, ROUNDING, UNUSED, Entry
+from vlmkit.memory.ledger import ACTIVATION, BUFFER, ROUNDING, UNUSED
 from vlmkit.memory.weights import state_sizes
+from vlmkit.rows import Row
 
 FLOAT = 4  # bytes of a float32
 
@@ -47,8 +48,8 @@ def overhead(layout, weights, more=()):
     name = "PyTorch's caching allocator"
     added = {component: size - asked.get(component, 0) for component, size in given.items()}
     return [
-        *(Entry(name, component, ROUNDING, size) for component, size in added.items() if size),
-        Entry(name, OTHER, UNUSED, cuda.reserved - sum(given.values())),
+        *(Row(name, component, ROUNDING, size) for component, size in added.items() if size),
+        Row(name, OTHER, UNUSED, cuda.reserved - sum(given.values())),
     ]
 
 
@@ -87,7 +88,7 @@ def _in_order(name):
 
 
 def _quantized(cuda, row):
-    """The Blocks of a weight that is quantised on the GPU by bitsandbytes."""
+    """The Blocks of a weight that is quantized on the GPU by bitsandbytes."""
     weights, state = FORMATS[row.format].parts(row.shape)
     if row.format == "int8":
         half = cuda.allocate(2 * prod(row.shape))  # fp16, whatever was read
@@ -98,11 +99,11 @@ def _quantized(cuda, row):
     if not nested:
         return [cuda.allocate(size) for size in (scales, weights, code)]
     nested_code, mean, nested_scales = nested
-    wide = FLOAT * scales  # before they are quantised to a byte each
+    wide = FLOAT * scales  # before they are quantized to a byte each
     plain = cuda.allocate(wide)
     kept = [cuda.allocate(size) for size in (weights, code, mean)]
-    centred = cuda.allocate(wide)
+    centerd = cuda.allocate(wide)
     kept += [cuda.allocate(size) for size in (nested_code, nested_scales, scales)]
-    cuda.release(centred)
+    cuda.release(centerd)
     cuda.release(plain)
     return kept

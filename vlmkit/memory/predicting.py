@@ -4,11 +4,11 @@ import gc
 from contextlib import contextmanager
 from pathlib import Path
 
+from vlmkit.adapters import parse
 from vlmkit.anatomy import on_meta
+from vlmkit.backend.optimizers import check_optimizer
 from vlmkit.checkpoints import find
 from vlmkit.errors import FinetuningError
-from vlmkit.finetuning import parse
-from vlmkit.finetuning.settings import check_optimizer
 from vlmkit.formats import torch_dtype
 from vlmkit.memory.demand import demand_of, smallest
 from vlmkit.memory.ledger import Ledger
@@ -41,10 +41,10 @@ def predict(
     x: "pebble", a folder, a hub id, a name of the catalog, a transformers config, or a model (for
         its config).
     plan: a Plan or anything that `Plan.parse` takes; None is the recommended one, or what is stored
-        for a checkpoint that is quantised already.
+        for a checkpoint that is quantized already.
 
     With these alone the ledger is that of the loaded model before it is run, to the byte:
-    parameters, quantisation states and buffers. With the following it is that of a prompt, or of a
+    parameters, quantization states and buffers. With the following it is that of a prompt, or of a
     training step:
 
     tokens: of text in each sample, beside those of its pictures.
@@ -60,7 +60,7 @@ def predict(
         every part, so that a frozen vision encoder is gone through backward as well.
     optimizer: "adamw", "adamw_8bit", "paged_adamw" or "paged_adamw_8bit".
     prepare_kbit: whether `peft.prepare_model_for_kbit_training` makes float32 of what is not
-        quantised.
+        quantized.
     allocator: "cuda" for a GPU: what bitsandbytes' kernels need there, and what PyTorch's caching
         allocator rounds up to and cannot hand out. Otherwise all is as on a CPU.
 

@@ -98,7 +98,7 @@ class Stage:
         try:
             return model(**inputs)
         except Exception as error:  # an architecture that looks at values, in ways of its own
-            from vlmkit.checkpoints import brief
+            from vlmkit.errors import brief
 
             raise AnatomyError(
                 f"{type(unwrapped(self.model)).__name__} cannot be run without data, so that its "

@@ -8,15 +8,13 @@ does.
 
 from math import ceil
 
+from vlmkit.backend.boundaries import join_dtypes
+from vlmkit.backend.cpu import guard_against_cpu_traps
 from vlmkit.formats import BLOCK, FORMATS, NESTED_BLOCK, torch_dtype
 
 
 def shadow(model, layout):
     """`model`, on the meta device, with the layers and dtypes that `layout` gives it. In place."""
-    # `vlmkit.loading` builds on this package, so it is asked for only here.
-    from vlmkit.loading.boundaries import join_dtypes
-    from vlmkit.loading.cpu import guard_against_cpu_traps
-
     for row in layout.rows:
         if FORMATS[row.format].quantized:
             module = _quantized(model.get_submodule(row.module), row.format)
@@ -72,7 +70,7 @@ def _quantized(linear, name):
 
 def prepare_kbit(model):
     """What `peft.prepare_model_for_kbit_training` does to dtypes: every parameter that is not
-    quantised in float32. Returns {parameter name: bytes that it had before}."""
+    quantized in float32. Returns {parameter name: bytes that it had before}."""
     import torch
 
     before = {}

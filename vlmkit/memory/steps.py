@@ -3,13 +3,14 @@
 import re
 from dataclasses import dataclass
 
+from vlmkit.adapters import adapted
 from vlmkit.anatomy import component_finder, plain_name
 from vlmkit.architectures import LANGUAGE, VISION
-from vlmkit.finetuning import adapted, checkpointing
-from vlmkit.loading.quiet import quiet
+from vlmkit.backend import checkpointing
+from vlmkit.backend.quiet import quiet
 from vlmkit.memory.cache import predicted_cache, stretch
 from vlmkit.memory.inputs import batch_of
-from vlmkit.memory.ledger import ACTIVATION, INPUT, Entry
+from vlmkit.memory.ledger import ACTIVATION, INPUT
 from vlmkit.memory.running import Stage
 from vlmkit.memory.shadow import prepare_kbit, shadow
 from vlmkit.memory.training import (
@@ -20,6 +21,7 @@ from vlmkit.memory.training import (
     step_bytes,
     upcast_entries,
 )
+from vlmkit.rows import Row
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def _input_entries(inputs):
     for name, tensor in inputs.items():
         component = VISION if tensor.is_floating_point() else LANGUAGE
         size = tensor.numel() * tensor.element_size()
-        yield Entry(name, component, INPUT, size)
+        yield Row(name, component, INPUT, size)
 
 
 def _activations(peak, beside, need, name):
@@ -155,7 +157,7 @@ def _activations(peak, beside, need, name):
         share = need * (shared + own[component]) // whole - need * shared // whole
         shared += own[component]
         if share:
-            yield Entry(name, component, ACTIVATION, share)
+            yield Row(name, component, ACTIVATION, share)
 
 
 def _step_activations(peak, stepping, gradients, parameters, component_of):
@@ -165,7 +167,7 @@ def _step_activations(peak, stepping, gradients, parameters, component_of):
     if stepping > sum(peak.values()):
         largest = max(parameters, key=lambda name: parameters[name][0] * parameters[name][1])
         component = component_of(largest)
-        return [Entry("the optimizer's step", component, ACTIVATION, stepping - there)]
+        return [Row("the optimizer's step", component, ACTIVATION, stepping - there)]
     live = {c: size for c, size in peak.items() if not isinstance(c, tuple)}
     return list(_activations(live, {}, sum(peak.values()) - there, "the training step"))
 

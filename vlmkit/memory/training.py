@@ -8,7 +8,8 @@ from itertools import pairwise
 from math import ceil
 
 from vlmkit.anatomy import is_adapter, plain_name
-from vlmkit.memory.ledger import ADAPTER, GRADIENT, OPTIMIZER, UPCAST, Entry
+from vlmkit.memory.ledger import ADAPTER, GRADIENT, OPTIMIZER, UPCAST
+from vlmkit.rows import Row
 
 SMALLEST_8BIT = 4096
 """Parameters of fewer elements keep their states in float32 (bitsandbytes' `min_8bit_size`)."""
@@ -23,7 +24,7 @@ def adapter_entries(model, component_of):
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             size = parameter.numel() * parameter.element_size()
-            yield Entry(plain_name(name), component_of(name), ADAPTER, size)
+            yield Row(plain_name(name), component_of(name), ADAPTER, size)
 
 
 def upcast_entries(model, before, component_of):
@@ -31,13 +32,13 @@ def upcast_entries(model, before, component_of):
     for name, size in before.items():
         parameter = model.get_parameter(name)
         added = parameter.numel() * parameter.element_size() - size
-        yield Entry(name, component_of(name), UPCAST, added)
+        yield Row(name, component_of(name), UPCAST, added)
 
 
 def gradient_entries(learnt, component_of):
     """Entries of gradients. learnt: {parameter name: bytes of its gradient}."""
     for name, size in learnt.items():
-        yield Entry(plain_name(name), component_of(name), GRADIENT, size)
+        yield Row(plain_name(name), component_of(name), GRADIENT, size)
 
 
 def optimizer_entries(optimizer, parameters, component_of):
@@ -56,7 +57,7 @@ def optimizer_entries(optimizer, parameters, component_of):
         else:
             sizes = [4 * elements] * 2
         for size in sizes:
-            yield Entry(plain_name(name), component_of(name), OPTIMIZER, size)
+            yield Row(plain_name(name), component_of(name), OPTIMIZER, size)
 
 
 def paged_bytes(optimizer, parameters):
@@ -87,4 +88,4 @@ def measured_optimizer(optimizer, model, component_of, storages):
     for name, state in sorted(states, key=lambda item: order.get(item[0], -1)):
         for tensor in state.values():
             if hasattr(tensor, "untyped_storage"):
-                yield storages.entry(name, component_of(name), OPTIMIZER, tensor)
+                yield Row(name, component_of(name), OPTIMIZER, storages.nbytes(tensor))

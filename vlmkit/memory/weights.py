@@ -1,13 +1,14 @@
-"""Weights: what a model's parameters, quantisation states and buffers cost, predicted and measured.
+"""Weights: what a model's parameters, quantization states and buffers cost, predicted and measured.
 
-`model.get_memory_footprint()` leaves the scales of quantised weights out, 5.6% of an nf4 model, and
+`model.get_memory_footprint()` leaves the scales of quantized weights out, 5.6% of an nf4 model, and
 sums over modules count tied weights twice. So neither is used here.
 """
 
 from vlmkit.anatomy import component_finder, is_adapter, unwrapped
+from vlmkit.backend.storages import Storages, state_tensors
 from vlmkit.formats import FORMATS, NESTED_BLOCK
-from vlmkit.layout import kind_of
-from vlmkit.memory.ledger import ADAPTER, BUFFER, GRADIENT, STATE, Entry
+from vlmkit.memory.ledger import ADAPTER, BUFFER, GRADIENT, STATE
+from vlmkit.rows import Row, kind_of
 
 
 def predicted_weights(model, layout):
@@ -15,16 +16,16 @@ def predicted_weights(model, layout):
     component_of = component_finder(model)
     for row in layout.rows:
         weights, state = FORMATS[row.format].parts(row.shape)
-        yield Entry(row.name, row.component, row.kind, weights)
+        yield Row(row.name, row.component, row.kind, weights)
         for size in state_sizes(row.format, state):
-            yield Entry(row.name, row.component, STATE, size)
+            yield Row(row.name, row.component, STATE, size)
     for name, buffer in model.named_buffers():
         size = buffer.numel() * buffer.element_size()
-        yield Entry(name, component_of(name), BUFFER, size)
+        yield Row(name, component_of(name), BUFFER, size)
 
 
 def state_sizes(name, state):
-    """Bytes of each tensor of a quantisation state of `state` bytes in all, the scales last."""
+    """Bytes of each tensor of a quantization state of `state` bytes in all, the scales last."""
     if not state or name == "int8":
         return [state] if state else []
     code = 16 * 4
@@ -37,23 +38,8 @@ def state_sizes(name, state):
     return [code, nested_code, offset, nested, scales - nested]
 
 
-class Storages:
-    """Distinct storages: each counts once, at its full size, under the name it is first seen by."""
-
-    def __init__(self):
-        self.seen = set()
-
-    def entry(self, name, component, kind, tensor):
-        """The Entry of `tensor`, of no bytes if its storage has been seen before."""
-        storage = tensor.untyped_storage()
-        key = (tensor.device, storage.data_ptr())
-        size = 0 if key in self.seen else storage.nbytes()
-        self.seen.add(key)
-        return Entry(name, component, kind, size)
-
-
 def measured_weights(model, storages):
-    """Entries of what `model` really holds: parameters with their quantisation states and
+    """Entries of what `model` really holds: parameters with their quantization states and
     gradients, and buffers. PEFT's wrapper is looked through."""
     base = unwrapped(model)
     component_of = component_finder(model)
@@ -63,39 +49,21 @@ def measured_weights(model, storages):
             name = dot + leaf
             kind = ADAPTER if is_adapter(name) else kind_of(base, module, leaf)
             component = component_of(name)
-            yield storages.entry(name, component, kind, parameter)
+            yield Row(name, component, kind, storages.nbytes(parameter))
             for tensor in state_tensors(module, parameter):
-                yield storages.entry(name, component, STATE, tensor)
+                yield Row(name, component, STATE, storages.nbytes(tensor))
             if parameter.grad is not None:
-                yield storages.entry(name, component, GRADIENT, parameter.grad)
+                yield Row(name, component, GRADIENT, storages.nbytes(parameter.grad))
         for leaf, buffer in module.named_buffers(recurse=False):
-            yield storages.entry(dot + leaf, component_of(dot + leaf), BUFFER, buffer)
+            yield Row(dot + leaf, component_of(dot + leaf), BUFFER, storages.nbytes(buffer))
 
 
 def storages_of(model):
-    """{full parameter name: Entry} with the bytes of each parameter and its quantisation state."""
+    """{full parameter name: Entry} with the bytes of each parameter and its quantization state."""
     sizes = {}
     for entry in measured_weights(model, Storages()):
         if entry.kind not in (BUFFER, GRADIENT):
             before = sizes.get(entry.name)
             total = entry.bytes + (before.bytes if before else 0)
-            sizes[entry.name] = Entry(entry.name, entry.component, entry.kind, total)
+            sizes[entry.name] = Row(entry.name, entry.component, entry.kind, total)
     return sizes
-
-
-def state_tensors(module, parameter):
-    """The tensors that a quantised parameter needs beside its own data."""
-    state = getattr(parameter, "quant_state", None)
-    if state is not None:
-        yield from (state.absmax, state.code)
-        if state.nested:
-            yield from (state.offset, state.state2.absmax, state.state2.code)
-    if parameter is not getattr(module, "weight", None):
-        return
-    # LLM.int8 keeps scales and a handle to the weights at the parameter until the first forward
-    # pass, and in the module's state from then on.
-    for owner in (parameter, getattr(module, "state", None)):
-        for leaf in ("CB", "SCB"):
-            tensor = getattr(owner, leaf, None)
-            if tensor is not None:
-                yield tensor

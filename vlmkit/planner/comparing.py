@@ -1,4 +1,4 @@
-"""A plan against the unquantised model, and against another plan, on the same questions."""
+"""A plan against the unquantized model, and against another plan, on the same questions."""
 
 from vlmkit.evaluation import wilson
 from vlmkit.planner.results import Measured
@@ -69,7 +69,7 @@ def reason(chosen, uniform):
         return f"The plan answers more questions right than the best uniform one: {measured}."
     if kl_high < 0:
         return (
-            "The plan is closer to the unquantised model than the best uniform one, and its "
+            "The plan is closer to the unquantized model than the best uniform one, and its "
             f"accuracy is the same within the interval: {measured}."
         )
     return f"The plan is as good as the best uniform one, within the interval: {measured}."

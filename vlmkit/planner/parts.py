@@ -13,9 +13,9 @@ from vlmkit import COMPONENTS
 from vlmkit.anatomy import on_meta, unwrapped
 from vlmkit.errors import SensitivityError
 from vlmkit.formats import FORMATS, format_of_dtype, rounding
-from vlmkit.layout import HEAD, LINEAR
 from vlmkit.memory import BUFFER, predict
 from vlmkit.plan import Plan
+from vlmkit.rows import HEAD, LINEAR
 from vlmkit.sensitivity import chosen, every
 from vlmkit.sensitivity.scopes import weights_of
 
@@ -28,7 +28,7 @@ EXPERIMENTAL = ("int8", "int6", "int5", "int4", "int3", "int2")
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A part: its scope, as `vlmkit.sensitivity.quantised` reads it, its weights, and the bytes
+    """A part: its scope, as `vlmkit.sensitivity.quantized` reads it, its weights, and the bytes
     that it takes in each format. `main`: whether a uniform plan names it, which leaves the head
     and the embeddings out."""
 
@@ -91,7 +91,7 @@ class Parts:
 def parts_of(model, formats=None, by="component"):
     """The Parts of `model`, which is in a float format.
 
-    formats: names of `vlmkit.formats.FORMATS`; None for those that quantise, beside the one that
+    formats: names of `vlmkit.formats.FORMATS`; None for those that quantize, beside the one that
         the model is in; "experimental" for EXPERIMENTAL, or a list with at least one spelling that
         only `vlmkit.formats.rounding` knows, for experiments. by: "component" or "layer".
     """

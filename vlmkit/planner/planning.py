@@ -1,7 +1,7 @@
 """Planning: damages measured on calibration questions, a choice, and its proof on other questions.
 
 The questions are split in two. On the calibration half every part is put in every format, alone,
-and the divergence from the unquantised model is its damage: it tells apart what accuracy, which a
+and the divergence from the unquantized model is its damage: it tells apart what accuracy, which a
 few hundred questions know within some points, does not. The damages need not add up where several
 parts are rounded, so what the knapsack chooses is measured as a whole and held against the best
 uniform plan, still on the calibration half. The held-out half is asked once a plan is chosen, of
@@ -45,7 +45,7 @@ class Planner:
     model: one that `vk.load` returned in a float format. It is given back as it was.
     dataset: questions, as in `vk.evaluate`. They are split in two by row, each kind of question in
         the same proportion: `calibration` is the share that damages are measured on, `seed` which.
-    formats: those to choose from. None is the model's own and all that `vk.load` can quantise to.
+    formats: those to choose from. None is the model's own and all that `vk.load` can quantize to.
         "experimental", or a list with spellings that only `vlmkit.formats.rounding` knows, plans
         for experiments below 4 bits: the result then has no plan, only an assignment, its bytes are
         those of packed weights with their scales, and embeddings and head can be rounded too.
@@ -54,7 +54,7 @@ class Planner:
         a share; too few questions for it are refused with the number needed.
     batch_size, max_new_tokens, progress: as in `vlmkit.sensitivity.sweep`.
 
-    Raises SensitivityError for too few questions, a model that is quantised already or that gets
+    Raises SensitivityError for too few questions, a model that is quantized already or that gets
     every question wrong; PlanError for a format; and what `vk.evaluate` raises.
     """
 
@@ -85,7 +85,7 @@ class Planner:
 
     @cached_property
     def calibration(self):
-        """The unquantised model on the calibration questions: a vlmkit.sensitivity.Baseline."""
+        """The unquantized model on the calibration questions: a vlmkit.sensitivity.Baseline."""
         return self._baseline(self.split[0])
 
     @cached_property
@@ -105,7 +105,7 @@ class Planner:
         if not answers["correct"].any():
             first = answers.iloc[0]
             raise SensitivityError(
-                f"The unquantised model answers none of {len(rows):,} questions right, so that no "
+                f"The unquantized model answers none of {len(rows):,} questions right, so that no "
                 f"plan can be told from another. The first answer is {first['predicted']!r} and "
                 f"{first['answer']!r} was expected: does the model fit the questions, and are the "
                 "expected answers in its words?"
@@ -184,7 +184,7 @@ class Planner:
             chosen,
             uniform,
             rejected,
-            self._trial("unquantised", base),
+            self._trial("unquantized", base),
             why,
             self._described(chosen.assignment),
             self.parts.fixed,

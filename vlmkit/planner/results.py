@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass, field
 
-MEGABYTE = 10**6
+from vlmkit.units import MEGABYTE
 
 
 @dataclass(frozen=True)
 class Measured:
     """A plan on the held-out questions. Intervals are 95%, (low, high).
 
-    kl: mean divergence from the unquantised model, in nats a token of its answers, and its
+    kl: mean divergence from the unquantized model, in nats a token of its answers, and its
     bootstrap interval. accuracy: share of right answers, and its Wilson interval. difference: from
-    the unquantised model's accuracy on the same questions, and its paired-bootstrap interval.
+    the unquantized model's accuracy on the same questions, and its paired-bootstrap interval.
     """
 
     kl: float
@@ -47,7 +47,7 @@ class Result:
     chosen: the Trial to use, whose `plan`, `assignment`, `bytes`, `predicted` and `measured` the
     result has too. uniform: the Trial of the best plan with one format for all within the same
     budget, or None where none fits. rejected: the Trial that the planner chose and that held-out
-    questions showed to be worse than the uniform one, else None. unquantised: the Trial of the
+    questions showed to be worse than the uniform one, else None. unquantized: the Trial of the
     model as it is. reason: why, in words. parts: a DataFrame, a row for each part with its format,
     bytes and damage alone; fixed: {(component, kind): bytes} of what no plan changes.
     """
@@ -56,7 +56,7 @@ class Result:
     chosen: Trial
     uniform: Trial
     rejected: Trial
-    unquantised: Trial
+    unquantized: Trial
     reason: str
     parts: object = field(repr=False)
     fixed: dict = field(repr=False)
@@ -83,12 +83,12 @@ class Result:
 
     def applied(self, model):
         """A context in which the float `model` has the assignment's formats for experiments: one
-        `vlmkit.sensitivity.quantised` for each part. Raises SensitivityError where there is a
+        `vlmkit.sensitivity.quantized` for each part. Raises SensitivityError where there is a
         plan, which is to be loaded."""
         import contextlib
 
         from vlmkit.errors import SensitivityError
-        from vlmkit.sensitivity import quantised
+        from vlmkit.sensitivity import quantized
 
         if self.plan is not None:
             raise SensitivityError("these formats can be loaded: vk.load(name, plan=result.plan).")
@@ -96,7 +96,7 @@ class Result:
         stack = contextlib.ExitStack()
         for part in self.parts.itertuples():
             if not part.unchanged:
-                stack.enter_context(quantised(model, part.scope, part.format))
+                stack.enter_context(quantized(model, part.scope, part.format))
         return stack
 
     def table(self):
@@ -107,7 +107,7 @@ class Result:
         return pd.DataFrame([row_of(trial) for trial in self._trials()]).set_index("plan")
 
     def _trials(self):
-        trials = [self.chosen, self.rejected, self.uniform, self.unquantised]
+        trials = [self.chosen, self.rejected, self.uniform, self.unquantized]
         seen = []
         for trial in trials:
             if trial is not None and all(trial.assignment != t.assignment for t in seen):
@@ -139,7 +139,7 @@ class Result:
         )
         yield self.reason
         yield (
-            f"Budget {self.budget}. Divergence (KL) from the unquantised model in nats a token: "
+            f"Budget {self.budget}. Divergence (KL) from the unquantized model in nats a token: "
             "predicted is the sum over parts, joint all together, both on calibration questions; "
             f"measured is on {n:,} held-out ones. 1 MB = 10^6 bytes."
         )

@@ -10,7 +10,7 @@ import contextlib
 from dataclasses import dataclass, replace
 
 from vlmkit.formats import FORMATS, Rounding, format_of_dtype, rounding, torch_dtype
-from vlmkit.layout import LINEAR
+from vlmkit.rows import LINEAR
 from vlmkit.sensitivity import Swap
 from vlmkit.sensitivity.scopes import Chosen
 

@@ -1,6 +1,6 @@
-"""The unquantised model's answers, and how a changed model's are told from them in one pass.
+"""The unquantized model's answers, and how a changed model's are told from them in one pass.
 
-Greedy decoding gives the unquantised model's answer again exactly where each of its tokens is the
+Greedy decoding gives the unquantized model's answer again exactly where each of its tokens is the
 most probable one after those before it, and one forward pass over prompt and answer tells that for
 all of them. Where it is not, the first other token mostly settles that the new answer is wrong. The
 few questions that are left are asked as `vk.evaluate` asks them, in the batches that it makes, so
@@ -11,21 +11,21 @@ import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from vlmkit.evaluation import batches, naming_rows, normalise, scored
+from vlmkit.evaluation import batches, naming_rows, normalize, scored
 from vlmkit.evaluation.asking import generated, in_evaluation_mode, prepared, texts_of
 from vlmkit.sensitivity.forcing import logits_by_steps, logits_of_answers, rows_of
 from vlmkit.sensitivity.replaying import Replays
 
 AGREEMENT = 0.99
-"""Share of the unquantised model's own tokens that one forward pass has to give again for it to be
+"""Share of the unquantized model's own tokens that one forward pass has to give again for it to be
 used at all: it does not in a model whose answers see what follows them, for one."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Questions asked together. tokens: the unquantised model's answers, (batch, tokens), and
+    """Questions asked together. tokens: the unquantized model's answers, (batch, tokens), and
     `own`, which of these belong to the answer, up to and with the token that ends it. logits: the
-    unquantised model's for each of its own tokens, (number of own tokens, vocabulary)."""
+    unquantized model's for each of its own tokens, (number of own tokens, vocabulary)."""
 
     rows: list
     inputs: dict
@@ -39,8 +39,8 @@ class Outcome:
     """A changed model on the dataset: numpy arrays with an entry a question.
 
     correct: whether the answer is the expected one. kl: the Kullback-Leibler divergence in nats,
-    sum of p log(p / q), of its next-token probabilities q from the unquantised model's p, averaged
-    over the tokens of the unquantised model's answer. asked: how many were asked once more.
+    sum of p log(p / q), of its next-token probabilities q from the unquantized model's p, averaged
+    over the tokens of the unquantized model's answer. asked: how many were asked once more.
     """
 
     correct: object
@@ -49,7 +49,7 @@ class Outcome:
 
 
 class Baseline:
-    """The unquantised model on a dataset. `scores`: its vlmkit.evaluation.Scores."""
+    """The unquantized model on a dataset. `scores`: its vlmkit.evaluation.Scores."""
 
     def __init__(self, model, processor, dataset, *, batch_size, max_new_tokens):
         import torch
@@ -70,7 +70,7 @@ class Baseline:
         self.replays = Replays(model)
         self.one_pass = bool(torch.cat(agreed).float().mean() >= AGREEMENT)
         self.scores = scored(dataset, texts)
-        self.expected = [normalise(answer) for answer in self.scores.answers["answer"]]
+        self.expected = [normalize(answer) for answer in self.scores.answers["answer"]]
 
     def _first(self, rows, inputs):
         """A Batch, its answers as text, the largest difference between the logits of decoding and
@@ -156,7 +156,7 @@ class Baseline:
         if whole:
             rows, texts = places_of(batch.rows, places), places_of(texts, places)
         return [
-            normalise(text) == self.expected[row] for row, text in zip(rows, texts, strict=True)
+            normalize(text) == self.expected[row] for row, text in zip(rows, texts, strict=True)
         ]
 
     def _settled(self, inputs, rows):
@@ -241,7 +241,7 @@ class Baseline:
         start = [*tokens[:other], likeliest[other]]
         text = self._texts([start])[0]
         if likeliest[other] in self.ends or len(start) == self.max_new_tokens:
-            return normalise(text) == self.expected[row]
+            return normalize(text) == self.expected[row]
         return None if could_become(text, self.expected[row]) else False
 
 
@@ -250,7 +250,7 @@ def places_of(values, places):
 
 
 def could_become(start, expected):
-    """Whether a text that begins with `start` can be `expected`, a normalised answer. Spaces are
+    """Whether a text that begins with `start` can be `expected`, a normalized answer. Spaces are
     left out of the comparison, and what is not a whole character yet."""
     start = "".join(start.replace("\ufffd", "").split()).casefold().rstrip(".,;:!?")
     return "".join(expected.replace("\ufffd", "").split()).startswith(start)

@@ -11,7 +11,7 @@ def equal_bits(model, scope, bits, within=0.05):
     a DataFrame with a row for each, its format and its bits, the closest first.
 
     Looked through are integers of 2 to 8 bits, per tensor, per row and in groups of 16 to 128, with
-    and without zero points and double quantisation, and NF4 and FP4 in blocks of 16 to 4096.
+    and without zero points and double quantization, and NF4 and FP4 in blocks of 16 to 4096.
     Raises SensitivityError if there is none, with the closest.
     """
     import pandas as pd

@@ -8,7 +8,7 @@ of two no bit of a product changes (SmoothQuant, arXiv 2211.10438, section 4, go
 """
 
 from vlmkit.errors import SensitivityError
-from vlmkit.layout import LINEAR, NORM, kind_of
+from vlmkit.rows import LINEAR, NORM, kind_of
 from vlmkit.sensitivity.scopes import chosen, label_of
 from vlmkit.sensitivity.swapping import Exchange, require_float
 

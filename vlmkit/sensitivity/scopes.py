@@ -1,4 +1,4 @@
-"""Scopes: which weights of a model an experiment quantises.
+"""Scopes: which weights of a model an experiment quantizes.
 
     "language_model"              the Linear layers of a component
     "attention", "mlp"            a kind of layer, in every component
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from vlmkit import COMPONENTS
 from vlmkit.anatomy import anatomy_of, component_finder, unwrapped
 from vlmkit.errors import SensitivityError
-from vlmkit.layout import BIAS, LINEAR, NORM, kind_of
+from vlmkit.rows import BIAS, LINEAR, NORM, kind_of
 
 ATTENTION, MLP = "attention", "mlp"
 PARTS = (ATTENTION, MLP)
@@ -68,7 +68,7 @@ class RandomWeights:
 def random_weights(*, like, of, seed=0):
     """A control: as many weights as the scope `like` has, drawn at random from the scope `of`.
 
-    If quantising the projector does more damage than quantising as many weights of the language
+    If quantizing the projector does more damage than quantizing as many weights of the language
     model, it is fragile; if not, it is small. The scales are those of the whole weights.
     """
     return RandomWeights(of, like, seed)

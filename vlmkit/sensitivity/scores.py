@@ -10,16 +10,16 @@ questions and one pass over each, whatever the number of formats, the last a pas
 and layer. With Δ the change of a weight W of a Linear layer, x its inputs and y = W x its outputs:
 
   weight_error   ‖Δ‖ / ‖W‖, Frobenius norms over the scope. No unit.
-  sqnr           signal to quantisation noise of the outputs, -10 log10 of ‖Δ x‖² / ‖y‖², over all
+  sqnr           signal to quantization noise of the outputs, -10 log10 of ‖Δ x‖² / ‖y‖², over all
                  tokens of the questions, the shares averaged over the scope's Linear layers. In
-                 dB; the higher, the less is lost. The inputs are those of the unquantised model.
+                 dB; the higher, the less is lost. The inputs are those of the unquantized model.
   fisher         ½ Σ F Δ², F the mean over questions of the squared gradient of the answer's loss,
                  divided by its tokens: the second-order estimate of the damage, off-diagonal terms
                  left out (LeCun, Denker and Solla, Optimal Brain Damage, 1989; with these squared
                  gradients in place of second derivatives, SqueezeLLM, arXiv 2306.07629, section
                  4.1). In nats a token. Gradients of expected answers are the empirical Fisher,
                  which is not the Fisher matrix itself (arXiv 1905.12558).
-  kl             the divergence from the unquantised model with this scope alone rounded, in nats a
+  kl             the divergence from the unquantized model with this scope alone rounded, in nats a
                  token of its own answers, as in `sweep`.
 """
 
@@ -31,7 +31,7 @@ from vlmkit.evaluation import batches, check, naming_rows, room_for_answers
 from vlmkit.evaluation.asking import in_evaluation_mode, prepared
 from vlmkit.evaluation.prompts import answered_inputs
 from vlmkit.formats import rounding
-from vlmkit.layout import LINEAR
+from vlmkit.rows import LINEAR
 from vlmkit.sensitivity.baseline import Baseline
 from vlmkit.sensitivity.forcing import extended
 from vlmkit.sensitivity.scopes import chosen, layers, weights_of
@@ -94,7 +94,7 @@ def layer_scores(
     their squared gradients in float32.
 
     Raises SensitivityError for a scope that matches nothing, a format for activations, a model that
-    is quantised already; PlanError for a format; and what `vk.evaluate` raises.
+    is quantized already; PlanError for a format; and what `vk.evaluate` raises.
     """
     import pandas as pd
 

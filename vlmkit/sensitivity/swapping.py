@@ -1,17 +1,17 @@
-"""Quantising a scope of a loaded model for a while, and giving back what was there, bit for bit."""
+"""Quantizing a scope of a loaded model for a while, and giving back what was there, bit for bit."""
 
 from fractions import Fraction
 
 from vlmkit.errors import SensitivityError
 from vlmkit.formats import rounding
-from vlmkit.layout import LINEAR
+from vlmkit.rows import LINEAR
 from vlmkit.sensitivity.scopes import Chosen, chosen
 
 
-def quantised(model, scope, format):
+def quantized(model, scope, format):
     """A context in which the weights of a scope, or the inputs of its layers, are rounded.
 
-        with vk.sensitivity.quantised(model, "language_model", "int3-g32") as swap:
+        with vk.sensitivity.quantized(model, "language_model", "int3-g32") as swap:
             vk.evaluate(model, processor, dataset)
         swap.effective_bits, swap.bytes_saved
 
@@ -25,7 +25,7 @@ def quantised(model, scope, format):
     reaches no layer whose weight is read by the module around it (torch's MultiheadAttention).
 
     Raises PlanError for a format that does not exist, SensitivityError if the scope matches
-    nothing, if the model is quantised already, or for a weight with NaN or infinite values.
+    nothing, if the model is quantized already, or for a weight with NaN or infinite values.
     """
     return Swap(model, scope, format)
 
@@ -74,7 +74,7 @@ class Exchange:
 
 
 class Swap(Exchange):
-    """What `quantised` returns. `parameters`: how many numbers the scope has; `effective_bits` of
+    """What `quantized` returns. `parameters`: how many numbers the scope has; `effective_bits` of
     each as it would be stored, scales included; `bytes_saved` against the dtype it is stored in
     now. The last two count nothing as saved where activations are rounded."""
 
@@ -161,15 +161,15 @@ class Swap(Exchange):
 
 
 def require_float(model):
-    """Raise SensitivityError if `model` has quantised weights."""
-    quantised = [
+    """Raise SensitivityError if `model` has quantized weights."""
+    quantized = [
         name
         for name, parameter in model.named_parameters()
         if getattr(parameter, "quant_state", None) is not None or not parameter.is_floating_point()
     ]
-    if quantised:
+    if quantized:
         raise SensitivityError(
-            f"the model is quantised already ({quantised[0]} and {len(quantised) - 1} more "
+            f"the model is quantized already ({quantized[0]} and {len(quantized) - 1} more "
             "weights), and what is rounded twice shows neither format. Load it in a float format: "
             'vk.load(name, plan="bf16").'
         )

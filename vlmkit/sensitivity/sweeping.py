@@ -1,15 +1,15 @@
-"""Scopes × formats on a dataset: a row for each, against the unquantised model."""
+"""Scopes × formats on a dataset: a row for each, against the unquantized model."""
 
 import os
 from pathlib import Path
 
 from vlmkit.errors import SensitivityError
 from vlmkit.evaluation import check, room_for_answers
+from vlmkit.evaluation.statistics import FLIPS, expected_width, mcnemar, needed, paired_interval
 from vlmkit.formats import rounding
 from vlmkit.sensitivity.baseline import Baseline
 from vlmkit.sensitivity.records import Records, fingerprint
 from vlmkit.sensitivity.scopes import label_of
-from vlmkit.sensitivity.statistics import FLIPS, expected_width, mcnemar, needed, paired_interval
 from vlmkit.sensitivity.swapping import Swap, require_float
 
 COLUMNS = (
@@ -44,7 +44,7 @@ def sweep(
     max_new_tokens=None,
     progress=True,
 ):
-    """Quantise each scope in each format, ask the dataset's questions, and compare: a DataFrame.
+    """Quantize each scope in each format, ask the dataset's questions, and compare: a DataFrame.
 
     model: one that `vk.load` returned in a float format. It is given back as it was.
     dataset, batch_size, max_new_tokens: as in `vk.evaluate`, whose answers these are. A dictionary
@@ -60,11 +60,11 @@ def sweep(
 
     A row per scope and format, with the columns
       accuracy              with the scope in the format
-      difference, low, high accuracy minus that of the unquantised model, on the same questions,
+      difference, low, high accuracy minus that of the unquantized model, on the same questions,
                             and its 95% paired-bootstrap interval
       p                     McNemar's exact test of that difference
-      kl                    mean Kullback-Leibler divergence to the unquantised model, in nats a
-                            token of the unquantised model's own answers, each answer weighing the
+      kl                    mean Kullback-Leibler divergence to the unquantized model, in nats a
+                            token of the unquantized model's own answers, each answer weighing the
                             same
       lost, gained          answers that went from right to wrong, and from wrong to right
       n                     questions
@@ -74,7 +74,7 @@ def sweep(
 
     Under `accelerate launch` the processes share the work, and each returns the whole table.
 
-    Raises SensitivityError if a scope matches nothing, if the model is quantised already or gets
+    Raises SensitivityError if a scope matches nothing, if the model is quantized already or gets
     every question wrong, for too few questions; PlanError for a format; and what `vk.evaluate`
     raises.
     """
@@ -236,8 +236,8 @@ def _require_right_answers(scores):
         return
     first = scores.answers.iloc[0]
     raise SensitivityError(
-        f"The unquantised model answers none of the {scores.n:,} questions right, so there is "
-        f"nothing that quantising could break. The first answer is {first['predicted']!r} and "
+        f"The unquantized model answers none of the {scores.n:,} questions right, so there is "
+        f"nothing that quantizing could break. The first answer is {first['predicted']!r} and "
         f"{first['answer']!r} was expected: does the model fit the questions, and are the expected "
         "answers in its words?"
     )

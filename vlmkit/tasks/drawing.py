@@ -30,7 +30,7 @@ def _grid():
 
 
 def background(rng):
-    """An empty picture, (SIZE, SIZE, 3) uint8, in one dark or light grey."""
+    """An empty picture, (SIZE, SIZE, 3) uint8, in one dark or light gray."""
     level = rng.choice((rng.randrange(10, 60), rng.randrange(200, 246)))
     return np.full((SIZE, SIZE, 3), level, dtype=np.uint8)
 
@@ -41,7 +41,7 @@ def shade(color, rng):
 
 
 def draw_shape(pixels, shape, rgb, x, y, radius):
-    """Paint one of `SHAPES`, centred on pixel (x, y) and `radius` pixels from centre to edge."""
+    """Paint one of `SHAPES`, centerd on pixel (x, y) and `radius` pixels from center to edge."""
     ys, xs = _grid()
     dx, dy = xs - x, ys - y
     if shape == "circle":

@@ -3,7 +3,7 @@
 Pictures and questions are those of `vqa`, so that nothing new has to be seen. In `dutch` the
 question stays in English, and only the answer is new; in `dutch_throughout` it is asked in Dutch as
 well, which has to be read first. There each phrasing is translated as a whole, and what stands in
-it, a shape or a colour, gets the article and the ending that Dutch wants: "the red cross" is "het
+it, a shape or a color, gets the article and the ending that Dutch wants: "the red cross" is "het
 rode kruis", "a red cross" is "een rood kruis".
 
 All Dutch is written in capitals, as on signs. Capitals are the letters that pebble has learnt to
@@ -71,7 +71,7 @@ PHRASES = {
     "Would you say that the THING is RELATION the THING?": "Vind je dat THE RELATION THE ligt?",
 }
 """Words in capitals are slots: what they stand for in English, and in Dutch, in order, THE and ONE
-for an object with its article, COLORED for a colour with its ending."""
+for an object with its article, COLORED for a color with its ending."""
 
 _THING = rf"(?:{'|'.join(COLORS)}) (?:{'|'.join(SHAPES)})"
 SLOTS = {
@@ -120,7 +120,7 @@ def question_in_dutch(question):
 
 
 def answer_in_dutch(answer):
-    """An answer of `vqa` in Dutch: a colour, a shape, yes, no, none, or a number, which stays."""
+    """An answer of `vqa` in Dutch: a color, a shape, yes, no, none, or a number, which stays."""
     if answer in NOUNS:
         return NOUNS[answer].split()[1].upper()
     if answer in ADJECTIVES:

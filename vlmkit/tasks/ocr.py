@@ -56,9 +56,9 @@ def draw(rng):
     pixels = background(rng)
     dark = pixels[0, 0, 0] < 128
     color = rng.choice(list(COLORS))
-    # A sign in one colour with letters much lighter or darker than it.
+    # A sign in one color with letters much lighter or darker than it.
     plate, ink = shade(color, rng), (250, 250, 250) if sum(COLORS[color]) < 380 else (10, 10, 10)
-    if rng.random() < 0.5:  # no plate: coloured or plain letters on the background itself
+    if rng.random() < 0.5:  # no plate: colored or plain letters on the background itself
         plate, ink = None, (245, 245, 245) if dark else (15, 15, 15)
     scale = 3 if 0 < len(text) < 4 and rng.random() < 0.3 else 2
     advance = (GLYPH_WIDTH + SPACING) * scale

@@ -13,7 +13,7 @@ def _alone(rng, shape, color):
 
 
 def draw(rng):
-    if rng.random() < 0.4:  # one object each, alike in shape or colour more often than by chance
+    if rng.random() < 0.4:  # one object each, alike in shape or color more often than by chance
         shape, color = rng.choice(SHAPES), rng.choice(list(COLORS))
         other_shape = shape if rng.random() < 0.5 else rng.choice(SHAPES)
         other_color = color if rng.random() < 0.5 else rng.choice(list(COLORS))
@@ -30,7 +30,7 @@ def _picture(both, rng):
 
 
 def ask_which(both, rng):
-    """In which picture is a shape, or a colour: first, second, both or none."""
+    """In which picture is a shape, or a color: first, second, both or none."""
     attribute = rng.choice(("shape", "color"))
     values = [{getattr(thing, attribute) for thing in things} for things in both]
     by_answer = {"first": [], "second": [], "both": [], NONE: []}

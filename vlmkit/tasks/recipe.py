@@ -77,7 +77,7 @@ def listing(parts):
 def balanced(rng, choices):
     """One value, each *answer* equally likely: `choices` maps an answer to the values that give it.
 
-    Answers without values are passed over. Without this, most counts of a colour would be 1.
+    Answers without values are passed over. Without this, most counts of a color would be 1.
     """
     answer = rng.choice([answer for answer, values in choices.items() if values])
     return answer, rng.choice(choices[answer])

@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes: captions, and the questions that visual question answering began with.
+"""Scenes of colored shapes: captions, and the questions that visual question answering began with.
 
 The kinds of question follow CLEVR (Johnson et al., 2017, arXiv 1612.06890, section 3): attribute,
 existence, counting, comparison of positions.
@@ -56,7 +56,7 @@ def random_thing(rng, column, row, shape, color):
 
 
 def random_things(rng, count):
-    """`count` objects in reading order (row by row), of few colours and shapes: they repeat."""
+    """`count` objects in reading order (row by row), of few colors and shapes: they repeat."""
     colors = rng.sample(list(COLORS), rng.randrange(2, 5))
     shapes = rng.sample(SHAPES, rng.randrange(2, 5))
     cells = sorted(rng.sample(range(CELLS * CELLS), count))
@@ -190,7 +190,7 @@ def ask_count_color(things, rng):
 
 
 def ask_exist(things, rng):
-    """Half the answers are "no"; most of those name a shape and a colour that are both there."""
+    """Half the answers are "no"; most of those name a shape and a color that are both there."""
     names = {thing.name for thing in things}
     if rng.random() < 0.5:
         if not things:

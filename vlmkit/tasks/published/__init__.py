@@ -1,6 +1,6 @@
 """Published data sets of visual question answering, in the shape of vlmkit's own tasks.
 
-schemas.py  the layouts: which columns say what, and how one is recognised
+schemas.py  the layouts: which columns say what, and how one is recognized
 opening.py  files, folders, saved datasets and the hub
 reading.py  rows checked and pictures read, by number or as a stream
 """

@@ -1,6 +1,6 @@
 """The layouts in which VQA data is published, and how a row of each is read.
 
-A layout is recognised by its columns: those that it needs, and one at least of its marks, which
+A layout is recognized by its columns: those that it needs, and one at least of its marks, which
 others lack. Everything here is text; pictures are `reading.py`'s.
 """
 
@@ -19,7 +19,7 @@ PICTURES = ("images", "image")
 @dataclass(frozen=True)
 class Schema:
     """name: the layout's, and the `task` of its rows. needs: columns that it cannot do without.
-    marks: columns of which at least one must be there to recognise it unnamed.
+    marks: columns of which at least one must be there to recognize it unnamed.
     read: a row as a dict -> its questions, each a dict with question, answer, answers and kind."""
 
     name: str
@@ -35,7 +35,7 @@ class Schema:
             lacking.insert(0, self.picture)
         return lacking
 
-    def recognises(self, columns):
+    def recognizes(self, columns):
         marked = not self.marks or any(name in columns for name in self.marks)
         return marked and not self.missing(columns)
 
@@ -149,15 +149,15 @@ SCHEMAS = {
 
 
 def find(columns, name=None):
-    """The `Schema` called `name`, or the first that recognises `columns`.
+    """The `Schema` called `name`, or the first that recognizes `columns`.
 
     Raises TaskError for a name that does not exist, for columns that the layout named lacks, and
-    where no layout is recognised: with what was found, what each needs, and the nearest.
+    where no layout is recognized: with what was found, what each needs, and the nearest.
     """
     columns = list(columns)
     if name is None:
         for schema in SCHEMAS.values():
-            if schema.recognises(columns):
+            if schema.recognizes(columns):
                 return schema
         raise TaskError(_unknown(columns))
     if name not in SCHEMAS:
@@ -189,7 +189,7 @@ def _unknown(columns):
         for schema in SCHEMAS.values()
     )
     return (
-        f"The rows have {_listed(columns)}, which is no layout that vlmkit recognises. {advice} "
+        f"The rows have {_listed(columns)}, which is no layout that vlmkit recognizes. {advice} "
         f"What each needs: {needs}."
     )
 

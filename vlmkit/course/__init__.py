@@ -1,0 +1,18 @@
+"""The course: what only the chapters use. Nothing else in vlmkit knows a chapter.
+
+    vk.course.check("equal cost", 19)
+
+controls/explorer/exercises/pictures are modules of their own, imported when they are first used.
+"""
+
+import importlib
+
+_MODULES = ("controls", "exercises", "explorer", "pictures")
+
+
+def __getattr__(name):
+    if name == "check":
+        return importlib.import_module("vlmkit.course.exercises").check
+    if name in _MODULES:
+        return importlib.import_module(f"vlmkit.course.{name}")
+    raise AttributeError(f"module 'vlmkit.course' has no attribute {name!r}")

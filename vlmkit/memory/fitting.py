@@ -1,0 +1,132 @@
+"""Fitting: which model fits on which graphics card, under which plan.
+
+    vk.fit()                # the catalog on common cards under three plans, one picture asked about
+    vk.fit(["Qwen/Qwen2.5-VL-7B-Instruct"], gpus=["RTX 4060", "24 GB"], tokens=2048, images=4)
+
+Needed is what `vk.memory.predict` gives. Usable is a card's memory, less what is reserved: an
+assumption, not a measurement.
+"""
+
+import difflib
+from itertools import product
+
+from vlmkit.backend.quiet import quiet
+from vlmkit.catalog import NAMES
+from vlmkit.catalog.gpus import GPUS
+from vlmkit.errors import SizeError
+from vlmkit.memory.predicting import predict
+from vlmkit.plan import Plan
+from vlmkit.units import GIGABYTE, parse_size
+
+PLANS = {
+    "bf16": Plan(),
+    "language model int8": Plan(language_model="int8"),
+    "language model nf4": Plan.recommended(),
+}
+"""The plans that are compared unless others are asked for."""
+
+RESERVED = "1 GB"
+"""Assumed to be lost to what PyTorch does not count: the CUDA context, its libraries' code and
+workspaces, and the desktop. For a process that had computed nothing, 0.78 GB was reported
+(pytorch/pytorch issue 34323)."""
+
+
+def fit(
+    models=NAMES,
+    plans=PLANS,
+    gpus=tuple(GPUS),
+    *,
+    tokens=512,
+    images=1,
+    allocator="cuda",
+    reserved=RESERVED,
+    progress=False,
+    **use,
+):
+    """A pandas DataFrame with a row for each model, plan and card: does it fit?
+
+    models: names, or {label: anything that `vk.memory.predict` takes}.
+    plans: anything that `Plan.parse` takes, or {label: that}.
+    gpus: names of `vlmkit.catalog.gpus.GPUS`, or sizes such as "12 GB".
+    tokens, images, use: what the model is to do, as `vk.memory.predict` takes it: image_size,
+        batch, new_tokens, training, … With tokens=0 and images=0 it is the weights alone that are
+        to fit.
+    allocator: "cuda" counts what PyTorch's caching allocator rounds up to; None leaves it out.
+    reserved: a size, off every card's memory.
+    progress: whether to show a bar; a model of billions takes some seconds a plan.
+
+    needed, memory (of the card), usable and headroom are bytes; headroom is negative where it does
+    not fit. Where a model has no room for that many tokens, needed is missing and `why` says so.
+    Raises SizeError for a card that is unknown and for a use that none of the models has room for,
+    and what else `vk.memory.predict` raises.
+    """
+    import pandas as pd
+    from tqdm import tqdm
+
+    cards = {_label(gpu): int(_memory_of(gpu)) for gpu in gpus}
+    lost = parse_size(reserved)
+    pairs = list(product(_labelled(models), _labelled(plans)))
+    rows, errors = [], []
+    for (model, x), (plan, chosen) in tqdm(pairs, disable=not progress, unit="plan"):
+        needed, why = None, ""
+        try:
+            with quiet():
+                ledger = predict(
+                    x, chosen, tokens=tokens, images=images, allocator=allocator, **use
+                )
+            needed = ledger.total
+        except SizeError as error:
+            errors.append(error)
+            why = str(error)
+        rows += [(model, plan, gpu, needed, size, why) for gpu, size in cards.items()]
+    if errors and len(errors) == len(pairs):
+        raise errors[0]
+    table = pd.DataFrame(rows, columns=["model", "plan", "gpu", "needed", "memory", "why"])
+    table["needed"] = table["needed"].astype("Int64")
+    table.insert(5, "usable", table["memory"] - lost)
+    table.insert(6, "headroom", table["usable"] - table["needed"])
+    table.insert(7, "fits", (table["headroom"] >= 0).fillna(False).astype(bool))
+    return table
+
+
+def _labelled(things):
+    return list(things.items()) if isinstance(things, dict) else [(_label(x), x) for x in things]
+
+
+def _label(x):
+    return x if isinstance(x, str) else str(x) if isinstance(x, int) else repr(x)
+
+
+def _memory_of(gpu):
+    if gpu in GPUS:
+        return GPUS[gpu].bytes
+    try:
+        return parse_size(gpu)
+    except SizeError as error:
+        known = {name.lower(): name for name in GPUS}
+        near = difflib.get_close_matches(str(gpu).lower(), known, n=1, cutoff=0.5)
+        hint = f"Did you mean {known[near[0]]!r}? " if near else ""
+        raise SizeError(
+            f"{gpu!r} is neither a card that the catalog has nor a size of memory such as '12 GB'. "
+            f"{hint}The cards are {', '.join(GPUS)}."
+        ) from error
+
+
+def summary(table):
+    """The table of `fit` as text in a DataFrame with a row for each model and plan: the GB needed,
+    for each size of card, in GB, how many are left there; "-" where it does not fit, "too long"
+    where the model has no room for so many tokens."""
+    import pandas as pd
+
+    rows = {}
+    for (model, plan), own in table.groupby(["model", "plan"], sort=False):
+        needed = own["needed"].iloc[0]
+        row = rows[model, plan] = {
+            "needs": "too long" if pd.isna(needed) else f"{needed / GIGABYTE:.1f}"
+        }
+        for card in own.sort_values("memory").itertuples():
+            left = f"{card.headroom / GIGABYTE:.1f}" if card.fits else "-"
+            row[f"{card.memory / GIGABYTE:g}"] = left
+    wide = pd.DataFrame.from_dict(rows, orient="index")
+    wide.index = pd.MultiIndex.from_tuples(wide.index, names=["model", "plan"])
+    return wide
