@@ -29,7 +29,7 @@ class Layout:
     @cached_property
     def floats(self):
         """Names of the float formats that the plan asks for, also beside quantized weights."""
-        return {FORMATS[row.asked].companion for row in self.rows}
+        return {FORMATS[row.asked].float_format for row in self.rows}
 
     @property
     def load_dtype(self):
@@ -155,7 +155,7 @@ def resolve(plan, model):
             asked, named = plan[component], False
         wanted = FORMATS[asked]
         can = module in linear and kind != BIAS
-        given = wanted.companion
+        given = wanted.float_format
         if wanted.quantized and can and (kind == LINEAR or named):
             given = asked
         elif kept_in_fp32(model, name, given):

@@ -23,7 +23,7 @@ class Plan(Table):
 
     The formats are the names in `vlmkit.formats.FORMATS`. A quantized format is for the Linear
     layers of a component. The output head, tied weights, embeddings, norms, biases and convolutions
-    stay in the format's companion (bf16), as transformers and bitsandbytes keep them.
+    stay in the format's float format (bf16), as transformers and bitsandbytes keep them.
 
     Raises PlanError, with the nearest right name, for an unknown component or format.
     """

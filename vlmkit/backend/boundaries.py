@@ -22,7 +22,7 @@ def join_dtypes(model, layout):
     modules that got them."""
     from torch.nn import ModuleDict, ModuleList
 
-    outside = FORMATS[layout.plan["language_model"]].companion
+    outside = FORMATS[layout.plan["language_model"]].float_format
     if layout.floats == {outside}:  # one float format: nothing to join
         return []
     below, own, torn = _float_formats(layout)
@@ -43,7 +43,7 @@ def join_dtypes(model, layout):
         if len(formats) == 1:
             (inside,) = formats
         elif component:  # several: what runs through it is in its component's
-            inside = FORMATS[layout.plan[component]].companion
+            inside = FORMATS[layout.plan[component]].float_format
         loose = own.get(name, {inside}) != {inside}  # a gate, say, that multiplies what runs here
         if always or loose or inside != around:
             _cast_at(module, torch_dtype(inside), torch_dtype(around))
@@ -71,7 +71,7 @@ def _float_formats(layout):
     for row in layout.rows:
         # What counts is the arithmetic's format, hence `asked`: what a model's own class keeps in
         # fp32 it also casts for by itself.
-        name = FORMATS[row.asked].companion
+        name = FORMATS[row.asked].float_format
         own.setdefault(row.module, set()).add(name)
         for module in _above(row.module):
             below.setdefault(module, {})[name] = True

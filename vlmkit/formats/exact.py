@@ -20,18 +20,18 @@ class Format:
     """A number format.
 
     bits: of one weight, without its share of scales.
-    companion: the float format of everything beside the quantized weights (biases, norms,
+    float_format: the float format of everything beside the quantized weights (biases, norms,
         embeddings) and of the arithmetic; for a float format, itself.
     """
 
     name: str
     bits: int
-    companion: str
+    float_format: str
     about: str
 
     @property
     def quantized(self):
-        return self.name != self.companion
+        return self.name != self.float_format
 
     def parts(self, shape):
         """Bytes of one weight tensor of `shape`: (weights, quantization state)."""
@@ -89,11 +89,11 @@ def format_named(name):
 
 
 def torch_dtype(name):
-    """torch dtype of a format's floats: of the format itself, or of its companion."""
+    """torch dtype of a format's floats: of the format itself, or of its float format."""
     import torch
 
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    return dtypes[format_named(name).companion]
+    return dtypes[format_named(name).float_format]
 
 
 def format_of_dtype(dtype):

@@ -174,7 +174,7 @@ def _plan(parts, assignment, components):
     plan = Plan(**named)
     for part in parts:
         given = plan[part.component]
-        given = given if part.main else FORMATS[given].companion  # of the head, if it is not named
+        given = given if part.main else FORMATS[given].float_format  # the head, if not named
         if assignment[part.scope] != given:
             plan = plan.override(pattern_of(part, parts), assignment[part.scope])
     return plan
