@@ -11,10 +11,10 @@ PYTEST_ARGS ?=
 BENCHMARK_ARGS ?=
 
 python := .venv/bin/python
-# Tests see no hub, and nothing of what a reader's shell may set.
+# Tests use no hub, and no variables that a reader's shell may have set.
 quietly := env -u VLMKIT_MODEL -u MPLBACKEND HF_HUB_OFFLINE=1
 pytest := $(quietly) $(python) -m pytest $(PYTEST_ARGS)
-# A notebook runs in this environment's own kernel, and must give the outputs stored in it.
+# A notebook runs in the kernel of this environment, and must print the outputs that it stores.
 nbval := --nbval --nbval-current-env --nbval-cell-timeout=600 notebooks
 # Jupyter refuses to run as root, the usual user of a container, unless it is told to.
 as_root := $(if $(filter 0,$(shell id -u)),--allow-root)
@@ -37,75 +37,75 @@ site: setup ## build the course as a site into build/site, from the committed no
 	$(quietly) $(python) -m sphinx -c docs -d build/doctrees -E -W --keep-going -q -j auto . build/site
 	@echo "The site is in build/site; its first page is build/site/index.html"
 
-times: setup ## record how long Run All takes in each chapter; some fifteen minutes
+times: setup ## record how long Run All takes in each chapter; about fifteen minutes
 	$(quietly) $(python) scripts/times.py
 
-browser: setup ## install what the test in a browser needs, and Chromium if none is found
+browser: setup ## install what the tests in a browser need, and Chromium if none is found
 	$(python) -m pip install -q -c constraints.txt -e '.[browser]'
 	-$(python) scripts/chromium.py --install
 
 test: lint ## check style, run the tests, run every notebook and compare its outputs
-	$(pytest) -m "not slow"
-	$(pytest) $(nbval)
+	@sh scripts/test.sh '$(pytest) -m "not slow"' '$(pytest) $(nbval)'
 
-test-all: lint browser ## the same, with the slow tests
+test-all: lint browser ## the same with the slow tests
 	$(pytest)
 	$(pytest) $(nbval)
 
-test-oldest: setup ## run the tests of what vlmkit builds on with the oldest versions supported
+test-oldest: setup ## run the tests that depend on other packages with their oldest versions
 	@TORCH_INDEX="$(TORCH_INDEX)" PYTEST_ARGS="$(PYTEST_ARGS)" sh scripts/test_versions.sh oldest
 
-test-newest: setup ## the same with the newest versions that there are
+test-newest: setup ## the same with the newest versions
 	@TORCH_INDEX="$(TORCH_INDEX)" PYTEST_ARGS="$(PYTEST_ARGS)" sh scripts/test_versions.sh newest
 
-lint: setup ## check the style of code and notebooks
+lint: setup ## check the style of code and notebooks, and print how long each chapter is
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
+	@$(python) scripts/style_report.py
 
-format: setup ## put code and notebooks into that style
+format: setup ## change code and notebooks to that style
 	$(python) -m ruff check --fix .
 	$(python) -m ruff format .
 
 benchmark-pebble: setup ## measure the bundled model on questions that it has never seen
 	$(quietly) $(python) benchmarks/pebble.py $(BENCHMARK_ARGS)
 
-benchmark-connectors: setup ## train chapter 02's connectors for longer, and record what they give
+benchmark-connectors: setup ## train chapter 02's connectors for longer, and record their accuracy
 	$(quietly) $(python) benchmarks/connectors.py $(BENCHMARK_ARGS)
 
 benchmark-loading: setup ## time loading, and its memory, against transformers' own call
 	$(quietly) $(python) benchmarks/loading.py $(BENCHMARK_ARGS)
 
-benchmark-memory: setup ## hold predictions of memory, ours and others', against measured bytes
+benchmark-memory: setup ## compare predictions of memory, ours and others', with measured bytes
 	$(quietly) $(python) benchmarks/memory.py $(BENCHMARK_ARGS)
 
-benchmark-sensitivity: setup ## time a sweep of formats and scopes against the plain way
+benchmark-sensitivity: setup ## time a sweep of formats and scopes against a plain loop
 	$(quietly) $(python) benchmarks/sensitivity.py $(BENCHMARK_ARGS)
 
 benchmark-damage: setup ## record for chapter 05 what pebble loses in eleven formats
 	$(quietly) $(python) benchmarks/damage.py $(BENCHMARK_ARGS)
 
-benchmark-budgets: setup ## record for chapter 06 what layers lose, and planned against uniform
+benchmark-budgets: setup ## record for chapter 06 what layers lose, and planned and uniform formats
 	$(quietly) $(python) benchmarks/budgets.py $(BENCHMARK_ARGS)
 
-benchmark-domains: setup ## record for chapter 07 which component learns a new domain, and recovery
+benchmark-domains: setup ## record for chapter 07 which component learns a new domain
 	$(quietly) $(python) benchmarks/domains.py $(BENCHMARK_ARGS)
 
 benchmark-stages: setup ## train chapter 09's recipes, each with a stage left out or changed
 	$(quietly) $(python) benchmarks/stages.py $(BENCHMARK_ARGS)
 
-benchmark-gpu: setup ## hold predictions against an NVIDIA GPU, at full size; some minutes, 25 GB of disk
+benchmark-gpu: setup ## compare predictions with an NVIDIA GPU at full size; minutes, 25 GB of disk
 	$(quietly) $(python) benchmarks/gpu.py $(BENCHMARK_ARGS)
 
-benchmark-several-gpus: setup ## the same training on one GPU, on two, and parted between two
+benchmark-several-gpus: setup ## the same training on one GPU, on two, and split between two
 	$(quietly) $(python) benchmarks/several_gpus.py $(BENCHMARK_ARGS)
 
-benchmark-finetuning: setup ## steps a second of training, against a bare loop and an untuned Trainer
+benchmark-finetuning: setup ## training steps per second, of a bare loop and an untuned Trainer too
 	$(quietly) $(python) benchmarks/finetuning.py $(BENCHMARK_ARGS)
 
-solutions: setup ## make notebooks/solutions/ from the lessons, and run them
+solutions: setup ## make notebooks/solutions/ from the chapters, and run them
 	$(quietly) $(python) scripts/solutions.py
 
-benchmark-class: setup ## memory and time of chapters, for a class on one machine
+benchmark-class: setup ## memory and time of chapters, for a class that shares one machine
 	$(quietly) $(python) benchmarks/class.py $(BENCHMARK_ARGS)
 
 clean: ## remove .venv, caches and builds; the next call makes them again

@@ -1,7 +1,7 @@
-"""How nbval compares the notebooks: strictly, but for what no two machines print alike."""
+"""nbval compares all outputs of the notebooks, except those that differ on every machine."""
 
 
 def pytest_collectstart(collector):
-    """Leave stderr (warnings, progress bars) out of the comparison; nbval compares the rest."""
+    """Do not compare stderr, which has warnings and progress bars."""
     if hasattr(collector, "skip_compare"):
         collector.skip_compare += ("stderr",)

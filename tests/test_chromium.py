@@ -1,4 +1,4 @@
-"""scripts/chromium.py: which browser the test in a browser takes, and what it says without one."""
+"""scripts/chromium.py: which browser the tests use, and what it says if there is none."""
 
 import os
 import runpy
@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "chromium.py"
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="makes programs as POSIX has them")
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="makes POSIX programs")
 
 
 @pytest.fixture
 def script(monkeypatch, tmp_path):
-    """The script, on a machine that has nothing on PATH and nothing of playwright's."""
+    """The script on a machine without any browser."""
     monkeypatch.delenv("CHROMIUM", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     found = runpy.run_path(str(SCRIPT))
@@ -32,29 +32,29 @@ def program(tmp_path):
     return make
 
 
-def test_the_one_on_path_is_found_and_chromium_comes_first(script, program):
+def test_it_finds_a_browser_on_path_and_prefers_chromium(script, program):
     chrome = program("google-chrome")
     assert script["find"]() == chrome
     chromium = program("chromium")
     assert script["find"]() == chromium
 
 
-def test_the_one_that_is_named_comes_before_all(script, program, monkeypatch, tmp_path):
+def test_the_variable_comes_first(script, program, monkeypatch, tmp_path):
     program("chromium")
     monkeypatch.setenv("CHROMIUM", program("mine"))
     assert script["find"]() == str(tmp_path / "bin" / "mine")
     monkeypatch.setenv("CHROMIUM", "not-there")
-    assert script["find"]() is None, "what is named and missing is not replaced by another"
+    assert script["find"]() is None, "another one must not replace what was asked for"
 
 
-def test_playwrights_own_comes_last(script, program):
+def test_playwrights_own_browser_comes_last(script, program):
     script["find"].__globals__["of_playwright"] = lambda: "playwright's"
     assert script["find"]() == "playwright's"
     chromium = program("chromium")
     assert script["find"]() == chromium
 
 
-def test_without_any_it_says_what_to_install(script, monkeypatch):
+def test_without_a_browser_it_says_what_to_install(script, monkeypatch):
     monkeypatch.setattr("sys.argv", ["chromium.py"])
     with pytest.raises(SystemExit, match="apt install chromium.*playwright install chromium"):
         script["main"]()

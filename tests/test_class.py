@@ -1,4 +1,4 @@
-"""benchmarks/class.py: what it measures is what a process and its children hold."""
+"""benchmarks/class.py measures the memory of a process with its children, and times a chapter."""
 
 import runpy
 import subprocess
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="read as Linux s
 MEGABYTE = 10**6
 
 
-def test_what_a_process_holds_and_its_child_with_it():
+def test_memory_of_a_process_includes_its_child():
     code = "import subprocess, sys; own = bytearray(b'x' * 50_000_000); print(flush=True); "
     code += "sys.argv[1:] and subprocess.run([sys.executable, '-c', sys.argv[1]])"
     child = "own = bytearray(b'x' * 30_000_000); print(flush=True); input()"
@@ -39,5 +39,5 @@ def test_a_chapter_on_one_core():
     assert done.returncode == 0, done.stderr
     row = done.stdout.splitlines()[-1].split("|")
     assert row[1].strip() == "kernel of chapter 00" and int(row[2]) == 1
-    assert 5 < int(row[3]) <= time.perf_counter() - begun
+    assert 5 < int(row[3]) < time.perf_counter() - begun + 1  # the table has whole seconds
     assert 200 < int(row[5]) < int(row[4]) < 4000

@@ -1,5 +1,7 @@
-"""scripts/colab.py: into an environment that is full already comes what is missing, and the rest
-stays. Tried with the real pip, on packages made for the occasion."""
+"""scripts/colab.py installs what a full environment lacks, and changes nothing else.
+
+The tests use the real pip with small packages that they make.
+"""
 
 import json
 import re
@@ -17,13 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 colab = types.SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "colab.py")))
 
 
-def test_needs_what_the_package_needs():
+def test_it_needs_what_the_package_needs():
     assert any(line.startswith("transformers") for line in colab.needed())
     decision = colab.decide(colab.needed(), colab.installed())
     assert decision.wanted == [] and len(decision.fine) == len(colab.needed())
 
 
-def test_each_package_is_kept_missing_or_too_old():
+def test_each_package_is_fine_missing_or_too_old():
     needs = ["a>=2", "b>=2", "C_d>=2", "torch>=9", "e>=2"]
     here = {"a": "2.1", "b": "1.9", "torch": "8.0+cu999", "e": "3.0.dev1"}
     decision = colab.decide(needs, here)
@@ -33,7 +35,7 @@ def test_each_package_is_kept_missing_or_too_old():
     assert decision.wanted == ["C_d>=2", "b>=2"]
 
 
-def test_constraints_never_let_a_version_fall():
+def test_constraints_never_allow_a_downgrade():
     here = {"a": "2.1", "b": "1.9+local", "torch": "8.0+cu999"}
     decision = colab.decide(["b>=2", "torch>=9"], here)
     strict = colab.constraints(here, decision)
@@ -46,7 +48,7 @@ def test_constraints_never_let_a_version_fall():
 
 
 def wheel(folder, name, version, *needs):
-    """A package that holds nothing, as pip can install it."""
+    """Write an empty package that pip can install."""
     info = f"{name}-{version}.dist-info"
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
     lines += [f"Requires-Dist: {need}" for need in needs]
@@ -62,7 +64,7 @@ def wheel(folder, name, version, *needs):
 
 @pytest.fixture
 def environment(tmp_path):
-    """An environment and an index of packages, and a function that installs into it."""
+    """An environment, a folder of packages, and functions that install into the environment."""
     shelf, home = tmp_path / "shelf", tmp_path / "environment"
     shelf.mkdir()
     venv.create(home, with_pip=False)
@@ -85,7 +87,7 @@ def environment(tmp_path):
     )
 
 
-def test_only_what_is_missing_comes_and_in_versions_that_suit_the_rest(environment):
+def test_installs_only_what_is_missing_in_versions_that_fit_the_rest(environment):
     wheel(environment.shelf, "numbers", "3.0")
     wheel(environment.shelf, "numbers", "4.0")
     wheel(environment.shelf, "tables", "1.0", "numbers>=3")
@@ -96,7 +98,7 @@ def test_only_what_is_missing_comes_and_in_versions_that_suit_the_rest(environme
 
 
 @pytest.mark.slow
-def test_what_is_too_old_becomes_newer_and_takes_along_what_must(environment, capsys):
+def test_upgrades_what_is_too_old_and_what_that_needs(environment, capsys):
     for version, need in (("1.0", "hub==1.0"), ("2.0", "hub==2.0")):
         wheel(environment.shelf, "models", version, need)
         wheel(environment.shelf, "hub", version)
@@ -107,8 +109,8 @@ def test_what_is_too_old_becomes_newer_and_takes_along_what_must(environment, ca
     assert "torch 1.0 stays" in capsys.readouterr().out
 
 
-def test_nothing_becomes_older(environment):
-    """Newer than vlmkit knows: pip would gladly take it back for the sake of another package."""
+def test_downgrades_nothing(environment):
+    """By itself, pip would install an older version to satisfy another package."""
     wheel(environment.shelf, "hub", "1.0")
     wheel(environment.shelf, "hub", "2.0")
     wheel(environment.shelf, "adapters", "1.0", "hub<2")
@@ -121,8 +123,7 @@ def test_nothing_becomes_older(environment):
 # --- the badge ------------------------------------------------------------------------------------
 
 
-def test_one_address_everywhere():
-    """The address of the repository is one constant, and this test says where else it stands."""
+def test_the_address_of_the_repository_is_the_same_everywhere():
     notebook = json.loads((ROOT / "scripts" / "colab.ipynb").read_text(encoding="utf-8"))
     first = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
     code = "".join(first["source"])
@@ -134,7 +135,7 @@ def test_one_address_everywhere():
     assert "%run" in code and "scripts/colab.py" in code
 
 
-def test_its_notebook_is_code_that_parses_and_loads_the_model():
+def test_its_notebook_parses_and_loads_the_model():
     notebook = json.loads((ROOT / "scripts" / "colab.ipynb").read_text(encoding="utf-8"))
     cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
     for cell in cells[1:]:

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py runs from end to end where there is no GPU, on a tiny model."""
+"""benchmarks/gpu.py runs from end to end without a GPU, on a tiny model."""
 
 import copy
 import json
@@ -16,13 +16,16 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 @pytest.fixture
 def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("gpu_setups", "finetuning"):  # of that folder, whatever else has such a name
+    for name in (
+        "gpu_setups",
+        "finetuning",
+    ):  # import those of that folder, not another module of the name
         monkeypatch.delitem(sys.modules, name, raising=False)
     return runpy.run_path(str(BENCHMARKS / "gpu.py"))
 
 
 def config(name):
-    """The family's tiny config, with room for a tokenizer of bytes and some pictures."""
+    """The tiny config of a family, large enough for a tokenizer of bytes and some pictures."""
     family = _FAMILIES[name]
     fields = copy.deepcopy(family.config)
     fields["text_config"] |= {"max_position_embeddings": 1024, "vocab_size": 300}
@@ -57,7 +60,7 @@ def test_the_script_on_a_cpu(benchmark, tmp_path):
     assert "| mllama, nf4, 2, 1 | cache |" in text and "+0.000%" in text
 
 
-def test_a_failure_is_kept_and_stops_nothing(benchmark, tmp_path, monkeypatch):
+def test_a_failure_is_recorded_and_the_rest_continues(benchmark, tmp_path, monkeypatch):
     results = benchmark["Results"](tmp_path / "results.json")
     with results.attempt("what cannot be"):
         raise RuntimeError("out of memory")

@@ -1,8 +1,7 @@
-"""Care for the reader: what every notebook and page is held to beyond being right.
+"""Every notebook and page is clean: no local paths, readable figures, links that resolve.
 
-That notebooks are committed as they ran is in `test_notebooks.py`, that each chapter has its length
-and its captions in its own tests (`chapters.py`), and that cards keep their times in
-`test_times.py`.
+`test_notebooks.py` checks that notebooks are committed as they ran, `test_times.py` the times on
+their cards. `make lint` prints their lengths (`scripts/style_report.py`), which are not tested.
 """
 
 import ast
@@ -10,7 +9,6 @@ import itertools
 import re
 import subprocess
 from pathlib import Path
-from statistics import median
 
 import chapters
 import color_vision
@@ -32,7 +30,7 @@ def read(path):
 
 
 def shown(cell):
-    """Everything textual that a code cell has printed or shown."""
+    """All text that a code cell has printed or shown."""
     for output in cell.get("outputs", ()):
         yield str(output.get("text", ""))
         yield "\n".join(output.get("traceback", ()))
@@ -49,14 +47,14 @@ ABSOLUTE = re.compile(
 
 
 @every
-def test_no_path_of_one_machine_is_in_a_source_or_an_output(path):
+def test_no_source_or_output_has_a_path_of_one_machine(path):
     for cell in read(path).cells:
         for text in (cell.source, *shown(cell)):
             found = ABSOLUTE.search(text)
             assert not found, text[max(0, found.start() - 40) : found.end() + 40]
 
 
-def test_paths_of_one_machine_are_recognised():
+def test_paths_of_one_machine_are_found():
     homes = ("/".join(("", folder, "x1")) for folder in ("home", "tmp", "work"))
     assert all(ABSOLUTE.search(f"in '{path}'") for path in (*homes, "C:" + r"\Data"))
     innocent = ("vlmkit/pebble", "https://example.org/home/a", "a/home/b", "../tmp/x", "and/or")
@@ -67,11 +65,13 @@ def test_paths_of_one_machine_are_recognised():
 
 
 @every
-def test_every_figure_has_a_caption_right_after_it_and_numbers_run_on(path):
+def test_every_figure_is_alone_in_its_cell_and_a_numbered_caption_follows(path):
     cells, numbers = read(path).cells, itertools.count(1)
     for cell, following in zip(cells, [*cells[1:], None], strict=True):
-        if any("image/png" in output.get("data", ()) for output in cell.get("outputs", ())):
+        figures = sum("image/png" in output.get("data", ()) for output in cell.get("outputs", ()))
+        if figures:
             caption = following.source if following else ""
+            assert figures == 1, cell.source
             assert re.match(rf"\*Figure {next(numbers)}\. \S", caption), cell.source
 
 
@@ -82,15 +82,15 @@ DRAWING = {"plot", "bar", "barh", "scatter", "errorbar", "step", "hist", "fill_b
 WITHOUT_COLORS = {
     ("03_loading", "used.plot"): "one series, in the first color of any palette",
 }
-"""Where a chapter leaves colors to matplotlib, whose own are not made for every eye, and why."""
+"""Where a chapter uses matplotlib's own colors, which not everybody can tell apart, and why."""
 
 
-def is_grey(color):
+def is_gray(color):
     return len(set(re.findall("..", to_hex(color)[1:]))) == 1
 
 
 def named_colors(tree):
-    """Every color that is written out in a cell: hexadecimal ones, and those given as a color."""
+    """Every color that a cell writes out: hexadecimal ones, and values of arguments for colors."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and re.fullmatch("#[0-9a-fA-F]{3,8}", str(node.value)):
             yield node.value
@@ -101,7 +101,7 @@ def named_colors(tree):
 
 
 def drawn_without_colors(tree):
-    """The calls, such as `ax.plot`, that draw something and leave its color open."""
+    """The calls, such as `ax.plot`, that draw something without giving it a color."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             called = ast.unparse(node.func)
@@ -115,10 +115,10 @@ def drawn_without_colors(tree):
 
 
 @each
-def test_chapter_has_no_colors_but_those_of_the_palette(path):
+def test_chapter_uses_only_colors_of_the_palette(path):
     for source in chapters.sources(read(path), "code"):
         tree = ast.parse(source)
-        other = {c for c in named_colors(tree) if to_hex(c) not in PALETTE and not is_grey(c)}
+        other = {c for c in named_colors(tree) if to_hex(c) not in PALETTE and not is_gray(c)}
         assert not other, source
         given = [node for node in ast.walk(tree) if isinstance(node, ast.keyword)]
         maps = {ast.literal_eval(keyword.value) for keyword in given if keyword.arg == "cmap"}
@@ -127,7 +127,7 @@ def test_chapter_has_no_colors_but_those_of_the_palette(path):
         assert without - set(WITHOUT_COLORS) == set(), source
 
 
-def test_colors_outside_the_palette_are_recognised():
+def test_colors_outside_the_palette_are_found():
     tree = ast.parse(
         'ax.plot(x, y, color="red"); ax.bar(x, y); f = ["#ff0000"]; ax.text(0, 0, "b")'
     )
@@ -136,14 +136,14 @@ def test_colors_outside_the_palette_are_recognised():
 
 
 @pytest.mark.parametrize("vision", color_vision.SIMULATED)
-def test_palette_is_told_apart_with_any_color_vision(vision):
-    """15 in L*a*b* is some six times what is noticed side by side."""
+def test_palette_can_be_told_apart_with_any_color_vision(vision):
+    """A distance of 15 in L*a*b* is about six times the smallest that people notice."""
     assert color_vision.nearest(colors.COMPONENT_COLORS.values(), vision)[0] > 15
     assert color_vision.nearest((color for color, _ in colors.MARKS), vision)[0] > 15
     assert len({mark for _, mark in colors.MARKS}) == len(colors.MARKS)
 
 
-def test_the_measure_of_colors_tells_good_palettes_from_bad_ones():
+def test_the_distance_of_colors_separates_good_palettes_from_bad_ones():
     usual = ["C0", "C1", "C2", "C3"]  # matplotlib's first four, with a green and a red
     assert color_vision.nearest(usual)[0] > 15
     assert color_vision.nearest(usual, "deuteranopia")[0] < 15
@@ -154,62 +154,6 @@ def test_the_measure_of_colors_tells_good_palettes_from_bad_ones():
         assert color_vision.lab("#777777", vision) == pytest.approx(
             color_vision.lab("#777777"), abs=0.5
         )
-
-
-# --- lengths -------------------------------------------------------------------------------------
-
-LIMITS = {
-    "cells": (34, 44),
-    "Markdown, %": (50, 70),
-    "words": (1000, 1500),
-    "lines of code": (0, 150),
-    "longest cell": (0, 15),
-    "median cell": (0, 6),
-    "figures": (3, 5),
-}
-EXCEPTIONS = {
-    ("02_connectors", "lines of code"): "four connectors are written out, which is its matter",
-    ("07_lora_on_vqa", "lines of code"): "a training, an adapter and their checks are written out",
-    ("08_uses", "lines of code"): "three ways of making tokens, and controls, are written out",
-}
-MEDIAN_BY_HAND = "where a mechanism is written out, its cells are longer; no cell exceeds 15"
-
-
-def lengths(notebook):
-    code = chapters.sources(notebook, "code")
-    lines = [len(source.splitlines()) for source in code]
-    prose = re.sub(r"^\|.*$|\(https?:[^)]*\)", "", chapters.text(notebook), flags=re.M)
-    figures = [o for c in notebook.cells for o in c.get("outputs", ())]
-    return {
-        "cells": len(notebook.cells),
-        "Markdown, %": round(100 * (1 - len(code) / len(notebook.cells))),
-        "words": len(re.findall(r"[^\W_][\w'.-]*", prose)),
-        "lines of code": sum(lines),
-        "longest cell": max(lines),
-        "median cell": median(lines),
-        "figures": sum("image/png" in output.get("data", ()) for output in figures),
-    }
-
-
-def test_lengths_of_all_chapters(capsys):
-    """Prints the table, with a star where a limit is passed; passed without a reason, it fails."""
-    table, unexplained = {path.stem: lengths(read(path)) for path in CHAPTERS}, []
-    rows = [f"{'':20}" + "".join(f"{name:>15}" for name in LIMITS)]
-    for chapter, row in table.items():
-        line = f"{chapter:20}"
-        for name, (low, high) in LIMITS.items():
-            outside = not low <= row[name] <= high
-            line += f"{f'{row[name]:g}' + '*' * outside:>15}"
-            if outside and (chapter, name) not in EXCEPTIONS and name != "median cell":
-                unexplained.append((chapter, name, row[name]))
-        rows.append(line)
-    with capsys.disabled():
-        print("\n" + "\n".join(rows))
-        print(f"* outside of {', '.join(f'{k} {a}-{b}' for k, (a, b) in LIMITS.items())}")
-        print("\n".join(f"{c}, {n}: {why}" for (c, n), why in EXCEPTIONS.items()))
-        print(f"median cell: {MEDIAN_BY_HAND}")
-    assert unexplained == []
-    assert all(row["median cell"] <= 10 for row in table.values())
 
 
 # --- links ---------------------------------------------------------------------------------------
@@ -228,7 +172,7 @@ def markdown(path):
 
 
 def anchors(path):
-    """Those of a page's headings, as GitHub and the site make them."""
+    """The anchors of a page's headings, as GitHub and the site make them."""
     if path.suffix not in (".md", ".ipynb"):
         return set()
     headings = re.findall(r"^#+ +(.+?) *#*$", markdown(path), flags=re.M)
@@ -252,7 +196,7 @@ def test_links_resolve_inside_the_repository(path):
     assert broken == []
 
 
-def test_what_is_linked_to_is_committed():
+def test_linked_files_are_committed():
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     listed = subprocess.run(
@@ -273,7 +217,7 @@ def test_card_names_its_chapter_and_prerequisites_that_come_before(path):
     number = path.stem[:2]
     assert re.search(rf"^\*Chapter {number}\. \S", card, flags=re.M)
     needs = card.partition("**What you will need.**")[2].partition("\n\n")[0]
-    assert needs.strip()
+    assert needs.strip(), "the card has no paragraph **What you will need.**"
     named = set(re.findall(r"\b(\d\d)\b", re.sub(r"\(.*?\)", "", needs)))
     existing = {chapter.stem[:2] for chapter in CHAPTERS}
     assert named <= {other for other in existing if other < number}

@@ -1,7 +1,7 @@
 """Every notebook is committed as it ran: in order, to its end, with its outputs.
 
-nbval (`make test`) runs the notebooks and compares outputs, but passes one from which outputs and
-execution counts were both stripped. So that they are there is checked here.
+nbval (`make test`) runs the notebooks and compares outputs, but it accepts a notebook without
+outputs and execution counts. So this file checks that they are there.
 """
 
 import re
@@ -47,7 +47,7 @@ def test_ran_without_errors_and_warnings(path):
 
 
 def test_outputs_hold_no_address_in_memory(path):
-    """`<object at 0x7f...>` differs from run to run, and says nothing."""
+    """`<object at 0x7f...>` differs in every run, and tells a reader nothing."""
     for output in outputs(path):
         shown = str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", ""))
         assert not re.search(r" at 0x[0-9a-f]{6,}", shown), shown[:200]
