@@ -9,6 +9,7 @@ from chapters import FOLDER, cell, text
 import vlmkit as vk
 
 
+@pytest.mark.slow  # chapter 01 covers this kind of test
 def test_runs_to_its_end_on_another_family(notebook, other_family, monkeypatch):
     shown = chapters.run(notebook, other_family, monkeypatch)
     assert "Idefics3ForConditionalGeneration" in shown and "LlavaFor" not in shown

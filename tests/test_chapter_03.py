@@ -18,6 +18,7 @@ def scope(notebook):
     return scope
 
 
+@pytest.mark.slow  # chapter 01 covers this kind of test
 def test_runs_to_its_end_on_another_family(notebook, other_family, monkeypatch):
     """With fewer questions, and with a smaller file in the timing of loads."""
     chapters.replace(notebook, ("n=300", "n=6"), ('"hidden_size": 1152', '"hidden_size": 384'))

@@ -17,7 +17,7 @@ def config(name):
     return AutoConfig.from_pretrained(vk.catalog.folder_of(name))
 
 
-@pytest.mark.slow  # chapters 00, 01 and 03 cover this kind of test
+@pytest.mark.slow  # chapter 01 covers this kind of test
 def test_runs_to_its_end_on_another_family(notebook, other_family, monkeypatch):
     """Without the large models of the catalog, which take long."""
     chapters.replace(notebook, ("[smol, qwen3, qwen7, llama]", "[smol]"))

@@ -39,7 +39,7 @@ def plans(frontier):
     return found
 
 
-@pytest.mark.slow  # chapters 00, 01 and 03 cover this kind of test
+@pytest.mark.slow  # chapter 01 covers this kind of test
 def test_runs_to_its_end_on_another_family(notebook, other_family, monkeypatch):
     """With fewer questions, and with the untrained model's own answers as the right ones."""
     chapters.replace(

@@ -19,7 +19,7 @@ def share(text):
     return [int(n) for n in text.replace("[", "").replace("]", "").replace(",", "").split()]
 
 
-@pytest.mark.slow  # chapters 00, 01 and 03 cover this kind of test
+@pytest.mark.slow  # chapter 01 covers this kind of test
 def test_runs_to_its_end_on_another_family(notebook, other_family, monkeypatch):
     chapters.replace(notebook, ("few, rows = 20", "few, rows = 2"))
     assert "Backwards:" in chapters.run(notebook, other_family, monkeypatch)
