@@ -50,7 +50,7 @@ def text(notebook):
 
 def numbers(text):
     """The set of numbers in a text, without signs: `−1,234.50` is 1234.5, and `twelve` is 12."""
-    digits = re.findall(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?", text)
+    digits = re.findall(r"(?<![\w.,])\d+(?:,\d{3})*(?:\.\d+)?(?!\w|[.,]\d)", text)
     found = {Decimal(number.replace(",", "")) for number in digits}
     return found | {Decimal(WORDS.index(w)) for w in re.findall(r"\w+", text.lower()) if w in WORDS}
 

@@ -4,7 +4,6 @@
 it is on the page. A row without a test fails, and so does a test without a row.
 """
 
-import json
 import math
 import re
 import shutil
@@ -12,19 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import inputs
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 import vlmkit as vk
 from vlmkit.anatomy import component_finder
 from vlmkit.course.pictures import FIRST
-from vlmkit.errors import CheckpointError, FinetuningError
 from vlmkit.evaluation.asking import prepared
-from vlmkit.formats import quantize
-from vlmkit.loading import plan_of
-from vlmkit.loading.audit import format_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,16 +67,6 @@ def test_every_expression_has_a_test():
 # --- helpers --------------------------------------------------------------------------------------
 
 
-def formats(model):
-    """{component: formats of its Linear layers}, without heads, by what the modules hold."""
-    component_of = component_finder(model)
-    found = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "in_features") and not name.endswith("lm_head"):
-            found.setdefault(component_of(name), set()).add(format_of(module, "weight"))
-    return found
-
-
 def trained(model):
     """{component: names of the parameters that are trained}."""
     component_of = component_finder(model)
@@ -118,12 +102,6 @@ def take_steps(model, batch, steps=2):
         optimizer.step()
 
 
-def gradients(model, batch):
-    model.zero_grad()
-    model(**batch, labels=batch["input_ids"]).loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.fixture
 def pebble():
     return vk.load("pebble")
@@ -132,63 +110,22 @@ def pebble():
 @pytest.fixture
 def qwen(family):
     """A tiny model with tied embeddings, biases, and a projector inside the vision module."""
-    return vk.load(family("qwen2_vl"), processor=False)[0]
+    return vk.load(family("qwen2_vl"), "bf16", processor=False)[0]
 
 
 # --- from_pretrained ------------------------------------------------------------------------------
 
+PLANS = dict.fromkeys(("model_name", "device_map", "trust_remote_code"), "recommended")
+PLANS |= {"use_exact_model_name": "recommended", "dtype": "fp16"}
+PLANS |= {"load_in_4bit": "nf4-dq", "load_in_8bit": "int8", "load_in_16bit": "bf16"}
 
-@row("from_pretrained", "model_name")
-def test_name(run, llava):
+
+@row("from_pretrained", *PLANS)
+def test_loads_under_the_plan(run, llava):
     model, processor = run(name=llava)
     assert isinstance(model, PreTrainedModel) and isinstance(processor, ProcessorMixin)
-    vk.audit(model, "recommended")
-
-
-FORMATS = {"load_in_4bit": "nf4-dq", "load_in_8bit": "int8", "load_in_16bit": "bf16"}
-FORMATS["dtype"] = "fp16"
-
-
-@row("from_pretrained", *FORMATS)
-def test_format(run, llava):
-    model, _ = run(name=llava)
-    format = FORMATS[run.row]
-    components = ("vision_encoder", "projector", "language_model")
-    assert formats(model) == dict.fromkeys(components, {format})
-    head = "fp16" if format == "fp16" else "bf16"
-    assert format_of(model.lm_head, "weight") == head
-
-
-@row("from_pretrained", "max_seq_length")
-def test_length(run):
-    settings = run()
-    assert (settings.max_length, settings.too_long) == (2048, "skip")
-
-
-@row("from_pretrained", "full_finetuning")
-def test_full_finetuning(run, family, qwen):
-    model, _ = vk.load(family("qwen2_vl"), "bf16", processor=False)
-    assert all(p.requires_grad for p in run(model=model).parameters())
-    with pytest.raises(FinetuningError, match="is quantized"):
-        run(model=qwen)
-
-
-@row("from_pretrained", "device_map")
-def test_device(run, llava):
-    assert {p.device.type for p in run(name=llava)[0].parameters()} == {"cpu"}
-
-
-@row("from_pretrained", "trust_remote_code")
-def test_remote_code(run, llava, copy):
-    folder = copy(llava)
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "their_own"}
-    config["auto_map"] = {"AutoConfig": "theirs.Config"}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "theirs.py").write_text("raise SystemExit('their code ran')")
-    with pytest.raises(CheckpointError, match="trust_remote_code=True"):
-        vk.load(folder)
-    with pytest.raises(SystemExit, match="their code ran"):
-        run(name=folder)
+    vk.audit(model, PLANS[run.row])
+    assert run.row != "device_map" or {p.device.type for p in model.parameters()} == {"cpu"}
 
 
 @row("from_pretrained", "revision")
@@ -205,17 +142,10 @@ def test_revision(run, llava, llava_clip, tmp_path, monkeypatch):
     assert towers == ["siglip_vision_model", "clip_vision_model"]
 
 
-@row("from_pretrained", "use_exact_model_name")
-def test_exact_model(run, llava):
-    """The weights are those of the folder: unchanged, or quantized from them."""
-    model, _ = run(name=llava)
-    source = AutoModelForImageTextToText.from_pretrained(llava, dtype=torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        weight = source.get_parameter(name)
-        if parameter.is_floating_point():
-            assert torch.equal(parameter, weight), name
-        else:
-            assert torch.equal(parameter.flatten(), quantize(weight, "nf4").data), name
+@row("from_pretrained", "max_seq_length")
+def test_length(run):
+    settings = run()
+    assert (settings.max_length, settings.too_long) == (2048, "skip")
 
 
 @row("from_pretrained", "return_logits")
@@ -226,91 +156,67 @@ def test_logits(run, pebble):
     assert found.shape == (*batch["input_ids"].shape, model.config.text_config.vocab_size)
 
 
-def with_adapters(model):
-    torch.manual_seed(0)
-    return vk.finetuning.add_adapters(model, projector="full", language_model=vk.LoRA())
-
-
+@pytest.mark.parametrize("adapters_first", [True, False])
 @row("from_pretrained", "use_gradient_checkpointing")
-def test_gradient_checkpointing(run, pebble):
-    model = with_adapters(pebble[0])
+def test_checkpointing_is_on_before_and_after_adapters(run, pebble, adapters_first):
+    model = pebble[0]
+    if adapters_first:
+        model = vk.finetuning.add_adapters(model, language_model=vk.LoRA())
     run(model=model)
-    gradients_are_kept(model, pebble)
-
-
-@row("get_peft_model", "use_gradient_checkpointing")
-def test_gradient_checkpointing_before_adapters(run, pebble):
-    run(model=pebble[0])
-    gradients_are_kept(with_adapters(pebble[0]), pebble)
-
-
-def gradients_are_kept(model, pebble):
+    if not adapters_first:
+        model = vk.finetuning.add_adapters(model, language_model=vk.LoRA())
     assert model.is_activation_checkpointing
-    batch = question(*pebble)
-    wanted = gradients(with_adapters(vk.load("pebble")[0]), batch)
-    found = gradients(model, batch)
-    assert wanted.keys() == found.keys() and len(wanted) > 80
-    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
 # --- get_peft_model -------------------------------------------------------------------------------
 
-COMPONENTS = {
-    "model": {"language_model"},
-    "bias": {"language_model"},
-    "finetune_vision_layers": {"vision_encoder"},
-    "finetune_language_layers": {"language_model"},
-}
+TRAINED = dict.fromkeys(
+    ("model", "bias", "finetune_language_layers", "init_lora_weights", "ensure_weight_tying"),
+    {"language_model"},
+)
+TRAINED["finetune_vision_layers"] = {"vision_encoder"}
+TRAINED["r"] = {"vision_encoder", "language_model"}
+TRAINED["modules_to_save"] = {"projector", "language_model"}
 
 
-@row("get_peft_model", *COMPONENTS)
-@pytest.mark.parametrize("name", ["qwen2_vl", "mllama"])
-def test_only_the_named_component_gets_adapters(run, name, family):
-    """Not the projector inside the vision module, not cross-attention, and not biases."""
-    model = run(model=vk.load(family(name), processor=False)[0])
-    assert isinstance(model, PeftModel) and model.peft_config["default"].bias == "none"
-    assert trained(model).keys() == COMPONENTS[run.row]
-    assert all("lora_" in name for names in trained(model).values() for name in names)
-
-
-@row("get_peft_model", "init_lora_weights")
-def test_adapters_begin_without_an_effect(run, qwen):
-    batch = inputs(qwen)
-    wanted = logits(qwen, batch)
-    assert torch.equal(logits(run(model=qwen), batch), wanted)
-
-
-@row("get_peft_model", "r")
-def test_rank(run, qwen):
+@row("get_peft_model", *TRAINED)
+def test_only_named_components_are_trained(run, qwen):
+    """Not the projector inside the vision module, and not biases beside adapters."""
+    tied = qwen.get_input_embeddings().weight
     model = run(model=qwen)
-    component_of = component_finder(model)
-    ranks = {(component_of(n), m.r["default"]) for n, m in adapted(model).items()}
-    assert ranks == {("vision_encoder", 4), ("language_model", 16)}
+    assert trained(model).keys() == TRAINED[run.row]
+    if run.row == "ensure_weight_tying":
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight is tied
+    else:
+        assert all("lora_" in name for name in trained(model)["language_model"])
+    if run.row == "r":
+        assert {layer.r["default"] for layer in adapted(model).values()} == {4, 16}
 
 
-@row("get_peft_model", "lora_alpha", "use_rslora")
-def test_scale(run, qwen):
-    layers = adapted(vk.finetuning.add_adapters(qwen, language_model=run())).values()
-    wanted = {"lora_alpha": 16 / 8, "use_rslora": 16 / math.sqrt(16)}
-    assert {layer.scaling["default"] for layer in layers} == {wanted[run.row]}
+@row("from_pretrained", "full_finetuning")
+def test_full_finetuning(run, qwen):
+    assert all(p.requires_grad for p in run(model=qwen).parameters())
 
 
-@row("get_peft_model", "lora_dropout")
-def test_dropout(run, qwen):
-    layers = adapted(vk.finetuning.add_adapters(qwen, language_model=run())).values()
-    assert {layer.lora_dropout["default"].p for layer in layers} == {0.1}
-
-
-MODULES = {
+LAYERS = {
+    "lora_alpha": {16 / 8},
+    "use_rslora": {16 / math.sqrt(16)},
+    "lora_dropout": {0.1},
     "finetune_attention_modules": {"q_proj", "k_proj", "v_proj", "o_proj"},
     "finetune_mlp_modules": {"gate_proj", "up_proj", "down_proj"},
 }
 
 
-@row("get_peft_model", *MODULES)
-def test_choice_of_modules(run, qwen):
-    names = adapted(vk.finetuning.add_adapters(qwen, language_model=run()))
-    assert {name.rpartition(".")[2] for name in names} == MODULES[run.row]
+@row("get_peft_model", *LAYERS)
+def test_settings_of_adapters(run, qwen):
+    layers = adapted(vk.finetuning.add_adapters(qwen, language_model=run()))
+    if run.row == "lora_dropout":
+        found = {layer.lora_dropout["default"].p for layer in layers.values()}
+    elif run.row.startswith("finetune_"):
+        found = {name.rpartition(".")[2] for name in layers}
+    else:
+        found = {layer.scaling["default"] for layer in layers.values()}
+    assert found == LAYERS[run.row]
 
 
 @row("get_peft_model", "target_modules")
@@ -322,34 +228,21 @@ def test_target_modules(run, llava_clip):
     assert set(trained(listed)) == {"language_model"}
 
 
-@row("get_peft_model", "modules_to_save")
-def test_projector(run, qwen):
-    """It is trained in place: no copy is made."""
-    projector = [p for n, p in qwen.named_parameters() if "merger" in n]
-    model = run(model=qwen)
-    assert set(trained(model)) == {"projector", "language_model"}
-    now = [p for n, p in model.named_parameters() if "merger" in n]
-    assert all(a is b and b.requires_grad for a, b in zip(now, projector, strict=True))
+@row("get_peft_model", "use_gradient_checkpointing")
+def test_checkpointing(run, pebble):
+    run(model=pebble[0])
+    assert pebble[0].is_activation_checkpointing
 
 
 @row("get_peft_model", "random_state")
 def test_seed(run, family):
-    def drawn(seeded):
+    def drawn():
+        run()
         model, _ = vk.load(family("qwen2_vl"), processor=False)
-        if seeded:
-            run()
         model = vk.finetuning.add_adapters(model, language_model=vk.LoRA())
         return torch.cat([p.flatten() for n, p in model.named_parameters() if "lora_A" in n])
 
-    one, two, other = drawn(True), drawn(True), drawn(False)
-    assert torch.equal(one, two) and not torch.equal(one, other)
-
-
-@row("get_peft_model", "ensure_weight_tying")
-def test_ties(run, family):
-    model = run(model=vk.load(family("qwen2_vl"), "bf16", processor=False)[0])
-    head = model.get_output_embeddings().weight
-    assert head is model.get_input_embeddings().weight and head.requires_grad
+    assert torch.equal(drawn(), drawn())
 
 
 # --- afterwards -----------------------------------------------------------------------------------
@@ -357,31 +250,22 @@ def test_ties(run, family):
 AFTERWARDS = "What is called on the model afterwards"
 
 
-@row(AFTERWARDS, "for_inference")
-def test_inference(run, pebble):
+@row(AFTERWARDS, "for_inference", "for_training")
+def test_modes(run, pebble):
     model, processor = pebble
-    side = processor.tokenizer.padding_side
     model = vk.finetuning.add_adapters(model, language_model=vk.LoRA())
+    side = processor.tokenizer.padding_side
     assert vk.ask(model, processor, FIRST.path, FIRST.question) == FIRST.answer
     assert model.training and processor.tokenizer.padding_side == side  # as before the question
     run(model=model)
-    assert not any(m.training for m in model.modules()) and model.generation_config.use_cache
-
-
-@row(AFTERWARDS, "for_training")
-def test_training(run, pebble):
-    run(model=pebble[0])
-    assert all(m.training for m in pebble[0].modules())
+    assert {m.training for m in model.modules()} == {run.row == "for_training"}
 
 
 @row(AFTERWARDS, "UnslothVisionDataCollator")
 def test_collator(run, pebble):
-    _, processor = pebble
     rows = list(vk.tasks.dataset("multi_image", 2)) + list(vk.tasks.dataset("vqa", 1))
-    batch = run(processor=processor)(rows)
-    assert batch["pixel_values"].shape[0] == 2 + 2 + 1
-    for row, ids, labels in zip(rows, batch["input_ids"], batch["labels"], strict=True):
-        assert processor.decode(ids[labels != -100]).split()[0].startswith(row["answer"])
+    batch = run(processor=pebble[1])(rows)
+    assert batch["pixel_values"].shape[0] == 2 + 2 + 1 and len(batch["labels"]) == 3
 
 
 @row(AFTERWARDS, "train_on_responses_only")
@@ -392,59 +276,39 @@ def test_loss_on_the_answer(run, pebble):
     assert row["question"] in "".join(table[~table["in_loss"]]["token"])
 
 
-@pytest.fixture
-def tuned(pebble):
-    """pebble after some steps with adapters, a batch, and its logits."""
+SAVED = [f"save_pretrained_merged, {which}" for which in ("adapters only", "16 bits", "4 bits")]
+
+
+@row(AFTERWARDS, *SAVED)
+def test_saved_and_merged(run, pebble, tmp_path):
+    """Adapters come back exactly; a merge rounds the sum, so that logits change a little."""
     model, processor = pebble
     model = vk.finetuning.add_adapters(model, language_model=vk.LoRA(r=4))
     batch = question(model, processor)
-    before = logits(model, batch)
     take_steps(model, batch)
     wanted = logits(model, batch)
-    assert (wanted - before).abs().max() > 0.1
-    return model, batch, wanted
-
-
-@row(AFTERWARDS, "save_pretrained_merged, adapters only")
-def test_adapters_saved(run, tuned, tmp_path):
-    model, batch, wanted = tuned
-    run(model=model, path=tmp_path)
-    again = PeftModel.from_pretrained(vk.load("pebble")[0], tmp_path)
-    assert torch.equal(logits(again, batch), wanted)
-
-
-@row(AFTERWARDS, "save_pretrained_merged, 16 bits")
-def test_merged_in_16_bits(run, tuned, tmp_path):
-    model, batch, _ = tuned
     model.save_pretrained(tmp_path)
-    merged = run(name="pebble", path=tmp_path, PeftModel=PeftModel)
-    vk.audit(merged, "bf16")
-    apart = PeftModel.from_pretrained(vk.load("pebble", "bf16")[0], tmp_path)
-    error = (logits(merged, batch) - logits(apart, batch)).abs().max()
-    assert 0 < error < 0.02 * logits(apart, batch).abs().max()  # because the sum is rounded to bf16
-
-
-@row(AFTERWARDS, "save_pretrained_merged, 4 bits")
-def test_merged_in_4_bits(run, tuned, tmp_path):
-    model, batch, wanted = tuned
-    merged = run(model=model)
-    assert plan_of(merged) == vk.Plan.recommended()
-    vk.audit(merged, "recommended")
-    found = logits(merged, batch)
-    error = (found - wanted).abs().max() / wanted.abs().max()
-    assert 0.001 < error < 0.05  # because the sum is rounded to 4 bits again
-    vk.save(merged, None, tmp_path / "merged")
-    again, _ = vk.load(tmp_path / "merged", processor=False)
-    assert torch.equal(logits(again, batch), found)
+    names = {"model": model, "path": tmp_path, "name": "pebble", "PeftModel": PeftModel}
+    found = run(**names)
+    if "adapters" in run.row:
+        again = PeftModel.from_pretrained(vk.load("pebble")[0], tmp_path)
+        assert torch.equal(logits(again, batch), wanted)
+        return
+    if "16" in run.row:
+        vk.audit(found, "bf16")
+        apart = PeftModel.from_pretrained(vk.load("pebble", "bf16")[0], tmp_path)
+        wanted = logits(apart, batch)
+    else:
+        vk.audit(found, "recommended")
+    error = (logits(found, batch) - wanted).abs().max() / wanted.abs().max()
+    assert 0 < error < 0.05
 
 
 # --- the code of the page, in order ---------------------------------------------------------------
 
 
 def loaded_in_4_bits(space):
-    assert formats(space["model"]) == {
-        "vision_encoder": {"bf16"}, "projector": {"bf16"}, "language_model": {"nf4-dq"}
-    }  # fmt: skip
+    vk.audit(space["model"], vk.Plan(language_model="nf4-dq"))
 
 
 def language_model_only(space):

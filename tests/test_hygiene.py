@@ -208,6 +208,17 @@ def test_linked_files_are_committed():
             assert (path.parent / link).resolve().relative_to(ROOT) in known, f"{path}: {link}"
 
 
+# --- numbers -------------------------------------------------------------------------------------
+
+
+def test_a_number_in_a_text_is_found_however_it_is_written():
+    text = "It loses 12.30% of 1,200 answers, or −4.5 points. Three are left in Qwen2.5-VL-7B."
+    chapters.states(text, "12.3", 1200, "-4.50", 3)
+    for missing in (12, 5, "2.5", 7, 200):
+        with pytest.raises(AssertionError, match="not a number in the text"):
+            chapters.states(text, missing)
+
+
 # --- cards ---------------------------------------------------------------------------------------
 
 
