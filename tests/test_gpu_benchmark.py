@@ -32,6 +32,7 @@ def config(name):
     return CONFIG_MAPPING[family.model_type](**fields)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_the_script_on_a_cpu(benchmark, tmp_path):
     configs = {name: config(name) for name in ["mllama"]}
