@@ -50,7 +50,7 @@ def fine(recorded):
 @pytest.mark.slow  # chapter 01 covers this kind of test
 def test_runs_to_its_end_on_another_family(notebook, other_family, monkeypatch):
     """With fewer questions, and with the untrained model's own answers as the right ones."""
-    four = "max_new_tokens=4"  # as many as by default would be more with longer answers
+    four = "max_new_tokens=4"  # the default would allow more, because the answers are longer
     chapters.replace(
         notebook,
         ("range(240)", "range(6)"),
@@ -60,7 +60,8 @@ def test_runs_to_its_end_on_another_family(notebook, other_family, monkeypatch):
     )
     (start,) = (c for c in notebook.cells if "questions = vk.tasks" in c.source)
     start.source = start.source.replace("n=360", "n=120") + (
-        '\nanswers = vk.evaluate(model, processor, questions).answers["predicted"].tolist()'
+        f"\nscores = vk.evaluate(model, processor, questions, {four})"
+        '\nanswers = scores.answers["predicted"].tolist()'
         '\nquestions = questions.remove_columns("answer").add_column("answer", answers)'
     )
     assert "int2: most is lost by" in chapters.run(notebook, other_family, monkeypatch)
