@@ -1,7 +1,8 @@
-"""Every notebook and page is clean: no local paths, readable figures, links that resolve.
+"""Every notebook is committed as it ran, and notebooks and pages are clean.
 
-`test_notebooks.py` checks that notebooks are committed as they ran, `test_times.py` the times on
-their cards. `make lint` prints their lengths (`scripts/style_report.py`), which are not tested.
+nbval (`make test`) runs the notebooks and compares outputs, but it accepts a notebook without
+outputs and execution counts. `make lint` prints how long chapters are (`scripts/style_report.py`),
+which is not tested.
 """
 
 import ast
@@ -39,6 +40,37 @@ def shown(cell):
                 yield str(data)
 
 
+# --- runs ----------------------------------------------------------------------------------------
+
+
+@every
+def test_ran_from_top_to_bottom_in_this_environments_kernel(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert any(cell.outputs for cell in code)
+
+
+@every
+def test_ran_without_errors_and_warnings(path):
+    for cell in read(path).cells:
+        outputs = cell.get("outputs", ())
+        tolerated = "raises-exception" in cell.metadata.get("tags", [])
+        assert tolerated or "error" not in {output.output_type for output in outputs}, cell.source
+        printed = [output.text for output in outputs if output.get("name") == "stderr"]
+        assert not printed, f"on stderr: {printed[0][:200]}"
+
+
+@every
+def test_outputs_have_no_address_in_memory(path):
+    """`<object at 0x7f...>` differs in every run, and tells a reader nothing."""
+    for output in (o for cell in read(path).cells for o in cell.get("outputs", ())):
+        text = str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", ""))
+        assert not re.search(r" at 0x[0-9a-f]{6,}", text), text[:200]
+
+
 # --- paths ---------------------------------------------------------------------------------------
 
 ABSOLUTE = re.compile(
@@ -73,6 +105,13 @@ def test_every_figure_is_alone_in_its_cell_and_a_numbered_caption_follows(path):
             caption = following.source if following else ""
             assert figures == 1, cell.source
             assert re.match(rf"\*Figure {next(numbers)}\. \S", caption), cell.source
+
+
+@every
+def test_pictures_in_the_text_have_alternative_text(path):
+    text = chapters.text(read(path))
+    assert not re.search(r"!\[\s*\]\(", text)
+    assert all(re.search(r'alt="[^"]+"', image) for image in re.findall(r"<img [^>]*>", text))
 
 
 PALETTE = {to_hex(value) for value in vars(colors).values() if is_color_like(value)}
