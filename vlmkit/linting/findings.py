@@ -1,35 +1,27 @@
-"""Findings: what a look at a quantization config found, as data, as a table and as text."""
+"""Findings: what `vk.lint` found in a quantization config, as data, as a table and as text."""
 
 import html
 import textwrap
 from dataclasses import asdict, dataclass
 
 from vlmkit import COMPONENTS
+from vlmkit.tables import Table
 from vlmkit.units import MEGABYTE
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 SEVERITIES = (ERROR, WARNING, NOTE)
-"""What nobody can have meant, what often is not meant, and what is good to know."""
+"""What nobody can want, what people often do not want, and what is good to know."""
 
-COLUMNS = (
-    "severity",
-    "code",
-    "component",
-    "modules",
-    "parameters",
-    "bytes",
-    "found",
-    "what to do",
-)
 WIDTH = 100
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found.
+    """One finding.
 
-    code: its name, the same in every release. modules: full names of the modules it is about.
-    parameters, bytes: of those modules, the bytes as they will be held.
+    code: the name of the kind of finding. It stays the same in every release.
+    modules: full names of the modules concerned. parameters, bytes: of those modules; the bytes are
+        those after loading.
     remedy: what to do next.
     """
 
@@ -50,15 +42,16 @@ class Finding:
 
 
 @dataclass(frozen=True, repr=False)
-class Findings:
+class Findings(Table):
     """What `vk.lint` found: `for finding in findings`, `.errors`, `.warnings`, `.notes`, `.ok`.
 
-    `fates` has an entry for each parameter, with the format that transformers will hold it in.
+    `verdicts` is a tuple with a row for each parameter: the format that it will be held in, and its
+    bytes.
     """
 
     title: str
     items: tuple
-    fates: tuple
+    verdicts: tuple
 
     def __iter__(self):
         return iter(self.items)
@@ -66,21 +59,21 @@ class Findings:
     def __len__(self):
         return len(self.items)
 
-    def __bool__(self):  # an empty one is no less a result
+    def __bool__(self):  # findings without an item are a result too
         return True
 
     def of(self, severity):
-        """The findings of that severity, in order."""
+        """The findings of one severity, in order."""
         return tuple(finding for finding in self.items if finding.severity == severity)
 
     @property
     def errors(self):
-        """What nobody can have meant."""
+        """What nobody can want."""
         return self.of(ERROR)
 
     @property
     def warnings(self):
-        """What often is not meant."""
+        """What people often do not want."""
         return self.of(WARNING)
 
     @property
@@ -95,58 +88,42 @@ class Findings:
 
     @property
     def total(self):
-        """Bytes of the weights as they will be held, with their quantization states."""
-        return sum(fate.bytes for fate in self.fates)
+        """Bytes of the weights after loading, with their quantization states."""
+        return sum(row.bytes for row in self.verdicts)
 
     def table(self):
-        """A pandas DataFrame with a row for each finding."""
+        """A pandas DataFrame with a row for each finding; `modules` is their number."""
         import pandas as pd
 
-        rows = [
-            (
-                finding.severity,
-                finding.code,
-                finding.component,
-                len(finding.modules),
-                finding.parameters,
-                finding.bytes,
-                finding.message,
-                finding.remedy,
-            )
-            for finding in self.items
-        ]
-        return pd.DataFrame(rows, columns=COLUMNS)
+        columns = ["severity", "code", "component", "modules", "parameters", "bytes"]
+        columns += ["message", "remedy"]
+        table = pd.DataFrame([asdict(finding) for finding in self.items], columns=columns)
+        table["modules"] = table["modules"].map(len)
+        return table.rename(columns={"message": "found", "remedy": "what to do"})
+
+    def _frame(self, *columns):
+        """A DataFrame with these attributes of each verdict."""
+        import pandas as pd
+
+        rows = [[getattr(row, column) for column in columns] for row in self.verdicts]
+        return pd.DataFrame(rows, columns=columns)
 
     def modules(self):
-        """A pandas DataFrame with a row for each Linear layer: its component, what it will be held
-        in, bytes, and the entries of the skip list that keep it."""
-        import pandas as pd
-
-        rows = [
-            (f.module, f.component, f.format, f.parameters, f.bytes, ", ".join(f.kept_by))
-            for f in self.fates
-            if f.convertible
-        ]
-        columns = ["module", "component", "format", "parameters", "bytes", "kept by"]
-        return pd.DataFrame(rows, columns=columns).set_index("module")
+        """A pandas DataFrame with a row for each Linear layer: its component, the format it will be
+        held in, its parameters and bytes, and the entries of the skip list that keep it."""
+        columns = ("module", "component", "format", "parameters", "bytes")
+        table = self._frame(*columns, "convertible", "kept_by")
+        table["kept by"] = table.pop("kept_by").map(", ".join)
+        return table[table.pop("convertible")].set_index("module")
 
     def components(self):
-        """A pandas DataFrame with a row for each component: its Linear layers, how many of them
-        are quantized, and its bytes, with what they were if nothing were quantized."""
-        import pandas as pd
-
-        rows = {}
-        for component in (*COMPONENTS, None):
-            own = [f for f in self.fates if f.component == component]
-            if own:
-                rows[component or "unknown"] = (
-                    sum(f.convertible for f in own),
-                    sum(f.quantized for f in own),
-                    sum(f.bytes for f in own),
-                    sum(f.plain_bytes for f in own),
-                )
-        columns = ["Linear layers", "quantized", "bytes", "bytes unquantized"]
-        return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+        """A pandas DataFrame with a row for each component: its Linear layers, how many of them are
+        quantized, its bytes, and its bytes without quantization."""
+        table = self._frame("component", "convertible", "quantized", "bytes", "bytes_unquantized")
+        table = table.fillna({"component": "unknown"}).groupby("component").sum()
+        table.columns = ["Linear layers", "quantized", "bytes", "bytes unquantized"]
+        there = [name for name in (*COMPONENTS, "unknown") if name in table.index]
+        return table.loc[there].rename_axis(None)
 
     def to_dict(self):
         """The same as plain lists and dictionaries, for JSON."""
@@ -160,35 +137,32 @@ class Findings:
 
     @property
     def summary(self):
-        """How many there are of each severity, in words."""
+        """The number of findings of each severity, in words."""
         counts = [(len(self.of(severity)), severity) for severity in SEVERITIES]
-        said = [f"{n} {severity}{'s' * (n != 1)}" for n, severity in counts if n]
-        return ", ".join(said) or "nothing to say"
+        words = [f"{n} {severity}{'s' * (n != 1)}" for n, severity in counts if n]
+        return ", ".join(words) or "nothing to say"
 
-    def _components_in_megabytes(self):
+    def _headline(self):
+        return self.title
+
+    def _text_table(self):
         table = self.components()
-        for column in ("bytes", "bytes unquantized"):
-            table[column.replace("bytes", "MB")] = (table.pop(column) / MEGABYTE).map(
-                "{:.2f}".format
-            )
-        return table
+        sizes = table[["bytes", "bytes unquantized"]] / MEGABYTE
+        table[["MB", "MB unquantized"]] = sizes.map("{:.2f}".format)
+        return table.drop(columns=sizes.columns)
+
+    def _remarks(self):
+        yield self.summary
 
     def __str__(self):
-        parts = [self.title, self._components_in_megabytes().to_string(), self.summary]
-        return "\n\n".join([*parts, *map(str, self.items)])
+        return "\n\n".join([super().__str__(), *map(str, self.items)])
 
     __repr__ = __str__
 
     def _repr_html_(self):
-        lines = [("", "found", "what to do")]
-        lines += [(f"{f.severity}: {f.code}", f.message, f.remedy) for f in self.items]
-        # Sentences on the left, where a notebook puts numbers on the right.
-        cells = (
-            "".join(f'<td style="text-align: left">{html.escape(cell)}</td>' for cell in line)
-            for line in lines
+        items = (
+            f"<p><b>{f.severity}: {f.code}</b><br>{html.escape(f.message)}<br>"
+            f"→ {html.escape(f.remedy)}</p>"
+            for f in self.items
         )
-        body = "".join(f"<tr>{line}</tr>" for line in cells)
-        return (
-            f"<p><b>{html.escape(self.title)}</b></p>{self._components_in_megabytes().to_html()}"
-            f"<p>{self.summary}</p>" + (f"<table>{body}</table>" if self.items else "")
-        )
+        return super()._repr_html_() + "".join(items)

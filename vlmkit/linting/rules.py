@@ -1,294 +1,311 @@
-"""Rules: each looks at a case for one kind of mistake, and yields what it finds."""
+"""Rules: each looks for one kind of mistake in a quantization config.
+
+All rules have one shape, `Rule`, and stand in one table, `RULES`, at the end. A rule picks the
+parameters that it is about, says what will happen to them, and says what to do.
+"""
 
 from vlmkit import COMPONENTS
+from vlmkit.errors import did_you_mean
 from vlmkit.formats import BLOCK, format_of_dtype
-from vlmkit.linting.case import listed, size_of, titled
-from vlmkit.linting.configs import SKIP
-from vlmkit.linting.fates import why_unusable
-from vlmkit.linting.findings import ERROR, MEGABYTE, NOTE, WARNING, Finding
-from vlmkit.linting.patterns import patterns
+from vlmkit.linting.context import Rule, layers_that, listed, size_of, when
+from vlmkit.linting.findings import ERROR, NOTE, SEVERITIES, WARNING
+from vlmkit.linting.verdicts import SKIP, entries_that_keep, why_unusable
 from vlmkit.rows import EXPERTS, HEAD, LINEAR
 
-LANGUAGE_MODEL = "language_model"
 
-# --- what makes the load fail, or do something else than what the config says --------------------
-
-
-def overruled(case):
-    """A config given for a checkpoint that is quantized already."""
-    if case.overruled is not None:
-        yield Finding(
-            ERROR,
-            "overruled",
-            f"The checkpoint is quantized already, and transformers uses the config inside it "
-            f"({case.given}). The one given ({case.overruled}) is not looked at, and what follows "
-            "is about the other.",
-            "Leave the config out, or load the checkpoint that this one was made from under it.",
-        )
+def findings(context):
+    """A tuple with the Findings of all rules, errors first."""
+    found = [rule.finding(context, **words) for rule in RULES for words in rule.look(context)]
+    return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
-def unknown_keys(case):
-    """Keys that BitsAndBytesConfig does not have, and drops without a word."""
-    for key, near in case.given.ignored.items():
-        yield Finding(
-            ERROR if near else WARNING,
-            "unknown-key",
-            f"{key!r} is no field of BitsAndBytesConfig, which drops it without a word.",
-            f"Write {near!r}." if near else "Leave it out, or look for the field that was meant.",
-        )
+def _unknown_keys(context):
+    for key, hint in context.given.ignored.items():
+        yield {"key": key, "hint": hint, "severity": ERROR if hint else WARNING}
 
 
-def unusable_patterns(case):
-    """Entries on which `from_pretrained` fails."""
-    for pattern in case.given.patterns or []:
-        why = why_unusable(pattern)
-        if why:
-            yield Finding(
-                ERROR,
-                "unusable-pattern",
-                f"{pattern!r} is {why}: loading fails with it. What follows is as if it were "
-                "not there.",
-                f"Write a full module name, such as {case.starts[0]!r}.",
-            )
+def _unusable_entries(context):
+    for entry in context.given.entries or ():
+        if why_unusable(entry):
+            yield {"entry": entry, "why": why_unusable(entry), "place": context.places[0]}
 
 
-def no_format(case):
-    """Neither 4 nor 8 bits: transformers converts all the same."""
-    config = case.given.config
-    if not (config.load_in_4bit or config.load_in_8bit):
-        yield Finding(
-            ERROR,
-            "no-format",
-            "The config asks for neither 4 nor 8 bits, and transformers converts to "
-            f"{case.given.format} all the same.",
-            "Write load_in_4bit=True or load_in_8bit=True, or load without a config.",
-        )
+def _nothing_quantized(context):
+    if not any(row.quantized for row in context.layers):
+        alone = [e for e, kept, _ in context.effects if len(kept) == len(context.layers)]
+        why = f"the entry {alone[0]!r} of {SKIP}" if alone else SKIP
+        if context.given.config.llm_int8_has_fp16_weight:
+            why = "llm_int8_has_fp16_weight=True"
+        yield {"rows": context.layers, "why": why}
 
 
-def nothing_quantized(case):
-    """A config after which everything is as it was."""
-    if any(fate.quantized for fate in case.layers):
-        return
-    if case.given.config.llm_int8_has_fp16_weight:
-        why = "llm_int8_has_fp16_weight=True keeps the weights of int8 layers in 16 bits"
-        remedy = "Leave it out: it is for training the weights themselves."
-    else:
-        all_of_them = [p for p in case.patterns if all(p in f.kept_by for f in case.layers)]
-        why = "the skip list keeps every Linear layer"
-        if all_of_them:
-            why += f", {all_of_them[0]!r} alone does"
-        if "" in all_of_them:
-            why += " (every name ends with the empty string)"
-        remedy = "Name the modules to keep in full, or load without a config."
-    yield case.finding(ERROR, "nothing-quantized", f"Nothing is quantized: {why}.", remedy,
-                       case.layers)  # fmt: skip
+def _not_substrings(context):
+    for entry, kept, missed in context.effects:
+        if missed:
+            lost = [row for row in missed if row.quantized]
+            better, components = listed(context.entries_for(missed)), _components(missed)
+            if context.spared.issuperset(components):
+                better += f", or plan by component: {context.plan_that_keeps(components)}"
+            result = f"{len(lost)} of the missed layers are quantized: {size_of(lost)}"
+            yield {
+                "rows": lost or missed,
+                "severity": NOTE if not lost else WARNING if kept else ERROR,
+                "entry": entry,
+                "kept": len(kept) or "none",
+                "all": len(kept) + len(missed),
+                "example": missed[0].module,
+                "result": result if lost else "Other entries keep the missed layers",
+                "better": better,
+            }
 
 
-def stored_otherwise(case):
-    """Weights that the checkpoint holds in another format than its own config has them read in."""
-    wrong = [
-        fate
-        for fate in case.layers
-        if case.stored.get(fate.name, fate.format) != fate.format
-        and (fate.quantized or case.stored[fate.name] == case.given.format)
-    ]
-    if wrong:
-        one = wrong[0]
-        yield case.finding(
-            ERROR,
-            "stored-otherwise",
-            f"{len(wrong)} weights are stored in another format than the config has them read in, "
-            f"such as {one.module}: stored in {case.stored[one.name]}, read as {one.format}. Names "
-            "of modules change with transformers' releases, and the list that the checkpoint was "
-            "saved with may be of another one. The load or the first forward pass fails.",
-            "Load it with vk.load(…), which reads what is stored, and save it again with vk.save.",
-            wrong,
-        )
+def _useless_entries(matching):
+    """A `look` for entries that keep no Linear layer, and match other modules or (not `matching`)
+    no module at all."""
+
+    def look(context):
+        for entry, kept, missed in context.effects:
+            reached = tuple(n for n in context.modules if n and entries_that_keep(n, [entry]))
+            if not kept and not missed and bool(reached) == matching:
+                hint = "" if matching else _similar(context, entry)
+                hint = hint or "If the entry is for another model, it does no harm. "
+                places = listed(context.places)
+                yield {"modules": reached, "entry": entry, "hint": hint, "places": places}
+
+    return look
 
 
-# --- the head ------------------------------------------------------------------------------------
+def _similar(context, entry):
+    """ "Did you mean …? " with an entry that keeps something, or an empty string."""
+    ends = [entry.split(".", i)[-1] for i in range(1, entry.count(".") + 1)]
+    for end in filter(None, ends):  # the module may have had another name in front
+        if any(entries_that_keep(row.module, [end]) for row in context.layers):
+            return f"Did you mean {end!r}? "
+    paths = {}  # {a part of a name: the beginnings of names that end with it}
+    for row in context.layers:
+        parts = row.module.split(".")
+        for i, part in enumerate(parts, 1):
+            paths.setdefault(part, set()).add(".".join(parts[:i]))
+    better = {part: min(own) if len(own) == 1 else f".*{part}" for part, own in paths.items()}
+    return did_you_mean(entry.strip(".*"), paths, 0.6, show=better)
 
 
-def tied_weights(case):
-    """A layer that shares the embeddings' weight, made a quantized one."""
-    lost = [fate for fate in case.layers if fate.tied and fate.quantized]
-    if lost:
-        names = [fate.module for fate in lost]
-        yield case.finding(
-            ERROR,
-            "tied-weight",
-            f"{listed(names)} shares its weight with the embeddings and becomes a quantized layer. "
-            "The model loads, and its first forward pass fails. transformers leaves it out by "
-            f"itself, but any {SKIP}, even an empty one, replaces that.",
-            f"Add {listed(names)} to {SKIP}. A vk.Plan leaves it out by itself.",
-            lost,
-            lost[0].component,
-        )
+def _components(rows):
+    """The components of rows, in order."""
+    there = {row.component for row in rows}
+    return [component for component in (*COMPONENTS, None) if component in there]
 
 
-def quantized_head(case):
-    """The output head quantized, which transformers does not do by itself."""
-    heads = [fate for fate in case.layers if fate.kind == HEAD and fate.quantized and not fate.tied]
-    if heads and case.given.patterns is not None:
-        names = [fate.module for fate in heads]
-        yield case.finding(
-            WARNING,
-            "head-quantized",
-            f"The output head {listed(names)} is quantized ({size_of(heads)}). transformers leaves "
-            f"it out by itself, but any {SKIP}, even an empty one, replaces that.",
-            f"Add {listed(names)} to {SKIP}. A vk.Plan leaves it out unless it is named.",
-            heads,
-            heads[0].component,
-        )
+def _several_components(context):
+    for entry, kept, _ in context.effects:
+        components = _components(kept)
+        if len(components) > 1 and len(kept) < len(context.layers):
+            counts = [f"{sum(r.component == c for r in kept)} in {_named(c)}" for c in components]
+            yield {"rows": kept, "entry": entry, "counts": ", ".join(counts)}
 
 
-# --- what is quantized, and what is not ----------------------------------------------------------
+def _named(component):
+    return component or "the part that no rule knows"
 
 
-def quantized_components(case):
-    """Components whose quantization is seldom meant: all but the language model."""
-    for component in (*COMPONENTS, None):
-        layers = [fate for fate in case.layers if fate.component == component]
-        lost = [fate for fate in layers if fate.quantized]
-        if component == LANGUAGE_MODEL or not lost:
+def _quantized_components(context):
+    for component in _components(context.layers):
+        layers = [row for row in context.layers if row.component == component]
+        lost = [row for row in layers if row.quantized]
+        if component == "language_model" or not lost:
             continue
-        if any(all(p in case.meant_by(fate) for fate in lost) for p in case.patterns):
-            continue  # said already, of the entry that was to keep it
-        names = case.names_for(lost)
-        if case.given.patterns is None:  # a list will replace this exception
-            names += [fate.module for fate in case.layers if fate.kind == HEAD]
-        text = f"To keep it as it is, add {listed(names)} to {SKIP}"
-        if component:
-            text += f", or load it under {case.plan_that_keeps(component)}"
-        yield case.finding(
-            WARNING,
-            "component-quantized",
-            f"{titled(component)} is quantized to {case.given.format}: {len(lost)} "
-            f"of its {len(layers)} Linear layers, {size_of(lost)}.",
-            f"{text}.",
-            lost,
-            component,
-        )
+        if any({*lost} <= {*missed} for _, _, missed in context.effects):
+            continue  # not-a-substring says so, about the entry that seems to keep them
+        entries = context.entries_for(lost)
+        if context.given.entries is None:  # a list replaces the exception for the head
+            entries += [row.module for row in context.layers if row.kind == HEAD]
+        yield {
+            "rows": lost,
+            "component": _named(component),
+            "all": len(layers),
+            "entries": listed(entries),
+            "plan": f", or load with {context.plan_that_keeps([component])}" if component else "",
+        }
 
 
-def kept_language_model(case):
-    """Linear layers of the language model that the skip list keeps, and what they cost."""
-    kept = [
-        fate
-        for fate in case.layers
-        if fate.component == LANGUAGE_MODEL and fate.kind == LINEAR and not fate.quantized
-    ]
-    own = [p for p in case.patterns if any(p in fate.kept_by for fate in kept)]
-    if own and any(fate.quantized for fate in case.layers):
-        yield case.finding(
-            NOTE,
-            "language-model-kept",
-            f"{len(kept)} Linear layers of the language_model stay as they are, kept by "
-            f"{listed(own)}: {sum(fate.bytes for fate in kept) / MEGABYTE:,.1f} MB.",
-            "If that is not meant, write narrower entries.",
-            kept,
-            LANGUAGE_MODEL,
-        )
+def _kept_in_language_model(context, row):
+    linear = (row.component, row.kind) == ("language_model", LINEAR) and not row.quantized
+    own = not set(row.kept_by).isdisjoint(context.given.usable or ())
+    return linear and own and any(row.quantized for row in context.layers)
 
 
-def kept_by_class(case):
-    """Linear layers that transformers keeps by itself, other than the head."""
-    own = set(case.given.patterns or ())
-    layers = [fate for fate in case.layers if fate.kind != HEAD and not fate.tied]
-    kept = [fate for fate in layers if fate.kept_by and own.isdisjoint(fate.kept_by)]
-    if kept:
-        by = listed(dict.fromkeys(entry for fate in kept for entry in fate.kept_by))
-        yield case.finding(
-            NOTE,
-            "kept-by-transformers",
-            f"{len(kept)} Linear layers, such as {kept[0].module}, stay as they are whatever the "
-            f"config says: transformers, or the model's own class, adds {by} to the list.",
-            "Nothing to do: a plan leaves them out too.",
-            kept,
-        )
+def _kept_by_transformers(context, row):
+    plain = row.kept_by and row.kind != HEAD and not row.tied
+    return plain and set(row.kept_by).isdisjoint(context.given.usable or ())
 
 
-def fused_experts(case):
-    """A mixture's experts: parameters of three dimensions, which nothing here converts."""
-    fused = [fate for fate in case.fates if fate.kind == EXPERTS and len(fate.shape) == 3]
-    experts = [fate for fate in fused if not fate.tied]
-    if experts:
-        share = sum(f.bytes for f in experts) / sum(f.bytes for f in case.fates)
-        yield case.finding(
-            WARNING,
-            "experts-kept",
-            f"The experts stay in {experts[0].format}: "
-            f"{sum(f.parameters for f in experts):,} parameters, "
-            f"{sum(f.bytes for f in experts) / MEGABYTE:,.1f} MB, {share:.0%} of the bytes. They "
-            "are parameters of three dimensions, and bitsandbytes converts Linear layers.",
-            "No skip list and no plan changes this: count them in full (vk.memory.predict does), "
-            "or look for a checkpoint that was quantized with another method.",
-            experts,
-            experts[0].component,
-        )
+def _four_bits(context, row):
+    return row.quantized and not row.tied and context.given.format != "int8"
 
 
-# --- CPUs ----------------------------------------------------------------------------------------
-
-_GUARDED = "On a CPU load it with vk.load, which guards against it. GPUs are not concerned."
-
-
-def cpu_shapes(case):
-    """Shapes that the CPU kernels of bitsandbytes 0.50 cannot handle; see vlmkit.backend.cpu."""
-    if case.given.format == "int8":
-        return
-    layers = [fate for fate in case.layers if fate.quantized and not fate.tied]
-    repacked = [f for f in layers if f.shape[1] % BLOCK or f.shape[0] % 32]
-    if repacked:
-        yield case.finding(
-            WARNING,
-            "cpu-forward",
-            f"On a CPU with AVX512-BF16 a forward pass in eval mode fails in {len(repacked)} "
-            f"layers, such as {repacked[0].module} {repacked[0].shape}: the kernel takes "
-            f"in_features in multiples of {BLOCK} and out_features in multiples of 32.",
-            f"{_GUARDED} By hand: support_avx512bf16_for_cpu = False on each Linear4bit.",
-            repacked,
-        )
-    misread = [f for f in layers if f.shape[1] % 16 == 0 and f.shape[1] % BLOCK]
-    if misread:
-        yield case.finding(
-            WARNING,
-            "cpu-dequantize",
-            f"On a CPU with AVX512 {len(misread)} layers are dequantized wrongly, such as "
-            f"{misread[0].module} {misread[0].shape}: in_features is a multiple of 16 and not of "
-            f"{BLOCK}, and the kernel begins a new block at every row.",
-            _GUARDED,
-            misread,
-        )
-
-
-def float32_compute(case):
-    """The default of bnb_4bit_compute_dtype."""
-    config = case.given.config
-    if case.given.format != "int8" and format_of_dtype(config.bnb_4bit_compute_dtype) == "fp32":
-        yield Finding(
-            NOTE,
-            "float32-compute",
-            "Products with 4-bit weights are computed in float32, the default of "
-            "BitsAndBytesConfig, which is slow on most devices.",
-            "Write bnb_4bit_compute_dtype=torch.bfloat16, as a plan has it.",
-        )
-
+_ON_CPU = "On a CPU, load the model with vk.load, which avoids this kernel. GPUs are not affected."
 
 RULES = (
-    overruled,
-    unknown_keys,
-    unusable_patterns,
-    no_format,
-    stored_otherwise,
-    tied_weights,
-    nothing_quantized,
-    patterns,
-    quantized_head,
-    quantized_components,
-    fused_experts,
-    cpu_shapes,
-    kept_language_model,
-    kept_by_class,
-    float32_compute,
+    Rule(
+        "error: overruled",
+        when(lambda context: context.overruled is not None),
+        "The checkpoint is already quantized. transformers uses the config inside the checkpoint "
+        "({given}) and ignores yours ({overruled}). The other findings are about the one inside.",
+        "Leave your config out, or use it on the checkpoint that is not quantized.",
+    ),
+    Rule(
+        "error: unknown-key",
+        _unknown_keys,
+        "BitsAndBytesConfig has no field {key!r}, and ignores the key without a warning.",
+        "{hint}Correct the key or remove it.",
+    ),
+    Rule(
+        "error: unusable-pattern",
+        _unusable_entries,
+        "The entry {entry!r} is {why}. Loading fails because of the entry. The other findings "
+        "leave it out.",
+        "Write a full module name, such as {place!r}.",
+    ),
+    Rule(
+        "error: no-format",
+        when(lambda c: not (c.given.config.load_in_4bit or c.given.config.load_in_8bit)),
+        "The config asks for neither 4 nor 8 bits, but transformers quantizes anyway, to "
+        "{given.format}.",
+        "Set load_in_4bit=True or load_in_8bit=True, or load without a config.",
+    ),
+    Rule(
+        "error: stored-otherwise",
+        layers_that(
+            lambda context, row: (
+                (stored := context.stored.get(row.name, row.format)) != row.format
+                and context.given.format in (stored, row.format)
+            )
+        ),
+        "The config reads {count} weights in another format than they are stored in. For example, "
+        "{first.module} is stored in {stored} and read as {first.format}. Module names change "
+        "between releases of transformers, so the skip list may be from another release. Loading "
+        "or the first forward pass fails.",
+        "Load the checkpoint with vk.load(…), which reads the formats from the weight files, and "
+        "save it again with vk.save.",
+    ),
+    Rule(
+        "error: tied-weight",
+        layers_that(lambda context, row: row.tied and row.quantized),
+        "{names} shares its weight with the embeddings, but becomes a quantized layer. The model "
+        "loads, and its first forward pass fails. By default transformers keeps this layer, but "
+        "any {skip}, even an empty list, replaces the default.",
+        "Add {names} to {skip}. A vk.Plan always keeps this layer.",
+    ),
+    Rule(
+        "error: nothing-quantized",
+        _nothing_quantized,
+        "Nothing is quantized, because of {why}.",
+        "Remove {why}, or load without a config.",
+    ),
+    Rule(
+        "error: not-a-substring",
+        _not_substrings,
+        "{entry!r} seems to keep {all} Linear layers, such as {example}, but it keeps {kept} of "
+        "them. transformers compares an entry with the start and the end of a full name, not with "
+        "the middle. {result}.",
+        "Write {better}.",
+    ),
+    Rule(
+        "note: nothing-to-keep",
+        _useless_entries(matching=True),
+        "{entry!r} matches {modules[0]} but no Linear layer. bitsandbytes converts nothing else.",
+        "The entry does no harm. You can remove it.",
+    ),
+    Rule(
+        "warning: matches-nothing",
+        _useless_entries(matching=False),
+        "{entry!r} matches no module of this model.",
+        "{hint}The model's Linear layers are in {places}.",
+    ),
+    Rule(
+        "note: several-components",
+        _several_components,
+        "{entry!r} keeps Linear layers of several components: {counts}. transformers also compares "
+        "an entry with the end of each name.",
+        "To keep only one component, write the full name of its module.",
+    ),
+    Rule(
+        "warning: head-quantized",
+        layers_that(
+            lambda context, row: (
+                row.quantized
+                and row.kind == HEAD
+                and not row.tied
+                and context.given.entries is not None
+            )
+        ),
+        "The output head {names} is quantized ({size}). By default transformers keeps the head, "
+        "but any {skip}, even an empty list, replaces the default.",
+        "Add {names} to {skip}. A vk.Plan keeps the head unless you name it.",
+    ),
+    Rule(
+        "warning: component-quantized",
+        _quantized_components,
+        "{component} is quantized to {given.format}: {count} of its {all} Linear layers, {size}.",
+        "To keep these layers as they are, add {entries} to {skip}{plan}.",
+    ),
+    Rule(
+        "warning: experts-kept",
+        layers_that(
+            lambda context, row: row.kind == EXPERTS and len(row.shape) == 3 and not row.tied,
+            among="verdicts",
+        ),
+        "The experts stay in {first.format}: {parameters:,} parameters, {MB:,.1f} MB, {share:.0%} "
+        "of all bytes. They are 3-dimensional, and bitsandbytes converts only Linear layers.",
+        "Count the experts in full, as vk.memory.predict does, or look for a checkpoint that was "
+        "quantized with another method. No skip list and no plan quantizes them.",
+    ),
+    Rule(
+        "warning: cpu-forward",
+        layers_that(
+            lambda c, row: _four_bits(c, row) and (row.shape[1] % BLOCK or row.shape[0] % 32)
+        ),
+        "On a CPU with AVX512-BF16, a forward pass in eval mode fails in {count} layers, such as "
+        f"{{first.module}} {{first.shape}}. The kernel needs in_features in multiples of {BLOCK} "
+        "and out_features in multiples of 32.",
+        f"{_ON_CPU} Without vlmkit, set support_avx512bf16_for_cpu = False on each Linear4bit.",
+    ),
+    Rule(
+        "warning: cpu-dequantize",
+        layers_that(
+            lambda c, row: _four_bits(c, row) and row.shape[1] % 16 == 0 and row.shape[1] % BLOCK
+        ),
+        "On a CPU with AVX512, {count} layers are dequantized wrongly, such as {first.module} "
+        f"{{first.shape}}. Their in_features is a multiple of 16 but not of {BLOCK}, and the "
+        "kernel starts a new block at every row.",
+        _ON_CPU,
+    ),
+    Rule(
+        "note: language-model-kept",
+        layers_that(_kept_in_language_model),
+        "{count} Linear layers of the language_model are not quantized, because of {entries}. "
+        "They take {MB:,.1f} MB.",
+        "If you want them quantized, write narrower entries.",
+    ),
+    Rule(
+        "note: kept-by-transformers",
+        layers_that(_kept_by_transformers),
+        "{count} Linear layers, such as {first.module}, are never quantized: transformers, or the "
+        "model's own class, adds {entries} to every skip list.",
+        "Nothing to do: a plan keeps these layers too.",
+    ),
+    Rule(
+        "note: float32-compute",
+        when(
+            lambda context: (
+                context.given.format != "int8"
+                and format_of_dtype(context.given.config.bnb_4bit_compute_dtype) == "fp32"
+            )
+        ),
+        "Products with 4-bit weights are computed in float32, the default of BitsAndBytesConfig. "
+        "That is slow on most devices.",
+        "Write bnb_4bit_compute_dtype=torch.bfloat16, as a plan does.",
+    ),
 )
+"""In the order in which findings of one severity are shown. The shapes that CPU kernels cannot
+handle are those of bitsandbytes 0.50; see vlmkit.backend.cpu."""

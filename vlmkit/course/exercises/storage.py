@@ -93,14 +93,14 @@ def skip_list(answer, name, config):
         isinstance(answer, list | tuple) and all(isinstance(entry, str) for entry in answer),
         f"what is asked for is a list of names, each a str; this is {kind(answer)}.",
     )
-    fates = lint(name, config | {"llm_int8_skip_modules": list(answer)}).fates
-    useless = [entry for entry in answer if not any(entry in fate.kept_by for fate in fates)]
+    rows = lint(name, config | {"llm_int8_skip_modules": list(answer)}).verdicts
+    useless = [entry for entry in answer if not any(entry in row.kept_by for row in rows)]
     require(
         not useless,
         f"nothing is protected by {', '.join(useless)}: an entry is compared with the beginning or "
         "the end of a full name, and names here begin with model.",
     )
-    small = {(fate.component, fate.kind) for fate in fates if fate.quantized}
+    small = {(row.component, row.kind) for row in rows if row.quantized}
     for component in ("vision_encoder", "projector"):
         require((component, "linear") not in small, f"the {component} would be in 4 bits.")
     require(
@@ -108,8 +108,8 @@ def skip_list(answer, name, config):
         "the head would be in 4 bits: a list replaces the exceptions that transformers makes by "
         "itself.",
     )
-    kept = [f for f in fates if f.convertible and not f.quantized and f.kind == "linear"]
-    more = [fate.module for fate in kept if fate.component == "language_model"]
+    kept = [row for row in rows if row.convertible and not row.quantized and row.kind == "linear"]
+    more = [row.module for row in kept if row.component == "language_model"]
     require(not more, f"this keeps {len(more)} layers of the language model in 16 bits as well.")
     return "full names. Another family has others, and there this list would protect nothing."
 

@@ -1,0 +1,165 @@
+"""What rules look at, a `Context`, and what a rule is: a `Rule`."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from vlmkit import COMPONENTS
+from vlmkit.layout import outermost
+from vlmkit.linting.findings import Finding
+from vlmkit.linting.verdicts import SKIP, entries_that_keep
+from vlmkit.plan import Plan
+from vlmkit.rows import HEAD
+from vlmkit.units import MEGABYTE
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the rules look at: a config, and what it makes of a model.
+
+    given: the config, a `Given`. verdicts: of `vlmkit.linting.verdicts`. modules: full names of all
+    modules. stored: {parameter: format} of weights that are quantized already.
+    overruled: the Given that transformers ignores, or None.
+    """
+
+    given: object
+    verdicts: tuple
+    modules: tuple
+    stored: dict
+    overruled: object = None
+
+    @cached_property
+    def layers(self):
+        """The verdicts on the weights of Linear layers, which bitsandbytes can convert."""
+        return [row for row in self.verdicts if row.convertible]
+
+    @cached_property
+    def effects(self):
+        """(entry, the layers that it keeps, those that it only seems to keep) for each entry. It
+        seems to keep what contains it: one takes an entry for a substring, or for an expression
+        that is searched for anywhere in a name."""
+        found = []
+        for entry in dict.fromkeys(self.given.usable or ()):
+            kept = [row for row in self.layers if entry in row.kept_by]
+            missed = [
+                row
+                for row in self.layers
+                if entry not in row.kept_by
+                and entry.strip(".")
+                and (entry in row.module or re.search(entry, row.module))
+            ]
+            if kept:  # then a name counts only if the entry is a whole part of it
+                missed = [row for row in missed if f".{entry}." in f".{row.module}."]
+            found.append((entry, kept, missed))
+        return found
+
+    @cached_property
+    def spared(self):
+        """The components whose Linear layers are all kept, or seem to be."""
+        spared = {row.name for _, _, missed in self.effects for row in missed}
+        spared |= {row.name for row in self.layers if row.kept_by}
+        exposed = {row.component for row in self.layers if row.name not in spared}
+        return {row.component for row in self.layers} - exposed
+
+    @property
+    def places(self):
+        """Full names of modules: where each component has its Linear layers, without the head."""
+        layers = [row for row in self.layers if row.kind != HEAD]
+        components = dict.fromkeys(row.component for row in layers)
+        return [self.entries_for([r for r in layers if r.component == c])[0] for c in components]
+
+    def entries_for(self, layers):
+        """The fewest entries that keep `layers` and no other Linear layer: full module names, or
+        one expression for names that differ in a number only."""
+        inside = {row.module for row in layers}
+        others = [row.module for row in self.layers if row.module not in inside]
+        names = outermost([row.module for row in layers], others)
+        short = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
+        kept = {row.module for row in self.layers if entries_that_keep(row.module, short)}
+        return short if kept == inside and len(short) < len(names) else names
+
+    def plan_that_keeps(self, components):
+        """Code of a Plan with the config's format that leaves in bf16 these components, and those
+        that the skip list spares."""
+        kept, has = {*components, *self.spared}, {row.component for row in self.layers}
+        formats = {c: "bf16" if c in kept else self.given.format for c in COMPONENTS if c in has}
+        return f"vk.{Plan(**formats)!r}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of mistake.
+
+    title: the severity and the code, as a finding shows them.
+    look: a function of a Context. It yields a dictionary for each finding: `rows`, the verdicts
+        that the finding is about, and every other word that the texts need.
+    message, remedy: what happens, and what to do next, with {words}.
+    """
+
+    title: str
+    look: Callable
+    message: str
+    remedy: str
+
+    def finding(self, context, rows=(), severity=None, modules=(), **words):
+        """A Finding about `rows`, or about `modules` without a row."""
+        usual, code = self.title.split(": ")
+        modules = modules or tuple(dict.fromkeys(row.module for row in rows))
+        components = {row.component for row in rows}
+        parameters, size = sum(row.parameters for row in rows), sum(row.bytes for row in rows)
+        words = {
+            "given": context.given,
+            "overruled": context.overruled,
+            "skip": SKIP,
+            "modules": modules,
+            "names": listed(modules),
+            "count": len(rows),
+            "first": rows[0] if rows else None,
+            "stored": context.stored.get(rows[0].name) if rows else None,
+            "entries": listed(entry for row in rows for entry in row.kept_by),
+            "parameters": parameters,
+            "MB": size / MEGABYTE,
+            "share": size / max(1, sum(row.bytes for row in context.verdicts)),
+            "size": size_of(rows),
+            **words,
+        }
+        return Finding(
+            severity or usual,
+            code,
+            self.message.format(**words),
+            self.remedy.format(**words),
+            components.pop() if len(components) == 1 else None,
+            modules,
+            parameters,
+            size,
+        )
+
+
+def listed(names):
+    """Names as Python writes the elements of a list, each of them once."""
+    return ", ".join(map(repr, dict.fromkeys(names)))
+
+
+def size_of(rows):
+    """The size of parameters as they will be held, and as they are without quantization."""
+    held, plain = (sum(getattr(r, a) for r in rows) for a in ("bytes", "bytes_unquantized"))
+    return (
+        f"{sum(row.parameters for row in rows):,} parameters, {held / MEGABYTE:,.2f} MB instead of "
+        f"{plain / MEGABYTE:,.2f} MB"
+    )
+
+
+def layers_that(test, among="layers"):
+    """A `look` for one finding about all the layers for which test(context, row) is true."""
+
+    def look(context):
+        rows = [row for row in getattr(context, among) if test(context, row)]
+        return [{"rows": rows}] if rows else []
+
+    return look
+
+
+def when(test):
+    """A `look` for one finding about the config, if test(context) is true."""
+    return lambda context: [{}] if test(context) else []

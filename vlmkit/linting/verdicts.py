@@ -1,0 +1,215 @@
+"""Verdicts: what transformers will make of every parameter under somebody's quantization config.
+
+vlmkit works out none of this itself. It builds the model on the meta device and hands the model to
+transformers' own quantizer, as `from_pretrained` does before it reads a weight. Then it looks.
+"""
+
+import copy
+import json
+import re
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from vlmkit.anatomy import component_finder
+from vlmkit.errors import ConfigError, brief, did_you_mean
+from vlmkit.formats import FORMATS, format_of_dtype
+from vlmkit.layout import kept_in_fp32
+from vlmkit.rows import Row, is_linear, kind_of
+
+SKIP = "llm_int8_skip_modules"
+
+
+@dataclass(frozen=True)
+class Given:
+    """A quantization config as somebody wrote it.
+
+    config: transformers' BitsAndBytesConfig. ignored: {key that BitsAndBytesConfig does not have:
+        "Did you mean 'another key'? ", or an empty string}.
+    """
+
+    config: object
+    ignored: dict
+
+    @property
+    def entries(self):
+        """The skip list, or None if the config has no skip list."""
+        return getattr(self.config, SKIP)
+
+    @property
+    def usable(self):
+        """The entries that transformers can read, or None if the config has no skip list."""
+        if self.entries is None:
+            return None
+        return [entry for entry in self.entries if why_unusable(entry) is None]
+
+    @property
+    def format(self):
+        """Name of the format that Linear layers are converted to."""
+        if self.config.load_in_8bit:
+            return "int8"
+        return self.config.bnb_4bit_quant_type + "-dq" * self.config.bnb_4bit_use_double_quant
+
+    def __str__(self):
+        skip = self.entries
+        if skip is not None and len(skip) > 4:
+            skip = f"[{', '.join(map(repr, skip[:3]))}, … {len(skip) - 3} more]"
+        return f"{self.format}, {SKIP}={skip}"
+
+
+@dataclass(frozen=True)
+class Verdict(Row):
+    """A `vlmkit.rows.Row` of a load that has not happened yet.
+
+    asked: the format that the config quantizes to. format: the one that the parameter will be held
+        in: of vlmkit.formats, or the dtype's own name if vlmkit.formats does not have it.
+    bytes: in that format, with the quantization state. bytes_unquantized: without quantization.
+    kept_by: the entries of the skip list that keep the parameter unquantized.
+    tied: whether an embedding has the same weight. The weight is counted there, and has 0 bytes
+        here.
+    """
+
+    bytes_unquantized: int = 0
+    kept_by: tuple = ()
+    tied: bool = False
+
+    @property
+    def quantized(self):
+        """Whether the parameter will be quantized."""
+        return self.format == self.asked
+
+
+def verdicts(model, given, *, stored=False):
+    """A tuple with a Verdict for each parameter. A tied parameter has one under each of its names.
+
+    model: on the meta device, in the dtype in which it will be loaded. Its Linear layers are
+        replaced, as the quantizer does it. given: a Given.
+    stored: whether the weights in the checkpoint are quantized already.
+    """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    dtype = model.dtype
+    config = copy.deepcopy(given.config)
+    config.llm_int8_skip_modules = given.usable
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=stored)
+    quantizer.preprocess_model(model, dtype=dtype, device_map=None)
+    own = config.llm_int8_skip_modules or []
+    skip = [*own, *sorted({*quantizer.modules_to_not_convert} - {*own})]
+    component_of, floats = component_finder(model), format_of_dtype(dtype)
+    found, seen = [], set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        path, _, leaf = name.rpartition(".")
+        module, shape = model.get_submodule(path), tuple(parameter.shape)
+        converted = isinstance(module, (Linear4bit, Linear8bitLt)) and leaf == "weight"
+        convertible = leaf == "weight" and (converted or is_linear(module))
+        plain = "fp32" if floats in FORMATS and kept_in_fp32(model, name, floats) else floats
+        held = given.format if converted and not config.llm_int8_has_fp16_weight else plain
+        tied = name in model.all_tied_weights_keys or id(parameter) in seen
+        if not tied:
+            seen.add(id(parameter))
+        found.append(
+            Verdict(
+                name,
+                component_of(name),
+                kind_of(model, module, leaf),
+                0 if tied else _bytes(held, shape, dtype),
+                shape,
+                given.format,
+                held,
+                convertible,
+                bytes_unquantized=0 if tied else _bytes(plain, shape, dtype),
+                kept_by=entries_that_keep(path, skip) if convertible else (),
+                tied=tied,
+            )
+        )
+    return tuple(found)
+
+
+def _bytes(name, shape, dtype):
+    return FORMATS[name].nbytes(shape) if name in FORMATS else prod(shape) * dtype.itemsize
+
+
+def why_unusable(entry):
+    """Why transformers cannot read an entry of a skip list, or None if it can."""
+    if not isinstance(entry, str):
+        return f"of type {type(entry).__name__}, not a string"
+    try:
+        re.compile(f"(?:{entry})")  # transformers puts the entry into an expression of its own
+    except re.error as error:
+        return f"not a valid regular expression ({error})"
+    return None
+
+
+def entries_that_keep(module, entries):
+    """Those of `entries` that keep the module with this full name unquantized, as a tuple."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    return tuple(entry for entry in entries if not should_convert_module(module, [entry]))
+
+
+# --- reading a config ----------------------------------------------------------------------------
+
+
+def read(config):
+    """The Given of a config.
+
+    config: a BitsAndBytesConfig, its dictionary, or the path of a JSON file or of a checkpoint's
+        folder. A dictionary or a file may also be a whole config.json with a `quantization_config`.
+
+    Raises ConfigError for a file that cannot be read, and for anything but a config of
+    bitsandbytes.
+    """
+    if isinstance(config, (str, Path)):
+        config = _read_file(Path(config).expanduser())
+    ignored = {}
+    if isinstance(config, dict):
+        config = config.get("quantization_config") or config
+    if isinstance(config, dict):
+        config, ignored = _from_dict(config)
+    if type(config).__name__ != "BitsAndBytesConfig":
+        raise ConfigError(
+            f"vlmkit cannot check a {type(config).__name__}. Give a BitsAndBytesConfig, its "
+            "dictionary, or the path of a JSON file."
+        )
+    name = config.bnb_4bit_quant_type
+    if not config.load_in_8bit and name not in ("fp4", "nf4"):
+        raise ConfigError(
+            f"bnb_4bit_quant_type is {name!r}, but bitsandbytes has only 'fp4' and 'nf4'. Loading "
+            "fails with this config."
+        )
+    return Given(copy.deepcopy(config), ignored)
+
+
+def _read_file(path):
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise ConfigError(
+            f"{file} cannot be read ({brief(error)}). Give the path of a JSON file."
+        ) from error
+    if not isinstance(raw, dict) or ("model_type" in raw and not raw.get("quantization_config")):
+        raise ConfigError(f"{file} has no quantization_config, and is no such config itself.")
+    return raw
+
+
+def _from_dict(raw):
+    """(transformers' config, the keys that it ignores) of a dictionary."""
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    method = str(getattr(raw.get("quant_method"), "value", raw.get("quant_method", "bitsandbytes")))
+    if method != "bitsandbytes":
+        raise ConfigError(
+            f"The config's quant_method is {method!r}. vlmkit lints only configs of bitsandbytes. "
+            "Configs of vlmkit itself come from a plan: after a load, call vk.audit(model, plan)."
+        )
+    known = BitsAndBytesConfig().to_dict()
+    ignored = {key: did_you_mean(key, known, 0.8) for key in raw if key not in known}
+    try:
+        return AutoQuantizationConfig.from_dict(dict(raw)), ignored
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"transformers refuses this config: {brief(error)}") from error
