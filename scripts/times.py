@@ -15,7 +15,7 @@ import re
 import time
 from pathlib import Path
 
-from vlmkit.environment import limits
+from vlmkit.environment import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -96,7 +96,7 @@ def measured(chapter):
         "seconds": f"{seconds:.0f}",
         "date": datetime.date.today().isoformat(),
         "processor": processor(),
-        "cores": limits.cores(),
+        "cores": machine.cores(),
         "python": platform.python_version(),
         **{name: number.partition("+")[0] for name, number in version.items()},
     }

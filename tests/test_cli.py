@@ -15,7 +15,8 @@ import typer
 from PIL import Image
 
 import vlmkit as vk
-from vlmkit import cli, pictures
+from vlmkit import cli
+from vlmkit.course import pictures
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -83,11 +84,14 @@ def test_anatomy(llava, capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["ask"], "required"),
+        (["ask"], "at least one picture"),
         (["ask", "RED"], "at least one picture"),
+        (["memory", "pebble", "--batch", "4"], "--batch-size"),
+        (["memory", "pebble", "--checkpointing"], "--gradient-checkpointing"),
+        (["fit", "--optimizer", "adamw_8bit"], "--optim"),
         (["ask", "nowhere.png", "What?"], "no file nowhere.png"),
         (["ask", "RED", "What", "color?"], "in quotes"),
-        (["ask", "RED", "RED"], "after the pictures comes a question"),
+        (["ask", "RED", "RED"], "write a question"),
         (["ask", "RED", " "], "empty"),
         (["ask", "RED", "What?", "--plan", "nf5"], "'nf4'"),
         (["ask", "RED", "What?", "--plan", "visionencoder=nf4"], "'vision_encoder'"),
@@ -215,7 +219,7 @@ def test_fit_as_text_as_json_and_drawn(tmp_path, capsys):
     words += ["--plan", "nf4", "--reserve", "0.5 GB", "--figure", tmp_path / "fit.png"]
     assert run(*words) == 0
     out = capsys.readouterr().out
-    assert NAME in out and "T4" in out and "0.5 GB is taken" in out
+    assert NAME in out and "T4" in out and "0.5 GB of each card" in out
     assert Image.open(tmp_path / "fit.png").width > 600
     assert run(*words, "--json") == 0
     rows = printed(capsys)

@@ -9,6 +9,7 @@ import ast
 import copy
 import functools
 import importlib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TrainingArguments
 
 import vlmkit as vk
-from vlmkit import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,7 +36,7 @@ def fact(test):
         except (Exception, pytest.fail.Exception) as error:
             sentence = " ".join(test.__doc__.split())
             versions = ", ".join(
-                f"{name} {environment.metadata.version(name)}"
+                f"{name} {metadata.version(name)}"
                 for name in ("transformers", "peft", "bitsandbytes", "torch")
             )
             found = f"{type(error).__name__}: {error}".partition("\nassert")[0]
@@ -56,7 +56,7 @@ def test_a_fact_that_fails_prints_its_docstring():
     message = str(caught.value)
     assert "cheese, and the chapter on the moon says so." in message
     assert "KeyError: 'rock'" in message
-    assert f"transformers {environment.metadata.version('transformers')}" in message
+    assert f"transformers {metadata.version('transformers')}" in message
 
 
 # --- names ----------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ except ModuleNotFoundError as error:
         raise
 
     def main(argv=None):
-        """Say what the command line itself lacks."""
+        """Say which package the command line itself needs."""
         print(
             "vlmkit: the command line needs the package typer, which this Python "
-            f"({sys.executable}) does not have. What else is missing: python -m vlmkit.environment",
+            f"({sys.executable}) does not have. To see what else is missing, run "
+            "python -m vlmkit.environment",
             file=sys.stderr,
         )
         return 2

@@ -1,31 +1,32 @@
-"""The command line: a first answer, one's own pictures, questions about memory, and training.
+"""The command line: a first answer, your own pictures, questions about memory, and training.
 
     vlmkit                                            # the bundled model and picture
-    vlmkit ask cat.jpg "What is on the sofa?"         # one's own, or another model
+    vlmkit ask cat.jpg "What is on the sofa?"         # your own picture, or another model
     vlmkit anatomy pebble                             # which component has which parameters
-    vlmkit memory pebble --plan nf4                   # what it needs
+    vlmkit memory pebble --plan nf4                   # what a model needs
     vlmkit fit                                        # what fits on which graphics card
     vlmkit lint pebble quantization_config.json       # what somebody's config will do
     vlmkit train train.yaml                           # fine-tuning, as a file says
     vlmkit doctor                                     # what this machine can run
 
-`python -m vlmkit` is the same. Exit status: 0 for an answer, 1 where the answer is no (`lint` finds
-an error, `memory` is over its budget, `doctor` finds that the course cannot run), 2 for a mistake
-in what was asked, told in a sentence, and 130 after Ctrl-C. A traceback means a defect of vlmkit's.
+`python -m vlmkit` does the same. The exit status is 0 for an answer; 1 if the answer is no (`lint`
+finds an error, `memory` is over its budget, `doctor` finds that the course cannot run); 2 for a
+mistake in the words, which a sentence explains; and 130 after Ctrl-C. A traceback means a defect of
+vlmkit.
 """
 
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from vlmkit import __version__
-from vlmkit.cli import answering, checking, doctoring, sizing, training
+from vlmkit.cli import answering, checking, sizing, training
+from vlmkit.cli.options import option
 from vlmkit.errors import VlmkitError
 
-# No rich: its boxes are made of characters that not every terminal and no log file likes.
+# Without rich: not every terminal and no log file likes the characters of its boxes.
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
@@ -34,13 +35,13 @@ app = typer.Typer(
     epilog="Each command has a help of its own, with examples: vlmkit memory --help",
 )
 for command, short, epilog in (
-    (answering.ask, "Ask a model about pictures of your own.", answering.ASK_EXAMPLES),
-    (answering.anatomy, "Which component has which parameters.", answering.ANATOMY_EXAMPLES),
+    (answering.ask, "Ask a model about your own pictures.", answering.EXAMPLES),
+    (checking.anatomy, "Which component has which parameters.", checking.ANATOMY_EXAMPLES),
     (sizing.memory, "What a model needs, by component.", sizing.MEMORY_EXAMPLES),
     (sizing.fit, "Which models fit on which graphics cards.", sizing.FIT_EXAMPLES),
-    (checking.lint, "What a quantization config will really do.", checking.EXAMPLES),
+    (checking.lint, "What a quantization config will really do.", checking.LINT_EXAMPLES),
     (training.train, "Train a model as a file says.", training.EXAMPLES),
-    (doctoring.doctor, "What this machine can run, and what is missing.", doctoring.EXAMPLES),
+    (checking.doctor, "What this machine can run, and what is missing.", checking.DOCTOR_EXAMPLES),
 ):
     app.command(short_help=short, epilog=epilog)(command)
 
@@ -54,12 +55,9 @@ def _print_version(wanted):
 @app.callback(invoke_without_command=True)
 def _first(
     context: typer.Context,
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
-        ),
-    ] = False,
+    version: option(
+        bool, "Print the version.", "--version", shown=True, callback=_print_version, is_eager=True
+    ) = False,
 ):
     """How a vision-language model is built, what it needs, and what it answers.
 
@@ -71,7 +69,7 @@ def _first(
 
 
 def main(argv=None):
-    """Run the command line on `argv` (by default the process's own). Returns the exit status."""
+    """Run the command line on `argv`, by default the process's own. Returns the exit status."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model may answer in any alphabet
     try:
@@ -82,13 +80,13 @@ def main(argv=None):
         return 2
     except KeyboardInterrupt:
         return 130
-    except (BrokenPipeError, SystemExit) as stop:  # the reader, `head` for one, has seen enough
+    except (BrokenPipeError, SystemExit) as stop:  # a reader such as `head` has seen enough
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, BrokenPipeError):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if not hasattr(error, "format_message"):  # none of typer's, of what it was given
+        if not hasattr(error, "format_message"):  # not one of typer's about the words
             raise
         where = getattr(error, "ctx", None)
         help_at = where.command_path if where else _program()
@@ -98,5 +96,5 @@ def main(argv=None):
 
 
 def _program():
-    """The words that this was called by."""
+    """The words that call this program."""
     return "vlmkit" if Path(sys.argv[0]).stem == "vlmkit" else "python -m vlmkit"

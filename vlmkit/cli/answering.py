@@ -1,16 +1,15 @@
-"""`vlmkit ask`, `vlmkit anatomy`, and what `vlmkit` alone shows."""
+"""`vlmkit ask`, and what `vlmkit` without a command shows."""
 
 import os
 import time
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from vlmkit.cli.options import Code, Model, PlanText, name_of
+from vlmkit.cli.options import MODEL, Code, PlanText, argument, name_of, option
 from vlmkit.errors import ImageError, QuestionError
 
-ASK_EXAMPLES = """\
+EXAMPLES = """\
 Examples:
 
 \b
@@ -18,88 +17,65 @@ Examples:
   vlmkit ask before.png after.png "Which picture has more circles?"
   vlmkit ask photo.jpg "What is this?" --model PATH_OR_HUB_ID --plan language_model=nf4
 """
-ANATOMY_EXAMPLES = """\
-Examples:
-
-\b
-  vlmkit anatomy
-  vlmkit anatomy meta-llama/Llama-3.2-11B-Vision-Instruct
-"""
 
 
 def ask(
-    words: Annotated[
-        list[str],
-        typer.Argument(
-            metavar='PICTURE... "QUESTION"',
-            help="Files, then the question in quotes.",
-            show_default=False,
-        ),
-    ] = None,
-    model: Annotated[
-        str,
-        typer.Option(
-            metavar="MODEL",
-            help='A folder, a hub id or "pebble"; by default what VLMKIT_MODEL names, else pebble.',
-            show_default=False,
-        ),
-    ] = None,
+    words: argument(
+        list[str], "Files, then the question in quotes.", 'PICTURE... "QUESTION"'
+    ) = None,
+    model: option(
+        str, f"{MODEL}; by default what VLMKIT_MODEL names, else pebble.", metavar="MODEL"
+    ) = None,
     plan: PlanText = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Length of the answer at most.")
-    ] = 64,
-    answer_only: Annotated[
-        bool,
-        typer.Option(
-            "--answer-only", help="Print the answer and nothing else.", show_default=False
-        ),
-    ] = False,
+    max_new_tokens: option(int, "The greatest length of the answer.", metavar="N", shown=True) = 64,
+    answer_only: option(bool, "Print the answer and nothing else.", "--answer-only") = False,
     trust_remote_code: Code = False,
 ):
-    """Ask a model about one picture or several, and show what was loaded for it."""
+    """Ask a model about one or several pictures, and show what was loaded for the answer."""
     *paths, question = words or [None]
     if not paths:
         raise typer.BadParameter(
-            "at least one picture and then a question are required: "
-            'vlmkit ask cat.jpg "What is it?"'
+            'give at least one picture, and then a question: vlmkit ask cat.jpg "What is it?"'
         )
-    # What can be wrong with the pictures and the plan is told before anything slow begins.
+    # Mistakes in the pictures, the question and the plan are reported before anything slow begins.
     pictures = _read(paths)
     if os.path.isfile(question):
-        raise QuestionError(f"{question} is a file: after the pictures comes a question.")
+        raise QuestionError(f"{question} is a file. After the pictures, write a question.")
+    import vlmkit as vk
+    from vlmkit.backend.quiet import quiet
     from vlmkit.evaluation import check_question
-    from vlmkit.plan import Plan
 
     check_question(question)
-    plan = None if plan is None else Plan.parse(plan)
-    run = _Run(name_of(model), plan, max_new_tokens, trust_remote_code)
+    plan, name = None if plan is None else vk.Plan.parse(plan), name_of(model)
+    if not answer_only:
+        for path, picture in zip(paths, pictures, strict=True):
+            print(f"picture    {path} ({picture.width} x {picture.height} pixels)")
+        print(f"question   {question}\nmodel      {name}", flush=True)
+    start = time.perf_counter()
+    model, processor = vk.load(name, plan, trust_remote_code=trust_remote_code)
+    loaded = time.perf_counter()
+    with quiet():
+        answer = vk.ask(model, processor, pictures, question, max_new_tokens=max_new_tokens)
     if answer_only:
-        print(run.answer(*run.load(), pictures, question))
+        print(answer)
         return
-    for path, picture in zip(paths, pictures, strict=True):
-        print(f"picture    {path} ({picture.width} x {picture.height} pixels)")
-    print(f"question   {question}")
-    run.show(pictures, question)
+    seconds = time.perf_counter() - loaded
+    plan = plan or vk.loading.plan_of(model)  # of a quantized checkpoint: the formats it holds
+    print(f"answer     {answer}")
+    print(f"time       loading {loaded - start:.1f} s, answering {seconds:.1f} s\n")
+    print("What was loaded, every module audited against the plan:\n")
+    print(f"{vk.audit(model, plan)}\n")
+    print(_saving(name, plan, vk.memory.measure(model).total, trust_remote_code))
 
 
 def first_answer():
-    """The bundled model on a bundled picture, with everything that is worth seeing."""
+    """The bundled model's answer about a bundled picture, with all that there is to see."""
     from vlmkit.course.pictures import FIRST
 
     here = Path.cwd()
     path = FIRST.path.relative_to(here) if FIRST.path.is_relative_to(here) else FIRST.path
     ask([str(path), FIRST.question])
-    print('\nNow ask about a picture of yours:  python -m vlmkit ask PICTURE "QUESTION"')
-
-
-def anatomy(model: Model = None, trust_remote_code: Code = False):
-    """Show which component of a model has which parameters, without its weights."""
-    from vlmkit.anatomy import anatomy
-    from vlmkit.backend.quiet import quiet
-
-    with quiet():
-        found = anatomy(name_of(model), trust_remote_code=trust_remote_code)
-    print(found)
+    print('\nNow ask about a picture of your own:  python -m vlmkit ask PICTURE "QUESTION"')
 
 
 def _read(paths):
@@ -109,67 +85,29 @@ def _read(paths):
         return read_all(paths)
     except ImageError as error:
         if len(paths) > 1 and not any(map(os.path.exists, paths[1:])):
-            raise ImageError(f"{error} A question of several words is put in quotes.") from error
+            raise ImageError(f"{error} Put a question of several words in quotes.") from error
         raise
 
 
-class _Run:
-    """One model, loaded to answer one question."""
+def _saving(name, plan, measured, trust_remote_code):
+    """The bytes of each component under the plan and in bf16, as text."""
+    import pandas as pd
 
-    def __init__(self, name, plan, max_new_tokens, trust_remote_code):
-        self.name = name
-        self.plan = plan
-        self.max_new_tokens = max_new_tokens
-        self.code = {"trust_remote_code": trust_remote_code}
+    from vlmkit import memory
 
-    def load(self):
-        from vlmkit.loading import load
-
-        return load(self.name, self.plan, **self.code)
-
-    def answer(self, model, processor, pictures, question):
-        from vlmkit.backend.quiet import quiet
-        from vlmkit.evaluation import ask
-
-        with quiet():
-            return ask(model, processor, pictures, question, max_new_tokens=self.max_new_tokens)
-
-    def show(self, pictures, question):
-        import vlmkit as vk
-
-        print(f"model      {self.name}", flush=True)
-        start = time.perf_counter()
-        model, processor = self.load()
-        loaded = time.perf_counter()
-        answer = self.answer(model, processor, pictures, question)
-        answered = time.perf_counter()
-        print(f"answer     {answer}")
-        print(f"time       loading {loaded - start:.1f} s, answering {answered - loaded:.1f} s\n")
-        print("What was loaded, every module audited against the plan:\n")
-        # of a checkpoint that is quantized: what it holds
-        plan = self.plan or vk.loading.plan_of(model)
-        print(vk.audit(model, plan))
-        print(f"\n{self._saving(plan, vk.memory.measure(model))}")
-
-    def _saving(self, plan, measured):
-        """What the plan costs by component beside bf16, as text."""
-        import pandas as pd
-
-        from vlmkit import memory
-
-        ledgers = {
-            "bf16": memory.predict(self.name, "bf16", **self.code),
-            "this plan": memory.predict(self.name, plan, **self.code),
-        }
-        table = pd.DataFrame({title: ledger.by_component for title, ledger in ledgers.items()})
-        table.loc["total"] = table.sum()
-        saved = 1 - table["this plan"] / table["bf16"]
-        table = (table / memory.MEGABYTE).map("{:.2f} MB".format)
-        table["saved"] = saved.map("{:.0%}".format)
-        predicted = ledgers["this plan"].total
-        found = "the same" if measured.total == predicted else f"{measured.total:,}"
-        return (
-            "Bytes, predicted from the config alone (1 MB = 10^6 bytes):\n\n"
-            f"{table.to_string()}\n\n"
-            f"predicted {predicted:,} bytes; measured on the loaded model: {found}"
-        )
+    ledgers = {
+        title: memory.predict(name, given, trust_remote_code=trust_remote_code)
+        for title, given in (("bf16", "bf16"), ("this plan", plan))
+    }
+    table = pd.DataFrame({title: ledger.by_component for title, ledger in ledgers.items()})
+    table.loc["total"] = table.sum()
+    saved = 1 - table["this plan"] / table["bf16"]
+    table = (table / memory.MEGABYTE).map("{:.2f} MB".format)
+    table["saved"] = saved.map("{:.0%}".format)
+    predicted = ledgers["this plan"].total
+    found = "the same" if measured == predicted else f"{measured:,}"
+    return (
+        "Bytes, predicted from the config alone (1 MB = 10^6 bytes):\n\n"
+        f"{table.to_string()}\n\n"
+        f"predicted {predicted:,} bytes; measured on the loaded model: {found}"
+    )

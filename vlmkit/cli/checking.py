@@ -1,12 +1,18 @@
-"""`vlmkit lint`: what somebody's quantization config will do."""
+"""`vlmkit anatomy`, `vlmkit lint` and `vlmkit doctor`: questions that need no weights."""
 
-from typing import Annotated
+import sys
 
-import typer
+from vlmkit.cli.options import MODEL, Code, Json, Model, Revision, argument, name_of, option
+from vlmkit.cli.options import print_json as print_document
 
-from vlmkit.cli.options import Code, Json, Revision, print_json
+ANATOMY_EXAMPLES = """\
+Examples:
 
-EXAMPLES = """\
+\b
+  vlmkit anatomy
+  vlmkit anatomy meta-llama/Llama-3.2-11B-Vision-Instruct
+"""
+LINT_EXAMPLES = """\
 Examples:
 
 \b
@@ -19,38 +25,61 @@ CONFIG holds the fields of a BitsAndBytesConfig, or is a config.json with a quan
 \b
   {"load_in_4bit": true, "llm_int8_skip_modules": ["model.vision_tower", "lm_head"]}
 
-The exit status is 1 if there is an error, 0 if there are warnings and notes alone.
+The exit status is 1 if there is an error, and 0 if there are only warnings and notes.
+"""
+DOCTOR_EXAMPLES = """\
+Examples:
+
+\b
+  vlmkit doctor
+  vlmkit doctor --quick            # leaves out which models fit, which takes some seconds
+  vlmkit doctor --json
+
+The exit status is 1 if the course cannot run here. Without typer there is no command line. Then run
+python -m vlmkit.environment
 """
 
 
+def anatomy(model: Model = None, trust_remote_code: Code = False):
+    """Show which component of a model has which parameters, without its weights."""
+    import vlmkit as vk
+    from vlmkit.backend.quiet import quiet
+
+    with quiet():
+        found = vk.anatomy(name_of(model), trust_remote_code=trust_remote_code)
+    print(found)
+
+
 def lint(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help='A folder, a hub id, a model of the catalog or "pebble".',
-            show_default=False,
-        ),
-    ],
-    config: Annotated[
-        str,
-        typer.Argument(
-            metavar="CONFIG",
-            help="A JSON file, or a checkpoint's folder. By default the model's own config.json.",
-            show_default=False,
-        ),
-    ] = None,
+    model: argument(str, f"{MODEL}.", "MODEL"),
+    config: argument(
+        str, "A JSON file, or a checkpoint's folder. By default the model's own config.json.",
+        "CONFIG",
+    ) = None,
     revision: Revision = None,
     trust_remote_code: Code = False,
     json: Json = False,
-):
-    """Say what transformers will make of a BitsAndBytesConfig and its skip list, before any weight
-    is loaded: entries that protect nothing, components that were perhaps not meant, a lost head."""
+):  # fmt: skip
+    """Show what transformers will make of a BitsAndBytesConfig and its skip list, before any weight
+    is loaded: entries that protect nothing, components that nobody meant to quantize, a head that
+    is quantized by accident."""
     import vlmkit as vk
 
     findings = vk.lint(model, config, revision=revision, trust_remote_code=trust_remote_code)
     if json:
-        print_json(findings.to_dict())
+        print_document(findings.to_dict())
     else:
         print(findings)
     return int(not findings.ok)
+
+
+def doctor(
+    quick: option(bool, "Leave out which models fit.", "--quick") = False,
+    json: Json = False,
+):
+    """Show what this machine can run and what is missing: packages and their versions, processor,
+    GPUs, memory, disk, caches, the hub, optional packages, the notebooks' kernel, and which models
+    of the catalog fit into the free memory. Nothing is contacted and nothing is written."""
+    from vlmkit.environment import report
+
+    return report(quick=quick, as_json=json, progress=sys.stderr.isatty() and not json)

@@ -1,56 +1,48 @@
-"""What several commands take, in the words of their help."""
+"""Options that several commands have, with the words of their help."""
 
+import json
 from typing import Annotated
 
 import typer
 
-Model = Annotated[
+
+def option(kind, text, *names, metavar=None, shown=False, **more):
+    """The annotation of a parameter that is an option.
+
+    names: of the option, if it is not called as the parameter is; a bool needs one.
+    shown: whether the help shows the default.
+    """
+    return Annotated[
+        kind, typer.Option(*names, help=text, metavar=metavar, show_default=shown, **more)
+    ]
+
+
+def argument(kind, text, metavar):
+    """The annotation of a parameter that is an argument."""
+    return Annotated[kind, typer.Argument(help=text, metavar=metavar, show_default=False)]
+
+
+MODEL = 'A folder, a hub id, a model of the catalog or "pebble"'
+Model = argument(str, f"{MODEL}; by default what VLMKIT_MODEL names, else pebble.", "MODEL")
+PlanText = option(
     str,
-    typer.Argument(
-        metavar="MODEL",
-        help='A folder, a hub id, a model of the catalog or "pebble"; by default what VLMKIT_MODEL '
-        "names, else pebble.",
-        show_default=False,
-    ),
-]
-PlanText = Annotated[
-    str,
-    typer.Option(
-        "--plan",
-        metavar="PLAN",
-        help="Formats by component, such as vision_encoder=bf16,language_model=nf4, or one format "
-        "for all, such as int8. By default the recommended plan: language model in nf4, the rest "
-        "in bf16.",
-        show_default=False,
-    ),
-]
-Code = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Let Python code that comes with the checkpoint run.",
-        show_default=False,
-    ),
-]
-Revision = Annotated[
-    str,
-    typer.Option(metavar="NAME", help="Branch, tag or commit of a hub id.", show_default=False),
-]
-Json = Annotated[
-    bool,
-    typer.Option("--json", help="Print one JSON document and nothing else.", show_default=False),
-]
+    "Formats by component, such as vision_encoder=bf16,language_model=nf4, or one format for all, "
+    "such as int8. By default the recommended plan: language model in nf4, the rest in bf16.",
+    "--plan",
+    metavar="PLAN",
+)
+Code = option(bool, "Allow Python code that comes with the checkpoint.", "--trust-remote-code")
+Revision = option(str, "Branch, tag or commit of a hub id.", metavar="NAME")
+Json = option(bool, "Print one JSON document and nothing else.", "--json")
 
 
 def name_of(model):
-    """The model that is meant where none is named."""
+    """The name of a model, or the default model's if there is none."""
     from vlmkit.loading import default_model
 
     return model or default_model()
 
 
 def print_json(document):
-    """`document` on standard output."""
-    import json
-
+    """Print `document` on standard output."""
     print(json.dumps(document, indent=2))

@@ -2,11 +2,10 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from vlmkit.cli.options import Code, Json, Model, PlanText, Revision, name_of, print_json
+from vlmkit.cli.options import Code, Json, Model, PlanText, Revision, name_of, option, print_json
 
 MEMORY_EXAMPLES = """\
 Examples:
@@ -16,10 +15,10 @@ Examples:
   vlmkit memory meta-llama/Llama-3.2-11B-Vision-Instruct --plan language_model=nf4 \\
       --images 4 --image-size 1024x768 --tokens 2048
   vlmkit memory Qwen/Qwen2.5-VL-7B-Instruct --images 1 --image-size 1024x768 --tokens 512 \\
-      --train lora --rank 16 --checkpointing --budget "24 GB"
+      --train lora --rank 16 --gradient-checkpointing --budget "24 GB"
   vlmkit memory pebble --train projector=full,language_model=lora --tokens 64 --json
 
-With --budget the exit status is 1 where it does not fit.
+With --budget the exit status is 1 if the model does not fit.
 """
 FIT_EXAMPLES = """\
 Examples:
@@ -29,82 +28,65 @@ Examples:
   vlmkit fit --model Qwen/Qwen2.5-VL-7B-Instruct --gpu T4 --gpu "12 GB" --plan nf4
   vlmkit fit --tokens 2048 --images 4 --image-size 1024x768 --figure what_fits.png
 
-A GB is 10^9 bytes. Usable is a card's nominal memory less --reserve, which is an assumption.
+A GB is 10^9 bytes. A model can use a card's nominal memory less --reserve, which is an assumption.
 """
 
-Tokens = Annotated[
-    int, typer.Option(metavar="N", help="Tokens of text in the prompt, without the images'.")
-]
-NewTokens = Annotated[int, typer.Option(metavar="N", help="Tokens that are generated.")]
-Images = Annotated[int, typer.Option(metavar="N", help="Images in each prompt.")]
-ImageSize = Annotated[
+
+def _size(text):
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.strip().isdigit() for side in sides):
+        raise typer.BadParameter(f"write WIDTHxHEIGHT in pixels, such as 1024x768, not {text!r}.")
+    return tuple(int(side) for side in sides)
+
+
+# What a model is to do: options of both commands. `_use` reads them.
+Tokens = option(int, "Text tokens in the prompt, without the images'.", metavar="N", shown=True)
+NewTokens = option(int, "Tokens that are generated.", metavar="N", shown=True)
+Images = option(int, "Images in each prompt.", metavar="N", shown=True)
+ImageSize = option(
     str,
-    typer.Option(
-        metavar="WIDTHxHEIGHT",
-        help="Size of each image in pixels, such as 1024x768. By default the model's own.",
-        show_default=False,
-    ),
-]
-Batch = Annotated[int, typer.Option(metavar="N", help="Prompts at once.")]
-Train = Annotated[
+    "Size of each image in pixels, such as 1024x768. By default the model's own.",
+    metavar="WIDTHxHEIGHT",
+    parser=_size,
+)
+BatchSize = option(int, "Prompts at once.", metavar="N", shown=True)
+Train = option(
     str,
-    typer.Option(
-        metavar="WAY",
-        help='A training step: "lora", "full", or by component, such as '
-        "projector=full,language_model=lora.",
-        show_default=False,
-    ),
-]
-Rank = Annotated[
-    int,
-    typer.Option(metavar="N", help="Rank of the adapters. 16 unless given.", show_default=False),
-]
-Checkpointing = Annotated[
+    'A training step: "lora", "full", or by component, such as projector=full,language_model=lora.',
+    metavar="WAY",
+)
+Rank = option(int, "Rank of the adapters. 16 by default.", metavar="N")
+Checkpointing = option(
     bool,
-    typer.Option(
-        "--checkpointing",
-        help="Gradient checkpointing: compute activations twice rather than keep them.",
-        show_default=False,
-    ),
-]
-Optimizer = Annotated[
+    "Compute activations again in the backward pass instead of keeping them.",
+    "--gradient-checkpointing",
+)
+Optim = option(
     str,
-    typer.Option(
-        metavar="NAME",
-        help="adamw (the default), adamw_8bit, paged_adamw or paged_adamw_8bit.",
-        show_default=False,
-    ),
-]
+    "adamw_torch_fused (the default), adamw_8bit, paged_adamw_32bit or paged_adamw_8bit.",
+    metavar="NAME",
+)
 
 
 def memory(
+    context: typer.Context,
     model: Model = None,
     plan: PlanText = None,
     images: Images = 0,
     image_size: ImageSize = None,
     tokens: Tokens = 0,
     new_tokens: NewTokens = 0,
-    batch: Batch = 1,
+    batch_size: BatchSize = 1,
     train: Train = None,
     rank: Rank = None,
-    checkpointing: Checkpointing = False,
-    optimizer: Optimizer = None,
-    allocator: Annotated[
-        str,
-        typer.Option(
-            metavar="cuda",
-            help="Count what PyTorch's allocator for that device rounds up to, too.",
-            show_default=False,
-        ),
-    ] = None,
-    budget: Annotated[
-        str,
-        typer.Option(
-            metavar="SIZE",
-            help='Say whether it fits in SIZE, such as "8 GB", 8GiB or 8000MB.',
-            show_default=False,
-        ),
-    ] = None,
+    gradient_checkpointing: Checkpointing = False,
+    optim: Optim = None,
+    allocator: option(
+        str, "Also count what PyTorch's allocator for that device rounds up to.", metavar="cuda"
+    ) = None,
+    budget: option(
+        str, 'Say whether the model fits in SIZE, such as "8 GB", 8GiB or 8000MB.', metavar="SIZE"
+    ) = None,
     revision: Revision = None,
     trust_remote_code: Code = False,
     json: Json = False,
@@ -115,118 +97,98 @@ def memory(
     from vlmkit.backend.quiet import quiet
 
     room = None if budget is None else vk.memory.parse_size(budget)
-    use = _use(images, image_size, tokens, new_tokens, batch, train, rank, checkpointing, optimizer)
+    more = {"revision": revision, "trust_remote_code": trust_remote_code, "allocator": allocator}
+    use = _use(context.params)
     with quiet():
-        ledger = vk.memory.predict(
-            name_of(model),
-            plan,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            allocator=allocator,
-            **use,
-        )
+        ledger = vk.memory.predict(name_of(model), plan, **more, **use)
+    fits = room is None or ledger.total <= room
     if json:
-        print_json(_document(ledger, room))
+        document = {
+            "title": ledger.title,
+            "total": ledger.total,
+            "by_component": {c or "unknown": size for c, size in ledger.by_component.items()},
+            "by_kind": ledger.by_kind,
+            "bounded": ledger.bounded,
+            "notes": list(ledger.notes),
+        }
+        print_json(document | ({} if room is None else {"budget": int(room), "fits": fits}))
     else:
         print(_ledger_as_text(ledger))
         if room is not None:
-            print(_verdict(ledger, room))
-    return int(room is not None and ledger.total > room)
+            left = f"{abs(room - ledger.total) / vk.memory.MEGABYTE:,.2f} MB"
+            words = f"Fits in {room}: {left} are left."
+            if not fits:
+                words = f"Does not fit in {room}: {left} too much."
+            print(f"\n{words}")
+    return int(not fits)
 
 
 def fit(
-    model: Annotated[
+    context: typer.Context,
+    model: option(
         list[str],
-        typer.Option(
-            metavar="MODEL",
-            help="A model, as in `vlmkit memory`; may be repeated. By default the whole catalog.",
-            show_default=False,
-        ),
-    ] = None,
-    gpu: Annotated[
+        "A model, as in `vlmkit memory`; may be repeated. By default the whole catalog.",
+        metavar="MODEL",
+    ) = None,
+    gpu: option(
         list[str],
-        typer.Option(
-            metavar="GPU",
-            help='A card of the catalog, such as "RTX 4090", or a size, such as "12 GB"; may be '
-            "repeated. By default all cards of the catalog.",
-            show_default=False,
-        ),
-    ] = None,
-    plan: Annotated[
+        'A card of the catalog, such as "RTX 4090", or a size, such as "12 GB"; may be repeated. '
+        "By default all cards of the catalog.",
+        metavar="GPU",
+    ) = None,
+    plan: option(
         list[str],
-        typer.Option(
-            metavar="PLAN",
-            help="A plan, as in `vlmkit memory`; may be repeated. By default bf16, and the "
-            "language model in int8 and in nf4.",
-            show_default=False,
-        ),
-    ] = None,
+        "A plan, as in `vlmkit memory`; may be repeated. By default bf16, and the language model "
+        "in int8 and in nf4.",
+        metavar="PLAN",
+    ) = None,
     images: Images = 1,
     image_size: ImageSize = None,
     tokens: Tokens = 512,
     new_tokens: NewTokens = 0,
-    batch: Batch = 1,
+    batch_size: BatchSize = 1,
     train: Train = None,
     rank: Rank = None,
-    checkpointing: Checkpointing = False,
-    optimizer: Optimizer = None,
-    reserve: Annotated[
+    gradient_checkpointing: Checkpointing = False,
+    optim: Optim = None,
+    reserve: option(
         str,
-        typer.Option(
-            metavar="SIZE", help="Memory of each card that is taken to be lost to CUDA and others."
-        ),
-    ] = "1 GB",
-    figure: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE", help="Draw it too, as .png, .svg or .pdf.", show_default=False
-        ),
-    ] = None,
+        "Memory of each card that CUDA and other programs are assumed to take.",
+        metavar="SIZE",
+        shown=True,
+    ) = "1 GB",
+    figure: option(Path, "Also draw the table, as .png, .svg or .pdf.", metavar="FILE") = None,
     json: Json = False,
 ):
-    """Which models fit on which graphics cards, under which plans: a table, and a figure if asked
-    for. With --tokens 0 --images 0 it is the weights alone that are to fit, which is quicker."""
+    """Show which models fit on which graphics cards, under which plans: a table, and a figure if
+    you name a file. With --tokens 0 --images 0 only the weights have to fit, which is quicker."""
     from vlmkit.memory import fitting
 
-    use = _use(images, image_size, tokens, new_tokens, batch, train, rank, checkpointing, optimizer)
-    chosen = {"models": model, "gpus": gpu, "plans": plan}
-    chosen = {name: given for name, given in chosen.items() if given}
-    table = fitting.fit(**chosen, reserved=reserve, progress=sys.stderr.isatty(), **use)
+    which = {"models": model, "gpus": gpu, "plans": plan}
+    which = {name: given for name, given in which.items() if given}
+    use = _use(context.params)
+    table = fitting.fit(**which, reserved=reserve, progress=sys.stderr.isatty(), **use)
     if figure is not None:
         _draw(table, figure)
     if json:
         table = table.astype(object).where(table.notna(), None)
         print_json(table.to_dict(orient="records"))
     else:
-        print(_as_text(table, reserve))
+        print(_fit_as_text(table, reserve))
 
 
-def _use(images, image_size, tokens, new_tokens, batch, train, rank, checkpointing, optimizer):
-    """What `vk.memory.predict` is to be asked, besides a model and a plan."""
-    given = {} if optimizer is None else {"optimizer": optimizer}
-    return given | {
-        "images": images,
-        "image_size": _size(image_size),
-        "tokens": tokens,
-        "new_tokens": new_tokens,
-        "batch": batch,
-        "training": _training(train, rank),
-        "checkpointing": checkpointing,
-    }
-
-
-def _size(text):
-    if text is None:
-        return None
-    sides = text.lower().split("x")
-    if len(sides) != 2 or not all(side.strip().isdigit() for side in sides):
-        raise typer.BadParameter(f"--image-size is WIDTHxHEIGHT in pixels, not {text!r}: 1024x768")
-    return tuple(int(side) for side in sides)
+def _use(options):
+    """What `vk.memory.predict` needs to know besides a model and a plan."""
+    names = ["images", "image_size", "tokens", "new_tokens", "batch_size", "gradient_checkpointing"]
+    use = {name: options[name] for name in names}
+    if options["optim"] is not None:
+        use["optim"] = options["optim"]
+    return use | {"training": _training(options["train"], options["rank"])}
 
 
 def _training(text, rank):
     if rank is not None and "lora" not in (text or ""):
-        raise typer.BadParameter("--rank is that of adapters: say so with --train lora")
+        raise typer.BadParameter("--rank is the rank of adapters. Add --train lora.")
     if text is None:
         return None
     import vlmkit as vk
@@ -240,7 +202,7 @@ def _training(text, rank):
 
 
 def _ledger_as_text(ledger):
-    """A ledger as a terminal has room for: a row for each kind of bytes."""
+    """A ledger with a row for each kind of bytes, which is what fits in a terminal."""
     from vlmkit.memory import BOUNDED, MEGABYTE
 
     table = (ledger.table().T / MEGABYTE).map("{:,.3f}".format)
@@ -251,40 +213,18 @@ def _ledger_as_text(ledger):
     return "\n".join([*lines, *([""] if ledger.notes else []), *ledger.notes])
 
 
-def _document(ledger, room):
-    document = {
-        "title": ledger.title,
-        "total": ledger.total,
-        "by_component": {component or "unknown": n for component, n in ledger.by_component.items()},
-        "by_kind": ledger.by_kind,
-        "bounded": ledger.bounded,
-        "notes": list(ledger.notes),
-    }
-    if room is not None:
-        document |= {"budget": int(room), "fits": ledger.total <= room}
-    return document
-
-
-def _verdict(ledger, room):
-    left = (room - ledger.total) / 10**6
-    if left < 0:
-        return f"\nDoes not fit in {room}: {-left:,.2f} MB too much."
-    return f"\nFits in {room}: {left:,.2f} MB are left."
-
-
-def _as_text(table, reserve):
+def _fit_as_text(table, reserve):
     from vlmkit.memory.fitting import summary
+    from vlmkit.units import GIGABYTE
 
-    wide = summary(table)
     cards = {}
-    for gpu, memory in sorted(zip(table["gpu"], table["memory"], strict=True), key=lambda g: g[1]):
-        cards.setdefault(f"{memory / 10**9:g} GB", {})[gpu] = True
+    for gpu, size in sorted(zip(table["gpu"], table["memory"], strict=True), key=lambda g: g[1]):
+        cards.setdefault(f"{size / GIGABYTE:g} GB", {})[gpu] = True
     legend = "\n".join(f"{size:>7}  {', '.join(names)}" for size, names in cards.items())
     return (
-        "GB needed (1 GB = 10^9 bytes), and GB left on a card of so many GB, of which "
-        f"{reserve} is taken\nto be lost to CUDA and others (an assumption); - where it does not "
-        "fit.\n\n"
-        f"{wide.to_string()}\n\n{legend}"
+        "GB needed (1 GB = 10^9 bytes), and GB left on a card of each size, or - if the model does "
+        f"not fit.\nCUDA and other programs are assumed to take {reserve} of each card.\n\n"
+        f"{summary(table).to_string()}\n\n{legend}"
     )
 
 

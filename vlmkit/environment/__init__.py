@@ -1,195 +1,208 @@
-"""Environment: whether this Python has what the course needs, said in words.
+"""Environment: whether this machine has what the course needs, said in words.
 
-    vlmkit.environment.check()      # a row for Python, each package, the processor and the memory
-    vlmkit.environment.doctor.diagnose()    # that, the rest of the machine, and which models fit
-    python -m vlmkit.environment            # the same in a terminal, as `vlmkit doctor` is
+    vlmkit.environment.check()       # Python, each package, the processor and the memory
+    vlmkit.environment.diagnose()    # also the rest of the machine, and which models fit
+    python -m vlmkit.environment     # the same in a terminal, where even typer may be missing
 
-It works where packages are missing, since that is when it is needed: nothing outside Python's own
-library is imported at the top, and not even pandas makes the table.
+All of it works where packages are missing, because that is when it is needed. So nothing outside
+Python's standard library is imported at the top, and not even pandas makes the tables.
 """
 
 import html
-import re
+import json
 import sys
-from dataclasses import dataclass
-from importlib import metadata
+from dataclasses import asdict, dataclass
 
-from vlmkit.environment import limits
+from vlmkit.environment import machine
+from vlmkit.environment.machine import FINE, MISSING, NOTE, PACKAGES, Status
 from vlmkit.units import GIGABYTE
 
-__all__ = ["FINE", "MISSING", "NOTE", "OLDEST", "TESTED", "Environment", "Finding", "check"]
+__all__ = [
+    "FINE", "MISSING", "NOTE", "PACKAGES", "Environment", "Status", "check", "diagnose", "report",
+]  # fmt: skip
 
-TESTED = {
-    "torch": "2.13.0",
-    "transformers": "5.23.0",
-    "bitsandbytes": "0.50.2",
-    "accelerate": "1.15.0",
-    "peft": "0.21.2",
-    "datasets": "5.2.0",
-    "safetensors": "0.8.0",
-    "tqdm": "4.70.1",
-    "numpy": "2.4.6",
-    "pandas": "3.1.1",
-    "scipy": "1.17.1",
-    "rapidfuzz": "3.14.6",
-    "pillow": "13.0.0",
-    "matplotlib": "3.11.2",
-    "typer": "0.29.2",
-    "pyyaml": "6.0.3",
-}
-"""The packages that the course needs, in the versions it was tested with: those of
-`constraints.txt`, which an installed package does not bring along."""
-
-OLDEST = {
-    "torch": "2.13",
-    "transformers": "5.21",
-    "bitsandbytes": "0.50",
-    "accelerate": "1.12",
-    "peft": "0.19",
-    "datasets": "4.0",
-    "safetensors": "0.8",
-    "tqdm": "4.67.1",
-    "numpy": "2.0.2",
-    "pandas": "2.2.3",
-    "scipy": "1.15.3",
-    "rapidfuzz": "3.13",
-    "pillow": "11.3",
-    "matplotlib": "3.10",
-    "typer": "0.20",
-    "pyyaml": "6.0.2",
-}
-"""The oldest versions that were tried: the lower bounds of `pyproject.toml`. They are written out
-here, because the installed package's own metadata may be missing, or of an earlier set-up."""
-
-OLDEST_PYTHON = (3, 11)
-WANTED_MEMORY = 2 * GIGABYTE
-"""Free memory for the bundled model: Python with torch and the data is most of it, not pebble."""
-
-FINE, NOTE, MISSING = "fine", "note", "missing"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at. `state`: FINE, NOTE (works, but worth a look) or MISSING."""
-
-    what: str
-    found: str
-    tested: str
-    state: str
-    verdict: str
+RESERVED = GIGABYTE
+"""Bytes of the free memory that CUDA, or Python with PyTorch, is assumed to take."""
 
 
 @dataclass(frozen=True, repr=False)
 class Environment:
-    """What `check` found: `rows` (Findings), `ready`, `missing`; text and HTML table."""
+    """What `check` or `diagnose` found. It shows itself as text and as HTML.
+
+    rows: a Status for Python, each package, the processor and the memory. machine: for the rest.
+    models: {"model", "plan", "needed" (bytes), "fits"} for each model and plan, for a model on
+        `where` with `memory` free bytes. If there are none, why_none says why.
+    """
 
     rows: tuple
+    machine: tuple = ()
+    models: tuple = ()
+    where: str = "CPU"
+    memory: int = None
+    why_none: str = ""
 
     @property
     def missing(self):
-        """Names of what the course cannot do without, and which is not there."""
-        return [row.what for row in self.rows if row.state == MISSING]
+        """Names of what is missing and keeps the course from running."""
+        return [row.what for row in (*self.rows, *self.machine) if row.state == MISSING]
 
     @property
     def ready(self):
-        """Whether nothing is missing."""
+        """Whether the course can run here."""
         return not self.missing
 
     @property
     def summary(self):
-        """One or two sentences: what is missing and how to get it, or that nothing is."""
+        """What is missing and how to get it, or that nothing is missing: one or two sentences."""
+        packages = [row.what for row in self.rows if row.state == MISSING]
+        if packages:
+            return (
+                f"Missing or too old: {', '.join(packages)}. In a terminal, in the course's "
+                "folder, run: make setup (without make: python -m pip install -c constraints.txt "
+                f"-e '.[course]'). This notebook runs in {sys.executable}: if you installed the "
+                "packages for another Python, choose that Python under Kernel, Change Kernel."
+            )
+        if self.missing:
+            return f"The course cannot run here: look at {', '.join(self.missing)} above."
         notes = [row.what for row in self.rows if row.state == NOTE]
-        if self.ready:
-            more = f" Worth a look: {', '.join(notes)}." if notes else ""
-            return f"Everything that the course needs is here.{more}"
+        more = f" Worth a look: {', '.join(notes)}." if notes else ""
+        return f"Everything that the course needs is here.{more}"
+
+    def to_dict(self):
+        """All of it as plain lists and dictionaries, for JSON. Sizes are in bytes."""
+        return {
+            "ready": self.ready,
+            "missing": self.missing,
+            "environment": [asdict(row) for row in self.rows],
+            "machine": [asdict(row) for row in self.machine],
+            "where": self.where,
+            "memory": self.memory,
+            "reserved": RESERVED,
+            "models": list(self.models),
+            "why_none": self.why_none,
+        }
+
+    def _tables(self):
+        """The tables as lists of lines of cells; the first line is a head."""
+        yield [
+            ("", "found", "tested with", "verdict"),
+            *((row.what, row.found, row.tested, row.verdict) for row in self.rows),
+        ]
+        if self.machine:
+            yield [
+                ("", "found", "verdict"),
+                *((row.what, row.found, row.verdict) for row in self.machine),
+            ]
+
+    def _fitting(self):
+        """Which models fit, as text; empty if nobody asked."""
+        if self.why_none:
+            return f"Which models fit: {self.why_none}."
+        if not self.models:
+            return ""
+        plans = list(dict.fromkeys(row["plan"] for row in self.models))
+        lines = [("GB needed", *plans)]
+        for model in dict.fromkeys(row["model"] for row in self.models):
+            own = {row["plan"]: row for row in self.models if row["model"] == model}
+            lines.append((model, *(_needed(own[plan]) for plan in plans)))
         return (
-            f"Missing or too old: {', '.join(self.missing)}. In a terminal, in the folder of the "
-            "course, run: make setup (without make: python -m pip install -c constraints.txt -e "
-            f"'.[course]'). This notebook runs in {sys.executable}: if the packages were installed "
-            "for another Python, choose that one under Kernel, Change Kernel."
+            f"Which models fit in the {self.memory / GIGABYTE:.1f} GB that are free on the "
+            f"{self.where}, for a prompt with one picture and 512 tokens\n"
+            f"(predicted; 1 GB = 10^9 bytes; {RESERVED / GIGABYTE:.0f} GB is left for PyTorch "
+            f"itself):\n\n{_columns(lines)}"
         )
 
-    def _cells(self):
-        yield ("", "found", "tested with", "verdict")
-        for row in self.rows:
-            yield (row.what, row.found, row.tested, row.verdict)
-
     def __str__(self):
-        return "\n".join([*columns(list(self._cells())), self.summary])
+        texts = "\n\n".join(map(_columns, self._tables())), self.summary
+        return "\n\n".join(filter(None, ["\n".join(texts), self._fitting()]))
 
     __repr__ = __str__
 
     def _repr_html_(self):
-        head, *body = [[html.escape(cell) for cell in line] for line in self._cells()]
-        rows = ["<tr>" + "".join(f"<th>{c}</th>" for c in head) + "</tr>"]
-        rows += [f"<tr><th>{a}</th><td>{'</td><td>'.join(rest)}</td></tr>" for a, *rest in body]
-        return f"<table>{''.join(rows)}</table><p>{html.escape(self.summary)}</p>"
+        text = ""
+        for lines in self._tables():
+            head, *body = [[html.escape(cell) for cell in line] for line in lines]
+            rows = ["<tr>" + "".join(f"<th>{c}</th>" for c in head) + "</tr>"]
+            rows += [f"<tr><th>{a}</th><td>{'</td><td>'.join(rest)}</td></tr>" for a, *rest in body]
+            text += f"<table>{''.join(rows)}</table>"
+        fitting = self._fitting() and f"<pre>{html.escape(self._fitting())}</pre>"
+        return f"{text}<p>{html.escape(self.summary)}</p>{fitting}"
 
 
-def columns(lines):
-    """Lines of cells as lines of text, each column as wide as its widest cell."""
+def _columns(lines):
+    """Lines of cells as text, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*lines)]  # noqa: B905 (for an old Python too)
     cells = [[cell.ljust(widths[i]) for i, cell in enumerate(line)] for line in lines]
-    return ["  ".join(line).rstrip() for line in cells]
+    return "\n".join("  ".join(line).rstrip() for line in cells)
+
+
+def _needed(row):
+    if row["needed"] is None:
+        return "too long"
+    needed = row["needed"] / GIGABYTE
+    return f"{needed:.{1 if needed >= 1 else 2}f}" + ("" if row["fits"] else "  does not fit")
 
 
 def check():
     """Look at Python, the packages, the processor and the memory. Returns an Environment; raises
     nothing, whatever is missing."""
-    packages = [_package(name, tested) for name, tested in TESTED.items()]
-    return Environment((_python(), *packages, _processor(), _memory()))
+    return Environment(machine.needs())
 
 
-def _python():
-    found = ".".join(map(str, sys.version_info[:3]))
-    oldest = ".".join(map(str, OLDEST_PYTHON))
-    if sys.version_info < OLDEST_PYTHON:
-        return Finding("Python", found, oldest, MISSING, f"too old: needs {oldest} or newer")
-    return Finding("Python", found, f"{oldest} and newer", FINE, "fine")
+def diagnose(models=None, *, progress=False):
+    """Look at everything. Returns an Environment; raises nothing, whatever is missing.
+
+    models: names for `vlmkit.fit`. By default pebble and the catalog, which takes some 15 seconds;
+        () leaves the models out. progress: whether to show a bar.
+
+    `vlmkit.memory.fitting` says which models fit in the memory that is free now, on the GPU with
+    the most free memory, or on the CPU. Nothing is downloaded and nothing is contacted.
+    """
+    looked = Environment(machine.needs(), machine.rest())
+    rows, where, memory, why = (), "CPU", None, ""
+    if models is not None and not models:
+        why = "not asked"
+    elif not looked.ready:
+        why = "not asked, because something is missing"
+    else:
+        try:
+            where, memory = _room()
+            rows = _fit(models, where, memory, progress)
+        except Exception as error:  # a doctor that falls ill helps nobody
+            why = f"could not be computed ({type(error).__name__}: {error})"
+    return Environment(looked.rows, looked.machine, rows, where, memory, why)
 
 
-def _package(name, tested):
-    try:
-        found = metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return Finding(name, "none", tested, MISSING, "missing")
-    if _release(found) == _release(tested):
-        return Finding(name, found, tested, FINE, "fine")
-    if _release(found) < _release(OLDEST[name]):
-        return Finding(name, found, tested, MISSING, f"too old: needs {OLDEST[name]} or newer")
-    verdict = "not the tested version: numbers may differ, the rest should work"
-    return Finding(name, found, tested, NOTE, verdict)
+def _room():
+    """Where a model would go, and the bytes that are free there."""
+    import torch
 
-
-def _release(version):
-    """ "2.13.0+cpu" as (2, 13, 0)."""
-    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
-
-
-def _processor():
-    cores = limits.cores()
-    cpu = f"CPU, {cores} core{'s' * (cores != 1)}"
-    try:
-        import torch
-
-        gpu = torch.cuda.is_available() and torch.cuda.get_device_properties(0)
-    except Exception as error:  # a torch that is installed and broken fails in ways of its own
-        reason = str(error).partition("\n")[0]
-        verdict = f"PyTorch cannot be used: {type(error).__name__}: {reason}"
-        return Finding("processor", cpu, "CPU, 2 cores", MISSING, verdict)
-    if gpu:
-        found = f"{gpu.name}, {gpu.total_memory / GIGABYTE:.0f} GB"
-        return Finding("processor", found, "CPU, 2 cores", FINE, "fine: models load on the GPU")
-    return Finding("processor", cpu, "CPU, 2 cores", FINE, "fine: no GPU is needed")
-
-
-def _memory():
-    free = limits.free_memory()
+    if torch.cuda.is_available():
+        free = {i: torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())}
+        best = max(free, key=free.get)
+        return f"GPU {best}", free[best]
+    free = machine.free_memory()
     if free is None:
-        return Finding("free memory", "unknown", "", NOTE, "cannot be read")
-    wanted = f"{WANTED_MEMORY / GIGABYTE:.0f} GB"
-    found = f"{free / GIGABYTE:.1f} GB"
-    if free < WANTED_MEMORY:
-        verdict = f"little: close other programs if the kernel dies ({wanted} are plenty)"
-        return Finding("free memory", found, wanted, NOTE, verdict)
-    return Finding("free memory", found, wanted, FINE, "fine")
+        raise RuntimeError("the free memory cannot be read: is psutil installed?")
+    return "CPU", free
+
+
+def _fit(models, where, memory, progress):
+    from vlmkit.memory import fitting
+
+    table = fitting.fit(
+        ("pebble", *fitting.NAMES) if models is None else models,
+        gpus=[memory],
+        allocator=None if where == "CPU" else "cuda",
+        reserved=RESERVED,
+        progress=progress,
+    )
+    table = table[["model", "plan", "needed", "fits"]]
+    return tuple(table.astype(object).where(table.notna(), None).to_dict(orient="records"))
+
+
+def report(*, quick=False, as_json=False, progress=False):
+    """Print a diagnosis. Returns the exit status: 1 if the course cannot run here."""
+    found = diagnose(() if quick else None, progress=progress)
+    print(json.dumps(found.to_dict(), indent=2) if as_json else found)
+    return int(not found.ready)
