@@ -94,6 +94,7 @@ def _saving(name, plan, measured, trust_remote_code):
     import pandas as pd
 
     from vlmkit import memory
+    from vlmkit.units import MEGABYTE
 
     ledgers = {
         title: memory.predict(name, given, trust_remote_code=trust_remote_code)
@@ -102,7 +103,7 @@ def _saving(name, plan, measured, trust_remote_code):
     table = pd.DataFrame({title: ledger.by_component for title, ledger in ledgers.items()})
     table.loc["total"] = table.sum()
     saved = 1 - table["this plan"] / table["bf16"]
-    table = (table / memory.MEGABYTE).map("{:.2f} MB".format)
+    table = (table / MEGABYTE).map("{:.2f} MB".format)
     table["saved"] = saved.map("{:.0%}".format)
     predicted = ledgers["this plan"].total
     found = "the same" if measured == predicted else f"{measured:,}"

@@ -95,8 +95,9 @@ def memory(
     activations, and what training adds. Nothing is downloaded for a model of the catalog."""
     import vlmkit as vk
     from vlmkit.backend.quiet import quiet
+    from vlmkit.units import MEGABYTE, parse_size
 
-    room = None if budget is None else vk.memory.parse_size(budget)
+    room = None if budget is None else parse_size(budget)
     more = {"revision": revision, "trust_remote_code": trust_remote_code, "allocator": allocator}
     use = _use(context.params)
     with quiet():
@@ -115,7 +116,7 @@ def memory(
     else:
         print(_ledger_as_text(ledger))
         if room is not None:
-            left = f"{abs(room - ledger.total) / vk.memory.MEGABYTE:,.2f} MB"
+            left = f"{abs(room - ledger.total) / MEGABYTE:,.2f} MB"
             words = f"Fits in {room}: {left} are left."
             if not fits:
                 words = f"Does not fit in {room}: {left} too much."
@@ -203,7 +204,8 @@ def _training(text, rank):
 
 def _ledger_as_text(ledger):
     """A ledger with a row for each kind of bytes, which is what fits in a terminal."""
-    from vlmkit.memory import BOUNDED, MEGABYTE
+    from vlmkit.memory import BOUNDED
+    from vlmkit.units import MEGABYTE
 
     table = (ledger.table().T / MEGABYTE).map("{:,.3f}".format)
     table = table.rename(index={kind: f"{kind} *" for kind in BOUNDED})

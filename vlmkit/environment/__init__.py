@@ -188,10 +188,11 @@ def _room():
 
 
 def _fit(models, where, memory, progress):
-    from vlmkit.memory import fitting
+    from vlmkit.catalog import NAMES
+    from vlmkit.memory.fitting import fit
 
-    table = fitting.fit(
-        ("pebble", *fitting.NAMES) if models is None else models,
+    table = fit(
+        ("pebble", *NAMES) if models is None else models,
         gpus=[memory],
         allocator=None if where == "CPU" else "cuda",
         reserved=RESERVED,
