@@ -1,47 +1,47 @@
-"""Reading pictures: whatever holds one becomes an RGB image, or an error that names it.
+"""Reads pictures: whatever holds a picture becomes an RGB image, or an error that names it.
 
-A processor of transformers accepts images too, but it guesses: it takes transparent pixels for
-the color that happens to lie under them, ignores a camera's rotation mark, clips 16-bit images
-to white, and answers a damaged file with whatever error its decoder had. Every image that vlmkit
-gives to a processor has passed through `read`, so these cases are decided here, once.
+The processors of transformers take pictures too, but they guess. They show the color that lies
+under transparent pixels, ignore a camera's rotation, clip 16-bit pictures to white, and pass on
+whatever error a decoder has for a damaged file. Every picture that vlmkit gives to a processor has
+gone through `read`, which decides these cases.
 """
 
 import io
 import os
 import warnings
 
-from .errors import ImageError
+from vlmkit.errors import ImageError
 
 MOST_PIXELS = 2**24
-"""Larger pictures are reduced to this many pixels, more than any processor of transformers keeps
-(Qwen2.5-VL: at most 16,384 patches of 28 x 28, 12.8 million pixels)."""
+"""Larger pictures are reduced to this many pixels. It is more than any processor of transformers
+keeps (Qwen2.5-VL: at most 16,384 patches of 28 x 28, 12.8 million pixels)."""
 
 LONGEST_SHAPE = 200
-"""The longest shape, as longer side : shorter side. Qwen2-VL's processor refuses longer ones, and
-CLIP's scales the shorter side to 336 first, which makes of 20,000 x 10 pixels 672,000 x 336."""
+"""The largest ratio of the longer side to the shorter. Qwen2-VL's processor refuses larger ones.
+CLIP's first scales the shorter side to 336: 20,000 x 10 pixels would become 672,000 x 336."""
 
 _ORIENTATION = 0x0112  # the EXIF tag of a camera's rotation
 
 
 def read(image):
-    """The image as a `PIL.Image.Image` of mode RGB, upright, of at most `MOST_PIXELS` pixels.
+    """The image as a `PIL.Image.Image` of mode RGB, upright, with at most `MOST_PIXELS` pixels.
 
     `image` is one of
 
-    - a PIL image of any mode, or a path to a file in any format Pillow reads; of an animation the
-      first frame counts;
-    - a dict of bytes and path, which is how `datasets` holds a picture that it has not decoded;
-    - an array or tensor of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels: 8 or 16
-      bits unsigned, booleans, other integers from 0 to 255, or floats from 0 to 1. A shape that
-      could be read either way, such as (3, 5, 3), is refused.
+    - a PIL image of any mode;
+    - a path to a file in any format that Pillow reads; of an animation, the first frame is used;
+    - a dict of bytes and path, which is how `datasets` stores a picture that is not decoded;
+    - an array or tensor of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels: unsigned
+      8 or 16 bits, booleans, other integers from 0 to 255, or floats from 0 to 1. An ambiguous
+      shape, such as (3, 5, 3), is refused.
 
-    Transparent images are put on a white ground, a rotation noted in EXIF is carried out, 16-bit
-    values are scaled to 8 bits, CMYK is converted without a color profile, and a picture larger
-    than `MOST_PIXELS` is reduced, keeping its shape.
+    Transparent pictures get a white background, an EXIF rotation is applied, 16-bit values are
+    scaled to 8 bits, CMYK is converted without a color profile, and a picture larger than
+    `MOST_PIXELS` is reduced in proportion.
 
-    Raises `ImageError`, naming the file, for what is missing, a directory, empty, damaged, cut
-    off, no image, without pixels, more than 200 times as long as wide, or larger than Pillow's own
-    limit, `PIL.Image.MAX_IMAGE_PIXELS`, which guards against files that unpack to gigabytes.
+    Raises `ImageError`, with the name of the file, if it is missing, a directory, empty, damaged,
+    cut off, not an image, without pixels, more than `LONGEST_SHAPE` times as long as wide, or
+    larger than `PIL.Image.MAX_IMAGE_PIXELS`, Pillow's guard against files that unpack to gigabytes.
     """
     from PIL import Image
 
@@ -51,20 +51,25 @@ def read(image):
     if isinstance(image, (str, os.PathLike)):
         return _read_file(image)
     if isinstance(image, dict) and image.keys() == {"bytes", "path"}:
-        return _read_stored(image)
+        if image["bytes"] is None:
+            return _read_file(image["path"] or "")
+        name = os.path.basename(image["path"] or "") or "the image"
+        if not image["bytes"]:
+            raise ImageError(f"{name} is empty (0 bytes).")
+        return _decoded(io.BytesIO(image["bytes"]), name)
     if hasattr(image, "__array__") or hasattr(image, "detach"):
         return _rgb(_from_array(image), "the array")
     raise ImageError(
         f"An image is a PIL image, a path or an array, and this is a {type(image).__name__}. "
-        "Several images are given as a list of these."
+        "Several images are a list of these."
     )
 
 
 def read_all(images):
-    """The images as a list, each as `read` gives it; one image alone makes a list of one.
+    """A list of images, each as `read` returns it. A single image becomes a list of one.
 
-    A list or tuple is several images, which may be none at all; anything else is one. Raises
-    `ImageError`, and says which image it was.
+    A list or tuple is several images, or none; anything else is one image. Raises `ImageError`,
+    with the number of the image.
     """
     if not isinstance(images, (list, tuple)):
         return [read(images)]
@@ -79,24 +84,36 @@ def read_all(images):
     return pictures
 
 
-def _read_stored(image):
-    """A picture as `datasets` stores it: its bytes, or the path of its file where it has none."""
-    name = os.path.basename(image["path"] or "") or "the image"
-    if image["bytes"] is None:
-        return _read_file(image["path"] or "")
-    if not image["bytes"]:
-        raise ImageError(f"{name} is empty (0 bytes).")
-    return _decoded(io.BytesIO(image["bytes"]), name)
+def undecoded(dataset, columns=("images",)):
+    """A dataset of the `datasets` library with the pictures in these columns as bytes or paths.
+
+    `read` reads them then. If `datasets` reads a picture itself and cannot, its error names
+    neither the row nor the file.
+    """
+    import datasets
+
+    stored = datasets.Image(decode=False)
+    bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()  # of a cast that only changes the description of a column
+    try:
+        for column in columns:
+            feature = (getattr(dataset, "features", None) or {}).get(column)
+            if isinstance(feature, datasets.Image):
+                dataset = dataset.cast_column(column, stored)
+            elif isinstance(getattr(feature, "feature", None), datasets.Image):
+                dataset = dataset.cast_column(column, datasets.List(stored))
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+    return dataset
 
 
 def _read_file(path):
-    path = os.path.expanduser(os.fspath(path))
-    if isinstance(path, bytes):
-        path = os.fsdecode(path)
+    path = os.path.expanduser(os.fsdecode(path))
     if path.startswith(("http://", "https://")):
         raise ImageError(f"{path} is an address, and vlmkit reads files only: download it first.")
-    # os.path answers False where pathlib raises: a name too long for the file system, for example
-    # a question given in the place of a picture.
+    # os.path answers False where pathlib raises: for a name that is too long for the file system,
+    # such as a question in place of a picture.
     if os.path.isdir(path):
         raise ImageError(f"{path} is a directory: name the picture in it.")
     if not os.path.exists(path):
@@ -109,15 +126,15 @@ def _read_file(path):
 
 
 def _decoded(file, name):
-    """The picture in a file, given by its path or opened; errors call it `name`."""
+    """The picture in a file, given by its path or opened. Errors call it `name`."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
-            # Between one and two times its limit Pillow warns and goes on; the limit is the limit.
+            # Between once and twice its limit Pillow only warns. Here the limit is an error.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
-                # A JPEG can be unpacked at a half, a quarter or an eighth of its size; others stay.
+                # A JPEG can be unpacked at 1/2, 1/4 or 1/8 of its size; other formats cannot.
                 image.draft(None, _size_within(image.size, MOST_PIXELS))
                 return _rgb(image, name)
     except ImageError:
@@ -126,12 +143,12 @@ def _decoded(file, name):
         raise ImageError(f"{name} may not be read: {error.strerror}.") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(
-            f"{name} unpacks to more than {Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit: make "
+            f"{name} unpacks to more than {Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit. Make "
             "it smaller, or, if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS."
         ) from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} is not an image in a format that Pillow can read.") from error
-    except Exception as error:  # as in _rgb
+    except Exception as error:  # every decoder of Pillow has errors of its own
         raise ImageError(f"{name} is damaged: {error}.") from error
 
 
@@ -143,16 +160,16 @@ def _rgb(image, name):
         raise ImageError(f"{name} has no pixels: it is {width} x {height}.")
     if max(width, height) > LONGEST_SHAPE * min(width, height):
         raise ImageError(
-            f"{name} is {width:,} x {height:,} pixels, longer than {LONGEST_SHAPE} : 1, which no "
-            "model can make anything of: crop it or cut it into several pictures."
+            f"{name} is {width:,} x {height:,} pixels, longer than {LONGEST_SHAPE} : 1. No model "
+            "can use such a shape: crop the picture or cut it into several."
         )
     try:
         image.load()
         if image.getexif().get(_ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
-    except Exception as error:  # every decoder of Pillow has failures of its own
+    except Exception as error:  # as above
         raise ImageError(f"{name} is damaged or cut off: {error}.") from error
-    image = _flatten(_eight_bits(image, name), name)
+    image = _opaque(_eight_bits(image, name), name)
     smaller = _size_within(image.size, MOST_PIXELS)
     return image if smaller == image.size else image.resize(smaller, reducing_gap=2.0)
 
@@ -164,10 +181,10 @@ def _size_within(size, most):
 
 
 def _eight_bits(image, name):
-    """Gray images of more than 8 bits a pixel, as 8; others as they are.
+    """A gray image of more than 8 bits a pixel, scaled to 8 bits. Other images do not change.
 
-    Pillow itself clips here, so that nearly all of a 16-bit picture comes out white. Its decoders
-    store 16-bit files as mode I;16 or I, from 0 to 65,535.
+    Pillow's own conversion clips, so that most of a 16-bit picture becomes white. Its decoders
+    read 16-bit files as mode I;16 or I, with values from 0 to 65,535.
     """
     import numpy as np
 
@@ -177,14 +194,15 @@ def _eight_bits(image, name):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ImageError(
-                f"{name} has values from {values.min()} to {values.max()}, where 16 bits hold "
-                "0 to 65,535: scale it to 8 or 16 bits."
+                f"{name} has values from {values.min()} to {values.max()}, and 16 bits hold 0 to "
+                "65,535: scale it to 8 or 16 bits."
             )
         return _from_array(values.astype("uint16"), name)
     return image
 
 
-def _flatten(image, name):
+def _opaque(image, name):
+    """The image as RGB, with white behind transparent pixels."""
     from PIL import Image
 
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -197,7 +215,7 @@ def _flatten(image, name):
         return image.convert("RGB")
     except ValueError as error:
         raise ImageError(
-            f"{name} is in mode {image.mode}, which has no conversion to RGB: save it as RGB."
+            f"{name} has mode {image.mode}, which Pillow cannot convert to RGB: save it as RGB."
         ) from error
 
 
@@ -213,50 +231,48 @@ def _from_array(array, name="the array"):
     array = np.asarray(array)
     if array.size == 0:
         raise ImageError(f"{name} has no pixels: its shape is {array.shape}.")
-    return Image.fromarray(_as_bytes(_channels_last(array, name), name))
+    return Image.fromarray(np.ascontiguousarray(_as_bytes(_channels_last(array, name), name)))
 
 
 def _channels_last(array, name):
-    """As (H, W), (H, W, 3) or (H, W, 4)."""
+    """The array as (H, W), (H, W, 3) or (H, W, 4)."""
     if array.ndim == 2:
         return array
-    channels = (1, 3, 4)
-    if array.ndim != 3 or not (array.shape[0] in channels or array.shape[-1] in channels):
+    first, last = (array.ndim == 3 and array.shape[axis] in (1, 3, 4) for axis in (0, -1))
+    if not (first or last):
         raise ImageError(
             f"{name} has the shape {array.shape}; an image is (H, W), (H, W, C) or (C, H, W), "
-            "with 1, 3 or 4 channels. Several images are given as a list of arrays."
+            "with 1, 3 or 4 channels. Several images are a list of arrays."
         )
-    if array.shape[0] in channels and array.shape[-1] in channels:
+    if first and last:
         raise ImageError(
-            f"{name} has the shape {array.shape}, which can be read as (H, W, C) and as "
-            "(C, H, W): give it as a PIL image."
+            f"{name} has the shape {array.shape}, which may be (H, W, C) or (C, H, W): give a PIL "
+            "image instead."
         )
-    if array.shape[0] in channels:
+    if first:
         array = array.transpose(1, 2, 0)
     return array[..., 0] if array.shape[-1] == 1 else array
 
 
 def _as_bytes(array, name):
+    """The values as unsigned bytes."""
     import numpy as np
 
     if array.dtype == np.uint8:
-        return np.ascontiguousarray(array)
+        return array
     if array.dtype == bool:
         return array.astype(np.uint8) * 255
     if array.dtype == np.uint16:
         return ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    if array.dtype.kind in "iu":
-        most, allowed = 255, "integers from 0 to 255"
-    elif array.dtype.kind == "f":
-        most, allowed = 1.0, "floats from 0 to 1"
-    else:
+    if array.dtype.kind not in "iuf":
         raise ImageError(f"{name} holds {array.dtype}, and an image holds integers or floats.")
+    floats = array.dtype.kind == "f"
+    most, slack = (1.0, 1e-3) if floats else (255, 0)  # resizing overshoots a little
     low, high = array.min(), array.max()
-    slack = 1e-3 if most == 1.0 else 0  # resizing overshoots a little
-    if not (low >= -slack and high <= most + slack):  # also where a value is not a number
+    if not (low >= -slack and high <= most + slack):  # this is also the case for NaN
         raise ImageError(
             f"{name} holds values from {low:g} to {high:g}, and an image of {array.dtype} holds "
-            f"{allowed}. Undo a processor's normalization, or divide by the largest value."
+            f"{'floats from 0 to 1' if floats else 'integers from 0 to 255'}. Undo a processor's "
+            "normalization, or divide by the largest value."
         )
-    scaled = array if most == 255 else np.rint(np.clip(array, 0, 1) * 255)
-    return np.ascontiguousarray(scaled.astype(np.uint8))
+    return (np.rint(np.clip(array, 0, 1) * 255) if floats else array).astype(np.uint8)

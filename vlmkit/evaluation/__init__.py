@@ -1,16 +1,18 @@
 """Asking a vision-language model, and scoring its answers.
 
-asking.py   one question or a batch of them, from pictures and text to the answer's text
-metrics.py  the field's metrics: how much an answer is worth against the accepted ones
-scores.py   their means and intervals, and the tables by task and by kind of question
+asking.py      one question or a batch, from pictures and text to the text of the answer
+prompts.py     the prompts and tensors that a processor makes of pictures and text
+metrics.py     the field's metrics for one answer, and the scores of many by task and kind
+statistics.py  intervals and tests
+columns.py     the columns of a dataset
 """
 
 import contextlib
 
 from vlmkit.errors import QuestionError, TaskError, VlmkitError
 from vlmkit.evaluation.asking import TooLong, answers, ask, check_processor, check_question
-from vlmkit.evaluation.metrics import METRICS, OF_TASK, chosen
-from vlmkit.evaluation.scores import Scores, compared, normalize
+from vlmkit.evaluation.columns import COLUMNS, column, columns_of, lacking_columns
+from vlmkit.evaluation.metrics import METRICS, OF_TASK, Scores, compared, metrics_of, normalize
 from vlmkit.evaluation.statistics import bootstrap, mcnemar, paired_interval, wilson
 from vlmkit.images import read_all
 
@@ -25,14 +27,12 @@ __all__ = [
     "check_question",
     "compared",
     "evaluate",
+    "lacking_columns",
     "mcnemar",
     "normalize",
     "paired_interval",
     "wilson",
 ]
-
-COLUMNS = ("images", "question", "answer")
-"""What a row of a dataset must have; `task`, `kind` and `answers` are used where they are there."""
 
 
 def evaluate(
@@ -45,21 +45,22 @@ def evaluate(
     max_new_tokens=None,
     progress=False,
 ):
-    """Ask every question of a dataset and compare the answers: `Scores`.
+    """Ask every question of a dataset and score the answers: returns `Scores`.
 
-    dataset: a `datasets.Dataset` (`vlmkit.tasks.dataset` and `vlmkit.tasks.from_dataset` make one),
-    or a list of rows, with the columns images, question, answer, and where known task, kind, and
-    answers, a list of all that are accepted.
-    metric: how an answer is scored, one of `METRICS` or a function (predicted, accepted answers) to
-    a number from 0 to 1. By default what the task's own evaluation uses, see `OF_TASK`, and else
-    exact match: an answer counts if it is the expected one, or one of several, after `normalize`.
-    max_new_tokens: by default 8 more than the longest expected answer takes; one that is longer is
-    wrong, however it goes on. progress: show a progress bar.
+    dataset: a `datasets.Dataset` (from `vlmkit.tasks.dataset` or `vlmkit.tasks.from_dataset`, for
+        example) or a list of rows, with the columns images, question and answer, and optionally
+        task, kind, and answers (all accepted answers).
+    metric: how an answer is scored: one of `METRICS`, or a function of (predicted answer, accepted
+        answers) that returns a number from 0 to 1. By default the metric of the row's task (see
+        `OF_TASK`), else exact match: an answer is right if, after `normalize`, it is one of the
+        accepted answers.
+    max_new_tokens: by default 8 more than the longest expected answer needs. A longer answer is
+        wrong anyway. progress: show a progress bar.
 
-    Rows are batched with others of as many images and about as long a question, which only makes
-    it faster: padding is masked. Raises `TaskError` where a column is missing, and the errors of
-    `ask` with the number of the row. `TaskError` also for a metric that does not exist or needs
-    more accepted answers than a row has, before anything is asked.
+    A batch holds rows with equally many images and with questions of similar length. This only
+    makes the evaluation faster, since padding is masked. Raises `TaskError` for a missing column,
+    for a metric that does not exist and for one that needs more accepted answers than a row has,
+    all before the first question is asked; and the errors of `ask` with the number of the row.
     """
     from tqdm import tqdm
 
@@ -79,55 +80,89 @@ def evaluate(
 
 
 def _metrics(dataset, metric):
-    """The metric of each row, a function; each is tried on the row's own answer first."""
-    tasks = _column(dataset, "task") if "task" in _columns(dataset) else [None] * len(dataset)
-    metrics = chosen(metric, tasks)
-    answers = _column(dataset, "answer")
-    for row, (one, accepted) in enumerate(zip(metrics, _accepted(dataset), strict=True)):
+    """The metric of each row, a function. Each one is tried on the row's own answer first."""
+    metrics = metrics_of(metric, _labels(dataset, "task"))
+    rows = zip(metrics, column(dataset, "answer"), _accepted(dataset), strict=True)
+    for row, (one, answer, accepted) in enumerate(rows):
         try:
-            one(answers[row], accepted)
+            one(answer, accepted)
         except VlmkitError as error:
             raise type(error)(f"Row {row}: {error}") from error
     return metrics
 
 
+def _labels(dataset, name):
+    """The column `name`, or "all" for each row if there is none."""
+    return column(dataset, name) if name in columns_of(dataset) else ["all"] * len(dataset)
+
+
 def _accepted(dataset):
-    """The accepted answers of each row: those of the column answers, or else the one expected."""
-    answers = [[answer] for answer in _column(dataset, "answer")]
-    if "answers" not in _columns(dataset):
+    """The accepted answers of each row: the column answers where it is filled, else the answer."""
+    answers = [[answer] for answer in column(dataset, "answer")]
+    if "answers" not in columns_of(dataset):
         return answers
-    several = _column(dataset, "answers")
+    several = column(dataset, "answers")
     return [found or one for found, one in zip(several, answers, strict=True)]
 
 
 def check(processor, dataset, batch_size):
-    """Raise the errors of `evaluate` for what can be told before a question is asked."""
+    """Raise the errors of `evaluate` that are known before a question is asked."""
     check_processor(processor)
-    _check_dataset(dataset)
+    if isinstance(dataset, dict):
+        raise TaskError(
+            f"These are several datasets. Choose one of {', '.join(map(repr, dataset))}."
+        )
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TaskError(
+            f"A {type(dataset).__name__} has no length or no rows by number. Give a list of its "
+            "rows."
+        )
+    if len(dataset) == 0:
+        raise TaskError("The dataset has no rows, so there is nothing to evaluate.")
+    lacking = lacking_columns(columns_of(dataset))
+    if lacking:
+        raise TaskError(lacking)
+    for row, answer in enumerate(column(dataset, "answer")):
+        if not isinstance(answer, str):
+            raise TaskError(f"Row {row}: an answer is text, and this is a {type(answer).__name__}.")
     if type(batch_size) is not int or batch_size < 1:
-        raise TaskError(f"batch_size is a whole number from 1; it is {batch_size!r}.")
+        raise TaskError(f"batch_size is a whole number from 1, and not {batch_size!r}.")
 
 
 def room_for_answers(processor, dataset):
-    """How many tokens `evaluate` lets an answer have: 8 more than the longest expected one."""
-    expected = processor.tokenizer(_column(dataset, "answer"), add_special_tokens=False)
+    """The most tokens that `evaluate` allows an answer: 8 more than the longest expected answer."""
+    expected = processor.tokenizer(column(dataset, "answer"), add_special_tokens=False)
     return 8 + max(len(ids) for ids in expected["input_ids"])
 
 
 def batches(dataset, batch_size):
-    """The batches in which `evaluate` asks: (row numbers, images of each, question of each)."""
-    # A window of rows is held at a time: a dataset of photographs need not fit in memory.
+    """The batches in which `evaluate` asks: (row numbers, images of each, question of each).
+
+    The rows of a batch have equally many images, and questions of similar length.
+    """
+    # Only a window of rows is in memory: a dataset of photographs may be larger than memory.
     for start in range(0, len(dataset), 8 * batch_size):
-        rows = range(start, min(start + 8 * batch_size, len(dataset)))
-        read = {row: _read_row(dataset[row], row) for row in rows}
-        for batch in _batches(read, batch_size):
-            images, questions = zip(*(read[row] for row in batch), strict=True)
-            yield batch, images, questions
+        window = range(start, min(start + 8 * batch_size, len(dataset)))
+        read = {row: _read_row(dataset[row], row) for row in window}
+        rows = sorted(read, key=lambda row: (len(read[row][0]), len(read[row][1])))
+        while rows:
+            images = len(read[rows[0]][0])
+            batch = [row for row in rows[:batch_size] if len(read[row][0]) == images]
+            rows = rows[len(batch) :]
+            yield batch, *zip(*(read[row] for row in batch), strict=True)
+
+
+def _read_row(row, number):
+    try:
+        check_question(row["question"])
+        return read_all(row["images"]), row["question"]
+    except VlmkitError as error:
+        raise type(error)(f"Row {number}: {error}") from error
 
 
 @contextlib.contextmanager
 def naming_rows(rows):
-    """Within it, the error of a prompt that does not fit says which row of the dataset it is."""
+    """In this context, the error of a prompt that is too long names the row of the dataset."""
     try:
         yield
     except TooLong as error:
@@ -135,14 +170,14 @@ def naming_rows(rows):
 
 
 def scored(dataset, predicted, metrics=None):
-    """`Scores` of the answers `predicted`, a text for each row of `dataset`.
+    """`Scores` of the predicted answers, a text for each row of `dataset`.
 
-    metrics: a function for each row, as `evaluate` chooses them. Without them an answer is right
+    metrics: a function for each row, as `evaluate` chooses them. Without them, an answer is right
     if it is the one in the column answer, whatever the task.
     """
     import pandas as pd
 
-    table = pd.DataFrame({name: _column(dataset, name) for name in ("question", "answer")})
+    table = pd.DataFrame({name: column(dataset, name) for name in ("question", "answer")})
     table["predicted"] = predicted
     if metrics is None:
         table["correct"] = table["answer"].map(normalize) == table["predicted"].map(normalize)
@@ -154,70 +189,6 @@ def scored(dataset, predicted, metrics=None):
     if not score.isin([0, 1]).all():
         table["score"] = score
     for name in ("task", "kind"):
-        table[name] = _column(dataset, name) if name in _columns(dataset) else "all"
+        table[name] = _labels(dataset, name)
     names = {getattr(metric, "__name__", "score") for metric in metrics or ()} or {"exact_match"}
     return Scores(table, names.pop() if len(names) == 1 else "score")
-
-
-def _columns(dataset):
-    names = getattr(dataset, "column_names", None)
-    return list(dataset[0]) if names is None else names
-
-
-def _column(dataset, name):
-    if hasattr(dataset, "column_names"):
-        # Alone, since a dataset with a transform reads every column for one, pictures too.
-        return list(dataset.select_columns([name])[name])
-    return [row[name] for row in dataset]
-
-
-def _check_dataset(dataset):
-    if isinstance(dataset, dict):
-        raise TaskError(
-            f"This holds several datasets: choose one of {', '.join(map(repr, dataset))}."
-        )
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise TaskError(
-            f"A {type(dataset).__name__} has no length or no rows by number: take some of its rows "
-            "as a list."
-        )
-    if len(dataset) == 0:
-        raise TaskError("The dataset has no rows, so there is nothing to evaluate.")
-    lacking = lacking_columns(_columns(dataset))
-    if lacking:
-        raise TaskError(lacking)
-    for row, answer in enumerate(_column(dataset, "answer")):
-        if not isinstance(answer, str):
-            raise TaskError(f"Row {row}: an answer is text, and this is a {type(answer).__name__}.")
-
-
-def lacking_columns(columns):
-    """What is wrong with a dataset of these columns, in words; None if it has all of COLUMNS."""
-    missing = [name for name in COLUMNS if name not in columns]
-    if not missing:
-        return None
-    return (
-        f"The dataset has no column {' and no column '.join(missing)}. It has "
-        f"{', '.join(columns)}; needed are {', '.join(COLUMNS)}, and optionally task and kind. "
-        "dataset.rename_column gives a column its name."
-    )
-
-
-def _read_row(row, number):
-    try:
-        check_question(row["question"])
-        return read_all(row["images"]), row["question"]
-    except VlmkitError as error:
-        raise type(error)(f"Row {number}: {error}") from error
-
-
-def _batches(read, size):
-    """Row numbers in batches of rows with as many images and questions of like length."""
-    rows = sorted(read, key=lambda row: (len(read[row][0]), len(read[row][1])))
-    batch = []
-    for row in rows:
-        if batch and (len(batch) == size or len(read[row][0]) != len(read[batch[0]][0])):
-            yield batch
-            batch = []
-        batch.append(row)
-    yield batch

@@ -1,14 +1,15 @@
-"""A question and its pictures made into a model's inputs, and its answer made into text.
+"""Asks a model: the inputs of a question and its pictures, and the text of the answer.
 
-Everything goes the way a user of transformers would take: the processor's chat template makes the
-prompt, the processor its tensors, `generate` the answer. Prompts are padded on the left, so that
-every answer starts right after its question.
+All of it goes the way that a user of transformers takes: the chat template of the processor writes
+the prompt, the processor makes the tensors, and `generate` makes the answer. Prompts are padded on
+the left, so that every answer begins right after its question.
 """
 
 import contextlib
 import inspect
 
-from vlmkit import anatomy
+from vlmkit.anatomy import component_finder
+from vlmkit.architectures import VISION
 from vlmkit.errors import QuestionError, VlmkitError
 from vlmkit.evaluation.prompts import question_inputs
 from vlmkit.images import read_all
@@ -17,24 +18,23 @@ from vlmkit.images import read_all
 def ask(model, processor, images, question, *, max_new_tokens=64):
     """The model's answer to a question about an image or several, as text.
 
-    images: a PIL image, a path or an array, or a list of them, in the order in which the model is
-    to see them (see `vlmkit.images.read`); an empty list asks without a picture. Greedy decoding:
-    the most probable token each time, at most `max_new_tokens` of them, until the model ends its
-    answer. The model's training mode and generation settings are left as they were.
+    images: a PIL image, a path or an array (see `vlmkit.images.read`), or a list of them, in the
+    order in which the model sees them. An empty list asks without an image. Decoding is greedy: the
+    most probable token each time, until the model ends its answer or `max_new_tokens` are reached.
+    The model's training mode and its generation settings do not change.
 
     Raises `ImageError` for an image that cannot be read, `QuestionError` for an empty question and
-    for one that does not fit the model's context together with its images, and `VlmkitError` where
-    there is no processor.
+    for one that, with its images, is too long for the model's context, and `VlmkitError` if there
+    is no processor.
     """
     check_processor(processor)
     check_question(question)
-    return answers(model, processor, [read_all(images)], [question], max_new_tokens=max_new_tokens)[
-        0
-    ]
+    images, questions = [read_all(images)], [question]
+    return answers(model, processor, images, questions, max_new_tokens=max_new_tokens)[0]
 
 
 class TooLong(QuestionError):
-    """A prompt of a batch that does not fit; `prompt` is its number in the batch."""
+    """A prompt that is too long for the model's context; `prompt` is its number in the batch."""
 
     def __init__(self, message, prompt):
         super().__init__(message)
@@ -42,17 +42,18 @@ class TooLong(QuestionError):
 
 
 def answers(model, processor, images, questions, *, max_new_tokens):
-    """The answers to a batch: images[i] is the list of RGB images of questions[i], all as long.
+    """The answers to a batch. images[i] is the list of RGB images of questions[i]; all these lists
+    have the same length.
 
-    Raises as `ask` does, and `TooLong` with the number of the prompt that does not fit.
+    Raises the errors of `ask`, and `TooLong` with the number of the prompt that is too long.
     """
     inputs = prepared(model, processor, images, questions, max_new_tokens)
     return texts_of(processor, inputs, generated(model, processor, inputs, max_new_tokens))
 
 
 def texts_of(processor, inputs, tokens):
-    """The answers in what `generate` returned for `inputs`, as text."""
-    # A decoder's output starts with its prompt, an encoder-decoder's does not.
+    """The answers as text, from the tokens that `generate` returned for `inputs`."""
+    # The output of a decoder begins with the prompt, that of an encoder-decoder does not.
     prompt = inputs["input_ids"]
     if tokens.shape[1] >= prompt.shape[1] and tokens[:, : prompt.shape[1]].equal(prompt):
         tokens = tokens[:, prompt.shape[1] :]
@@ -61,29 +62,30 @@ def texts_of(processor, inputs, tokens):
 
 
 def prepared(model, processor, images, questions, max_new_tokens):
-    """The inputs of a batch as `model` takes them: on its device, in its types, and short enough to
-    leave room for `max_new_tokens` more. Arguments and errors are those of `answers`."""
+    """The inputs of a batch for `model`: on its device, in its dtypes, and with room in its context
+    for `max_new_tokens` more. Arguments and errors are those of `answers`."""
     if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise VlmkitError(f"max_new_tokens is a whole number from 1; it is {max_new_tokens!r}.")
+        raise VlmkitError(f"max_new_tokens is a whole number from 1, and not {max_new_tokens!r}.")
     inputs = question_inputs(processor, images, questions)
     _check_context(model, inputs, len(images[0]), max_new_tokens)
     inputs = inputs.to(model.device, _vision_dtype(model))
     if "token_type_ids" not in inspect.signature(model.forward).parameters:
-        # Some tokenizers give them whether or not the model has a use for them, and generate
-        # refuses what the model does not take.
+        # Some tokenizers always make them, and generate refuses inputs that the model does not
+        # take.
         inputs.pop("token_type_ids", None)
-    inputs.pop("labels", None)  # PaliGemma's processor prepares for training
+    inputs.pop("labels", None)  # PaliGemma's processor makes them, for training
     return inputs
 
 
 def generated(model, processor, inputs, max_new_tokens, **outputs):
-    """What `model.generate` makes of prepared inputs, greedily; `outputs` asks it for more."""
+    """What `model.generate` returns for prepared inputs, with greedy decoding. outputs: arguments
+    that ask `generate` for more."""
     pad = model.generation_config.pad_token_id
     with in_evaluation_mode(model):
         return model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
-            max_length=None,  # a checkpoint's own would draw a warning
+            max_length=None,  # generate would warn about the checkpoint's own
             do_sample=False,
             num_beams=1,
             pad_token_id=processor.tokenizer.pad_token_id if pad is None else pad,
@@ -92,14 +94,14 @@ def generated(model, processor, inputs, max_new_tokens, **outputs):
 
 
 def image_places(model, input_ids):
-    """Which of `input_ids` are placeholders for visual tokens: booleans in the same shape."""
+    """Which of `input_ids` are placeholders of visual tokens, as booleans of the same shape."""
     config = model.config
     token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
     return input_ids == (-1 if token is None else token)
 
 
 def image_tokens(model, input_ids):
-    """How many of `input_ids` are placeholders for visual tokens."""
+    """How many of `input_ids` are placeholders of visual tokens."""
     return int(image_places(model, input_ids).sum())
 
 
@@ -126,56 +128,54 @@ def _check_context(model, inputs, images, max_new_tokens):
         f"The prompt needs {needed:,} tokens ({for_images:,} for {images} "
         f"image{'s' * (images != 1)}, {for_text:,} for the question and its template) and "
         f"{max(available, 0):,} are available: the model's context is {context:,}, of which "
-        f"{max_new_tokens:,} are kept for the answer. To make it fit, {remedy}.",
+        f"{max_new_tokens:,} are for the answer. To make it fit, {remedy}.",
         prompt,
     )
 
 
 def _vision_dtype(model):
-    """The floating-point type in which the vision encoder wants its pixels.
+    """The floating-point dtype of the pixels that the vision encoder takes.
 
-    Under a plan the components' types differ, and `model.dtype` is whichever comes first. Of a
-    quantized encoder it is the type of what stayed unquantized, its patch embedding for one.
+    Under a plan the components have different dtypes, and `model.dtype` is that of the first one.
+    For a quantized encoder it is the dtype of the unquantized rest, such as the patch embedding.
     """
-    component_of = anatomy.component_finder(model)
+    component_of = component_finder(model)
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and component_of(name) == "vision_encoder":
+        if parameter.is_floating_point() and component_of(name) == VISION:
             return parameter.dtype
     return model.dtype
 
 
 @contextlib.contextmanager
 def in_evaluation_mode(model):
+    """Evaluation mode in this context. Afterwards every module has its own mode again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        for module in training:  # and not model.train(), which would wake what was frozen in eval
+        for module in training:  # not model.train(): frozen modules may have been in evaluation
             module.training = True
 
 
 def check_processor(processor):
+    """Raises VlmkitError if there is no processor of images and text."""
     if processor is None:
         raise VlmkitError(
-            "There is no processor, which turns pictures and questions into the model's inputs: "
-            "load with processor=True, or pass transformers' AutoProcessor of the same model."
+            "There is no processor, which makes the model's inputs from pictures and questions. "
+            "Load with processor=True, or give transformers' AutoProcessor of the same model."
         )
-    if not (
-        hasattr(processor, "tokenizer")
-        and callable(getattr(processor, "apply_chat_template", None))
-    ):
+    template = getattr(processor, "apply_chat_template", None)
+    if not (hasattr(processor, "tokenizer") and callable(template)):
         raise VlmkitError(
-            f"A {type(processor).__name__} is not a processor of images and text; "
-            "transformers' AutoProcessor of the same model is."
+            f"A {type(processor).__name__} is not a processor of images and text. Give "
+            "transformers' AutoProcessor of the same model."
         )
 
 
 def check_question(question):
-    """Raises QuestionError for what is no question: not text, or empty."""
+    """Raises QuestionError if the question is not text, or is empty."""
     if not isinstance(question, str):
         raise QuestionError(f"A question is text, and this is a {type(question).__name__}.")
     if not question.strip():
-        raise QuestionError(
-            'The question is empty: ask something, such as "What is in the picture?"'
-        )
+        raise QuestionError('The question is empty. Ask one, such as "What is in the picture?"')

@@ -1,26 +1,34 @@
-"""The field's metrics: how much an answer is worth against the accepted ones, from 0 to 1.
+"""What an answer is worth by the field's metrics, from 0 to 1, and the scores of many answers.
 
     vk.evaluate(model, processor, dataset, metric="anls")
     vqa_accuracy("2", ["two"] * 3 + ["3"] * 7)  # 0.9
 
-  exact_match       the expected answer, or one of several, after `normalize`
-  vqa_accuracy      how many of ten people gave that answer (VQAv2, TextVQA)
-  direct_answer     the same without leaving a person out (A-OKVQA)
-  anls              likeness of spelling (DocVQA, ST-VQA)
-  relaxed_accuracy  numbers within 5%, other text exactly (ChartQA)
+exact_match       1 if the answer is one of the accepted ones, after `normalize`
+vqa_accuracy      how many of ten people gave this answer (VQAv2, TextVQA)
+direct_answer     the same, without leaving a person out (A-OKVQA)
+anls              similarity of spelling (DocVQA, ST-VQA)
+relaxed_accuracy  numbers within 5%, other text exactly (ChartQA)
 
-A metric is a function of the predicted answer and the list of accepted ones. They are written from
-their definitions; the edit distance is rapidfuzz's.
+A metric is a function of the predicted answer and the list of accepted answers. The metrics are
+written from their definitions. The edit distance is rapidfuzz's. `Scores` has the means of many
+answers, with their intervals.
 """
 
-import difflib
 import re
+from dataclasses import dataclass
 
-from vlmkit.errors import TaskError
-from vlmkit.evaluation.scores import normalize
+from vlmkit.errors import TaskError, did_you_mean
+from vlmkit.evaluation.statistics import bootstrap, wilson
+from vlmkit.tables import Table
 
 FULL_MARKS = 4
-"""Fewer answers than this to a question, and no answer can reach a VQA accuracy of 1."""
+"""With fewer accepted answers than this, no answer can reach a VQA accuracy of 1."""
+
+
+def normalize(answer):
+    """An answer as it is compared: without upper case, closing punctuation, and outer or repeated
+    spaces, so that "Red." is "red"."""
+    return " ".join(answer.split()).casefold().rstrip(".,;:!? ")
 
 
 def exact_match(predicted, accepted):
@@ -30,9 +38,9 @@ def exact_match(predicted, accepted):
 
 # --- VQA accuracy ---------------------------------------------------------------------------------
 
-# Contractions of the VQA evaluation, spelt right. The evaluation's table gives each with the
-# spellings that lack one of its apostrophes, so the right ones say it all; those that it spells
-# with a capital can match nothing, since answers are in lower case, and are left out here.
+# The contractions of the VQA evaluation. Its table maps each spelling that lacks one apostrophe to
+# the right spelling, so the right spellings are enough. Those that it spells with a capital can
+# match nothing, since answers are in lower case, and are left out.
 _CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
 haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
@@ -47,7 +55,7 @@ _REPAIRED = {
     word[: mark.start()] + word[mark.end() :]: word
     for word in _CONTRACTIONS.split()
     for mark in re.finditer("'", word)
-} | {"somebody'd": "somebodyd"}  # the table's own slip, kept so that scores are the same
+} | {"somebody'd": "somebodyd"}  # a mistake in that table, kept so that scores are the same
 
 _ARTICLES = ("a", "an", "the")
 _ZERO_TO_TEN = "zero one two three four five six seven eight nine ten"
@@ -58,10 +66,10 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # not the apostrophe (girl's) and the c
 def normalize_vqa(answer):
     """An answer as the VQA evaluation compares it (visualqa.org/evaluation).
 
-    Lower case; full stops removed except decimal points; punctuation replaced by a space, or
-    removed where a space is next to it or where the answer has a comma within a number; number
-    words from zero to ten, and "none", as digits; articles removed; a contraction that lacks an
-    apostrophe gets it.
+    Lower case. Full stops are removed, decimal points are not. Other punctuation becomes a space;
+    it is removed instead if it is next to a space, or if the answer has a comma within a number.
+    The words from zero to ten, and "none", become digits. Articles are removed. A contraction that
+    lacks an apostrophe gets it.
     """
     answer = answer.strip().replace("\n", " ").replace("\t", " ")
     thousands = re.search(r"\d,\d", answer)
@@ -77,13 +85,13 @@ def normalize_vqa(answer):
 def vqa_accuracy(predicted, accepted):
     """VQA accuracy (Antol et al., 2015, arXiv 1505.00468; as visualqa.org/evaluation has it now).
 
-    accepted: the answers that people gave to the question, ten in VQAv2 and TextVQA. Against nine
-    of the ten, an answer is worth the share min(those who gave it / 3, 1); the result is the mean
-    over the ten ways to leave one out: 0.3, 0.6 and 0.9 for an answer that one, two or three gave,
-    and 1 from four on.
+    accepted: the answers that people gave to the question, ten in VQAv2 and TextVQA. Compared with
+    nine of the ten, an answer is worth min(people who gave it / 3, 1). The result is the mean over
+    the ten ways to leave one person out: 0.3, 0.6 and 0.9 for an answer that one, two or three
+    people gave, and 1 from four people on.
 
-    All answers pass through `normalize_vqa`, as the evaluation's page says. Its script has changed
-    over the years in whether it does so where all ten agree, and whether to the ten in full.
+    All answers are normalized by `normalize_vqa`, as the page of the evaluation says. Over the
+    years its script has not always normalized the ten answers, or not when all ten agree.
     """
     _require_several(accepted, "VQA accuracy")
     predicted = normalize_vqa(predicted)
@@ -95,8 +103,8 @@ def vqa_accuracy(predicted, accepted):
 def direct_answer(predicted, accepted):
     """The direct-answer accuracy of A-OKVQA (Schwenk et al., 2022, arXiv 2206.01718).
 
-    min(people who gave that answer / 3, 1), over all ten. The answers are compared after
-    `normalize`, where the evaluation's script asks for equal strings.
+    min(people who gave that answer / 3, 1), of all ten people. The answers are compared after
+    `normalize`; the script of the evaluation compares the strings themselves.
     """
     _require_several(accepted, "direct-answer accuracy")
     predicted = normalize(predicted)
@@ -106,9 +114,8 @@ def direct_answer(predicted, accepted):
 def _require_several(accepted, name):
     if len(accepted) < FULL_MARKS:
         raise TaskError(
-            f"{name} counts how many people gave an answer, usually of ten, and "
-            f"here there {'is' if len(accepted) == 1 else 'are'} {len(accepted)}: give them all in "
-            "the column answers, or use metric='exact_match'."
+            f"{name} counts how many of usually ten people gave an answer, and this row has "
+            f"{len(accepted)}: give all answers in the column answers, or use metric='exact_match'."
         )
 
 
@@ -116,13 +123,13 @@ def _require_several(accepted, name):
 
 
 def anls(predicted, accepted, threshold=0.5):
-    """Average normalized Levenshtein similarity, of one answer (Biten et al., 2019, arXiv
-    1905.13648, equation 1; Mathew et al., 2021, arXiv 2007.00398, for DocVQA).
+    """The normalized Levenshtein similarity of one answer; ANLS is its average (Biten et al., 2019,
+    arXiv 1905.13648, equation 1; Mathew et al., 2021, arXiv 2007.00398, for DocVQA).
 
-    1 minus the edit distance over the longer text's length, in the best case over the accepted
-    answers; 0 below `threshold`, where it is another answer rather than a misspelt one. Case and
-    repeated spaces do not count. At 0.5 exactly the answer keeps its 0.5, as in the evaluation of
-    the DocVQA challenge; the paper's equation has it at 0.
+    1 minus the edit distance divided by the length of the longer text, for the most similar
+    accepted answer; 0 below `threshold`, where it is another answer and not a misspelling. Case
+    and repeated spaces do not count. A similarity of exactly 0.5 counts as 0.5, as in the
+    evaluation of the DocVQA challenge; by the paper's equation it would count as 0.
     """
     from rapidfuzz.distance import Levenshtein
 
@@ -136,10 +143,10 @@ _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?%?")
 
 def relaxed_accuracy(predicted, accepted, tolerance=0.05):
     """Relaxed accuracy (Masry et al., 2022, arXiv 2203.10244, section 5.1, after Methani et al.,
-    2020): 1 for a number within 5% of an accepted one, or for the same text whatever its case.
+    2020): 1 for a number within 5% of an accepted number, or for the same text, in any case.
 
-    As in pix2struct's evaluation, which later models report with, 12% is the number 0.12, and a
-    number with commas in it is text. A 0 is met only by a 0.
+    As in the evaluation of pix2struct, which later models use too, 12% is the number 0.12, and a
+    number with commas is text. Only 0 matches 0.
     """
     return float(any(_relaxed(predicted.strip(), text.strip(), tolerance) for text in accepted))
 
@@ -155,7 +162,7 @@ def _number(text):
     return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
-# --- which one ------------------------------------------------------------------------------------
+# --- choosing a metric ----------------------------------------------------------------------------
 
 METRICS = {
     metric.__name__: metric
@@ -169,26 +176,120 @@ OF_TASK = {
     "docvqa": "anls",
     "chartqa": "relaxed_accuracy",
 }
-"""The metric of a task's own evaluation; every other task's is exact match."""
+"""The metric that a task's own evaluation uses. For every other task it is exact match."""
 
 
-def chosen(metric, tasks):
-    """The metric for each row, as functions: `metric` for all, or where it is None by task.
+def metrics_of(metric, tasks):
+    """The metric for each row, as a list of functions. tasks: the task of each row.
 
-    metric: one of `METRICS`, a function (predicted, accepted) -> from 0 to 1, or None.
-    Raises TaskError for a name that is none of them.
+    metric: one of `METRICS` or a function (predicted, accepted) -> 0 to 1, for all rows; or None,
+    for the metric of each row's task. Raises TaskError for a name that is not a metric.
     """
     if metric is None:
         return [METRICS[OF_TASK.get(task, "exact_match")] for task in tasks]
     if isinstance(metric, str):
         if metric not in METRICS:
-            near = difflib.get_close_matches(metric, METRICS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise TaskError(f"There is no metric {metric!r}{hint} There are {', '.join(METRICS)}.")
+            raise TaskError(
+                f"{metric!r} is not a metric. {did_you_mean(metric, METRICS)}The metrics are "
+                f"{', '.join(METRICS)}."
+            )
         metric = METRICS[metric]
     if not callable(metric):
         raise TaskError(
             f"A metric is one of {', '.join(METRICS)}, or a function of an answer and the accepted "
-            f"ones; this is a {type(metric).__name__}."
+            f"answers; this is a {type(metric).__name__}."
         )
     return [metric] * len(tasks)
+
+
+# --- the scores of many answers -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Scores(Table):
+    """What a model answered, and how often it was right.
+
+    answers: a DataFrame with a row per question, in the dataset's order: question, answer (the
+    expected one), predicted, correct, task, kind. If the metric has values between 0 and 1, also
+    score; correct then says whether the score is 1.
+    metric: the name of the metric, for the headline.
+    """
+
+    answers: object
+    metric: str = "exact_match"
+
+    @property
+    def n(self):
+        return len(self.answers)
+
+    @property
+    def accuracy(self):
+        """The share of right answers, or the mean score: from 0 to 1."""
+        return float(self._scores.mean())
+
+    @property
+    def interval(self):
+        """The 95% interval of the accuracy, (low, high): `wilson` if every score is 0 or 1, else
+        `bootstrap`."""
+        return _interval(self._scores)
+
+    @property
+    def _scores(self):
+        return self.answers["score" if "score" in self.answers else "correct"]
+
+    @property
+    def by_task(self):
+        """A DataFrame with a row per task: n, accuracy, and its 95% interval, low and high."""
+        return self._by("task")
+
+    @property
+    def by_kind(self):
+        """A row per task and kind of question, with the columns of `by_task`."""
+        return self._by(["task", "kind"])
+
+    def _by(self, columns):
+        import pandas as pd
+
+        groups = self.answers.groupby(columns, sort=False)[self._scores.name]
+        rows = [(len(group), group.mean(), *_interval(group)) for _, group in groups]
+        names = ["n", "accuracy", "low", "high"]
+        return pd.DataFrame(rows, index=groups.size().index, columns=names)
+
+    def __repr__(self):
+        return f"<Scores: {self._headline()}>"
+
+    def _headline(self):
+        low, high = self.interval
+        found = f"{self.accuracy:.1%} of {self.n:,} answers right"
+        if self.metric != "exact_match":
+            found = f"mean {self.metric} {self.accuracy:.1%} over {self.n:,} answers"
+        return f"{found} (95% interval {low:.1%} to {high:.1%})"
+
+    def table(self):
+        return self.by_task
+
+    def _text_table(self):
+        table = self.by_task.rename_axis(None)
+        for column in ("accuracy", "low", "high"):
+            table[column] = table[column].map("{:.1%}".format)
+        return table
+
+
+def _interval(scores):
+    if scores.isin([0, 1]).all():
+        return wilson(int(scores.sum()), len(scores))
+    return bootstrap(scores)
+
+
+def compared(scores):
+    """A DataFrame of texts with a row per model and a column per task. "79 [74, 83]" means that 79%
+    of the answers are right, with a 95% interval from 74% to 83%.
+
+    scores: {model: Scores}, all of the same tasks.
+    """
+    import pandas as pd
+
+    def text(share):
+        return "{accuracy:.0f} [{low:.0f}, {high:.0f}]".format(**100 * share)
+
+    return pd.DataFrame({name: one.by_task.apply(text, axis=1) for name, one in scores.items()}).T

@@ -1,7 +1,7 @@
 """Pictures made of integers: the same bytes on every machine.
 
-Everything is drawn with integer comparisons on a pixel grid, and text with Pillow's built-in bitmap
-font, so that no floating point, no anti-aliasing and no version of FreeType has a say in a pixel.
+Shapes are drawn with integer comparisons on a pixel grid, and text with Pillow's built-in bitmap
+font. So no pixel depends on floating point, on anti-aliasing or on a version of FreeType.
 """
 
 import functools
@@ -30,18 +30,18 @@ def _grid():
 
 
 def background(rng):
-    """An empty picture, (SIZE, SIZE, 3) uint8, in one dark or light gray."""
+    """An empty picture, (SIZE, SIZE, 3) uint8, of one dark or light gray."""
     level = rng.choice((rng.randrange(10, 60), rng.randrange(200, 246)))
     return np.full((SIZE, SIZE, 3), level, dtype=np.uint8)
 
 
 def shade(color, rng):
-    """`color` by name, as three integers a little off the palette's: no two reds are the same."""
+    """(red, green, blue) of a color's name, changed a little at random: no two reds are equal."""
     return tuple(min(255, max(0, channel + rng.randrange(-14, 15))) for channel in COLORS[color])
 
 
 def draw_shape(pixels, shape, rgb, x, y, radius):
-    """Paint one of `SHAPES`, centerd on pixel (x, y) and `radius` pixels from center to edge."""
+    """Paint one of `SHAPES` around pixel (x, y), with `radius` pixels from center to edge."""
     ys, xs = _grid()
     dx, dy = xs - x, ys - y
     if shape == "circle":
@@ -62,13 +62,13 @@ def draw_shape(pixels, shape, rgb, x, y, radius):
 
 
 def draw_rectangle(pixels, rgb, left, top, right, bottom):
-    """Paint pixels left ≤ x < right, top ≤ y < bottom."""
+    """Paint the pixels with left ≤ x < right and top ≤ y < bottom."""
     pixels[top:bottom, left:right] = rgb
 
 
 def draw_stroke(pixels, rgb, center, toward, near, far, width):
-    """Paint a straight stroke, `width` pixels wide, that lies from `near` to `far` pixels away from
-    `center` (x, y). toward: (x, y), its direction, an integer vector of length 1024."""
+    """Paint a straight stroke, `width` pixels wide, from `near` to `far` pixels away from `center`,
+    (x, y). toward: its direction, an integer vector (x, y) of length 1024."""
     ys, xs = _grid()
     dx, dy = xs - center[0], ys - center[1]
     along = dx * toward[0] + dy * toward[1]
@@ -88,7 +88,8 @@ def _glyph(character, scale):
 
 
 def draw_text(pixels, text, rgb, left, top, scale):
-    """Print `text` with its upper left corner at (left, top); a glyph has 6×11 pixels × scale."""
+    """Print `text` with its upper left corner at (left, top). scale: GLYPH sizes are multiplied by
+    this whole number."""
     for character in text:
         glyph = _glyph(character, scale)
         height, width = glyph.shape

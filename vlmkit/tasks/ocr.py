@@ -1,4 +1,4 @@
-"""Printed text: words, numbers and codes of two to five characters on a sign."""
+"""Printed text on a sign: words, numbers and codes of two to five characters."""
 
 import string
 
@@ -12,7 +12,7 @@ from vlmkit.tasks.drawing import (
     draw_text,
     shade,
 )
-from vlmkit.tasks.recipe import NONE, Mark, Picture, Recipe
+from vlmkit.tasks.questions import NONE, Mark, Picture, Recipe, phrased
 
 WORDS = """AN AT BE BY DO GO HI IF IN IT ME MY NO OF ON OR SO TO UP WE
 ALL AND ANT ART BAG BAR BED BEE BIG BOX BUS CAR CAT COW CUP DAY DOG EAR EGG END EYE FAR FIG FLY FOX
@@ -27,11 +27,11 @@ PAPER PEACH PIANO PIZZA PLANT QUEEN RIVER ROBOT SALAD SHELL SOUTH SPOON STONE ST
 TIGER TODAY TOWER TRAIN TRUCK WATER WHEEL WHITE WORLD ZEBRA""".split()  # noqa: SIM905 (a list of 190 quoted words is no easier to read)
 LETTERS, DIGITS = string.ascii_uppercase, string.digits
 SPACING = 1
-"""Empty columns between characters, before scaling."""
+"""Empty columns of pixels between two characters, before scaling."""
 
 
 def _word(rng):
-    # Half real words, half none at all: a reader must read the letters, not guess the word.
+    # Half are real words and half are random letters, so that guessing the word is not enough.
     if rng.random() < 0.5:
         return rng.choice(WORDS)
     return "".join(rng.choice(LETTERS) for _ in range(rng.randrange(2, 6)))
@@ -51,14 +51,15 @@ def _code(rng):
 
 
 def draw(rng):
+    """The facts are the kind of text and the text, which is empty on a sign without text."""
     maker = rng.choice((_word, _number, _code))
     text = maker(rng) if rng.random() > 0.04 else ""
     pixels = background(rng)
     dark = pixels[0, 0, 0] < 128
     color = rng.choice(list(COLORS))
-    # A sign in one color with letters much lighter or darker than it.
+    # The sign has one color, and its letters are much lighter or much darker.
     plate, ink = shade(color, rng), (250, 250, 250) if sum(COLORS[color]) < 380 else (10, 10, 10)
-    if rng.random() < 0.5:  # no plate: colored or plain letters on the background itself
+    if rng.random() < 0.5:  # no plate: the letters are on the background itself
         plate, ink = None, (245, 245, 245) if dark else (15, 15, 15)
     scale = 3 if 0 < len(text) < 4 and rng.random() < 0.3 else 2
     advance = (GLYPH_WIDTH + SPACING) * scale
@@ -80,18 +81,14 @@ def draw(rng):
 
 
 def _ask(kind):
+    @phrased(
+        "What does the sign say?",
+        "What is written here?",
+        "Read the text.",
+        "Which text is printed in the picture?",
+    )
     def ask(facts, rng):
-        if facts[0] != kind:
-            return None
-        question = rng.choice(
-            (
-                "What does the sign say?",
-                "What is written here?",
-                "Read the text.",
-                "Which text is printed in the picture?",
-            )
-        )
-        return question, facts[1] or NONE
+        return (facts[1] or NONE, {}) if facts[0] == kind else None
 
     return ask
 
@@ -103,8 +100,14 @@ def describe(facts):
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
 
 
+@phrased(
+    "What is the {place} character?",
+    "Which character comes {place}?",
+    "Read the {place} character.",
+    "Name the {place} character of the text.",
+)
 def ask_character(facts, rng):
-    """One character of the text by its place; none where the text is shorter."""
+    """One character of the text by its place, or none if the text is shorter."""
     text = facts[1]
     places = dict(zip(ORDINALS, text.ljust(len(ORDINALS)), strict=True))
     if text:
@@ -112,17 +115,9 @@ def ask_character(facts, rng):
     beyond = rng.random() < 0.1
     possible = [place for place, character in places.items() if (character == " ") == beyond]
     place = rng.choice(possible or list(places))
-    question = rng.choice(
-        (
-            f"What is the {place} character?",
-            f"Which character comes {place}?",
-            f"Read the {place} character.",
-            f"Name the {place} character of the text.",
-        )
-    )
-    return question, places[place].strip() or NONE
+    return places[place].strip() or NONE, {"place": place}
 
 
 OCR = Recipe("ocr", draw, {kind: _ask(kind) for kind in ("word", "number", "code")}, describe)
 SPELLING = Recipe("spelling", draw, {"character": ask_character}, describe)
-"""A lesson for training, not a task: reading is learnt faster when single characters are asked."""
+"""An auxiliary task, for training only: with single characters, reading is learned faster."""

@@ -16,9 +16,8 @@ from vlmkit import tasks
 from vlmkit.models.pebble.recipe import ASSISTANT, END, IMAGE, PATCH, PATCHES, USER
 from vlmkit.tasks.drawing import COLORS, SHAPES
 from vlmkit.tasks.ocr import DIGITS, LETTERS, SPELLING
-from vlmkit.tasks.pairs import MATCH, SEARCH
 from vlmkit.tasks.scenes import COLOR_COUNT, EXISTENCE, LOOKUP, PLACE, RELATION, WHERE
-from vlmkit.tasks.video import MOTION
+from vlmkit.tasks.several import MATCH, MOTION, SEARCH
 
 WHATS = ("nothing", *SHAPES, *LETTERS, *DIGITS, "bar")
 HUES = (tasks.NONE, *COLORS)

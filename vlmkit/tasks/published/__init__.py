@@ -1,15 +1,16 @@
-"""Published data sets of visual question answering, in the shape of vlmkit's own tasks.
+"""Published data for visual question answering, and your own, in the form of vlmkit's own tasks.
 
-schemas.py  the layouts: which columns say what, and how one is recognized
+schemas.py  the column layouts in which such data is published, and how a row of each is read
 opening.py  files, folders, saved datasets and the hub
-reading.py  rows checked and pictures read, by number or as a stream
+reading.py  checked rows with their pictures, by number or as a stream
 """
 
 import warnings
 
 from vlmkit.errors import TaskError
+from vlmkit.evaluation.columns import columns_of
 from vlmkit.tasks.published.opening import opened
-from vlmkit.tasks.published.reading import Joined, Pictures, Texts, columns_of, mapped, streamed
+from vlmkit.tasks.published.reading import Joined, Pictures, Reader, mapped, streamed
 from vlmkit.tasks.published.schemas import PICTURES, SCHEMAS, find
 
 __all__ = ["SCHEMAS", "from_dataset"]
@@ -30,97 +31,85 @@ def from_dataset(
     decode=True,
     **loading,
 ):
-    """Questions from published data: a `datasets.Dataset` of rows like those of `dataset`.
+    """Questions from published data: a `datasets.Dataset` with rows like those of `dataset`.
 
     Columns: images (a list of RGB pictures, read when a row is asked for), question, answer, task
-    (the schema's name), kind (as the data set divides its questions, else "all") and answers (all
-    that are accepted). The texts are held in memory, the pictures stay where they are. Splits,
-    shuffles and selections keep this; `save_to_disk` would save the rows without their pictures.
+    (the schema's name), kind (how the data set divides its questions, else "all") and answers (all
+    accepted answers). The texts are in memory. The pictures are read from where they are, after
+    splitting, shuffling and selecting too; `save_to_disk` would save the rows without them.
 
-    source: a parquet, JSON-lines or JSON file, or a folder of them; what `save_to_disk` wrote; an
-        opened dataset of the `datasets` library; or a hub id. Paths of pictures are relative to the
-        file or folder.
-    schema: one of `SCHEMAS`, by default told from the columns. The layouts, as published on the hub
-        up to November 2026, with the columns that are looked at:
-
-        vqav2         lmms-lab/VQAv2 -> image, question, multiple_choice_answer, answers (ten
-                      records with answer), answer_type
-        textvqa       lmms-lab/textvqa, facebook/textvqa -> image, question, answers (ten texts)
-        docvqa        lmms-lab/DocVQA -> image, question, answers (texts), question_types
-        chartqa       HuggingFaceM4/ChartQA -> image, query, label (texts), human_or_machine
-        gqa           lmms-lab/GQA -> question, answer, types and image or imageId; with the second,
-                      the pictures are in another subset, see `images`
-        aokvqa        HuggingFaceM4/A-OKVQA -> image, question, choices, correct_choice_idx,
-                      direct_answers (texts, or one that spells their list). The question is asked
-                      without its choices
-        the_cauldron  HuggingFaceM4/the_cauldron -> images, texts (records with user, assistant,
-                      source). Each turn is a row with all the pictures, without the turns before it
-        plain         your own: image or images, question, answer; where known answers, task, kind
-
-        The original files of these data sets, with questions, answers and pictures apart, are not
-        among them.
-    split: its name, needed where there are several. name: the hub data set's subset.
-    streaming: an `IterableDataset`, which holds nothing; `list(rows.take(n))` is what
-        `vlmkit.evaluate` takes of it. An opened one always streams.
-    limit: give this many rows at most, reading no further.
-    images: for imageId, a source with the columns id and image; by default, on the hub, the subset
-        called ..._images where that of the questions is called ..._instructions.
+    source: a parquet, JSON-lines or JSON file, or a folder of these; a folder that `save_to_disk`
+        wrote; an opened dataset of the `datasets` library; or a hub id. Paths of pictures are
+        relative to the file or folder.
+    schema: one of `SCHEMAS`, the column layouts that vlmkit reads; by default recognized from the
+        columns. "plain" is for your own data: image or images, question, answer, and optionally
+        answers, task and kind.
+    split: its name, needed if there are several. name: the subset of a hub data set.
+    streaming: return an `IterableDataset`, which keeps nothing in memory. `vlmkit.evaluate` takes
+        `list(rows.take(n))` of it. An opened stream stays a stream.
+    limit: the most rows to return; nothing beyond them is read.
+    images: for rows with imageId, the source of the pictures, with the columns id and image. By
+        default, on the hub, the subset ..._images beside the subset ..._instructions.
     prompt: a text around each question, such as "{question}\\nAnswer the question using a single
-        word or phrase.", which many published results are made with.
-    on_error: "raise" at a row without a question, an answer or a readable picture, or "skip" it and
-        warn how many there were. Pictures are then all read once at the start, except in a stream.
-    skipped: a list that takes (row number, why) for each one skipped, in a stream as it goes.
-    decode: False leaves pictures as bytes or paths, for a training whose collator reads them and
-        has a policy of its own for those that it cannot read; nothing is then read at the start.
+        word or phrase.". Many published results are made with such a prompt.
+    on_error: what to do with a row without a question, an answer or a readable picture: "raise", or
+        "skip" it and warn how many were skipped. To skip, all pictures are read once at the start,
+        except in a stream.
+    skipped: a list that gets (row number, why) of each skipped row; in a stream, as it is read.
+    decode: False leaves pictures as bytes or paths, for a training whose collator reads pictures
+        and decides about unreadable ones. Nothing is then read at the start.
     loading: further arguments of `datasets.load_dataset`, such as revision, token or cache_dir.
 
-    Raises TaskError for a source that cannot be opened, several splits, columns of no known layout
-    and unusable rows, and ImageError where a picture is, all with the row's number.
+    Raises TaskError for a source that cannot be opened, for several splits, for columns that match
+    no schema and for unusable rows, and ImageError for unusable pictures; both name the row.
     """
     import datasets
 
     _check_options(limit, prompt, on_error, skipped)
     if split is not None and isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
-        raise TaskError(f"An opened dataset is one split already; split is {split!r}.")
+        raise TaskError(f"An opened dataset is already one split: leave out split={split!r}.")
     data, folder, title = opened(source, split, streaming, name, **loading)
     if streaming and isinstance(data, datasets.Dataset):
         data = data.to_iterable_dataset()
-    layout = find(columns_of(data), schema)
+    columns = columns_of(data)
     noted = None if on_error == "raise" else [] if skipped is None else skipped
-    texts = Texts(layout, title, prompt, noted)
-    if any(column in columns_of(data) for column in PICTURES):
+    reader = Reader(find(columns, schema), title, prompt, noted)
+    if any(column in columns for column in PICTURES):
         pictures = Pictures(data, folder, title, decode)
     else:
         pictures = Joined(*_images(images, source, split, name, loading, title), decode)
     if isinstance(data, datasets.IterableDataset):
-        return streamed(data, texts, pictures, limit)
+        return streamed(data, reader, pictures, limit)
     before = len(noted or ())
-    rows = mapped(data, texts, pictures, limit)
+    rows = mapped(data, reader, pictures, limit)
     if noted and len(noted) > before:
-        n, (first, why) = len(noted) - before, noted[before]
-        warnings.warn(f"{title}: skipped {n}, the first of them row {first}: {why}", stacklevel=2)
+        number, why = noted[before]
+        warnings.warn(
+            f"{title}: skipped {len(noted) - before} rows, the first is row {number}: {why}",
+            stacklevel=2,
+        )
     return rows
 
 
 def _images(images, source, split, name, loading, title):
-    """What `opened` gives of the pictures that a row names by imageId."""
+    """What `opened` returns for the pictures that rows refer to by imageId."""
     if images is not None:
         found, folder, title = opened(images, split)
         return found, folder, f"{title} of images"
     if isinstance(source, str) and name and name.endswith("_instructions"):
         return opened(source, split, name=f"{name.removesuffix('_instructions')}_images", **loading)
     raise TaskError(
-        f"The rows of {title} name their pictures by imageId: give the pictures with images=, a "
-        "source with the columns id and image."
+        f"The rows of {title} refer to their pictures by imageId. Give the pictures with images=: "
+        "a source with the columns id and image."
     )
 
 
 def _check_options(limit, prompt, on_error, skipped):
     if limit is not None and (type(limit) is not int or limit < 1):
-        raise TaskError(f"limit is a whole number of rows from 1, or None; it is {limit!r}.")
+        raise TaskError(f"limit is a whole number of rows from 1, or None, and not {limit!r}.")
     if prompt is not None and "{question}" not in str(prompt):
-        raise TaskError(f"A prompt has {{question}} where the question goes; it is {prompt!r}.")
+        raise TaskError(f"A prompt needs {{question}} where the question goes: {prompt!r}.")
     if on_error not in ("raise", "skip"):
-        raise TaskError(f"on_error is 'raise' or 'skip'; it is {on_error!r}.")
+        raise TaskError(f"on_error is 'raise' or 'skip', and not {on_error!r}.")
     if skipped is not None and (on_error != "skip" or not isinstance(skipped, list)):
-        raise TaskError("skipped is a list that rows are noted in, with on_error='skip'.")
+        raise TaskError("skipped is a list that the skipped rows are added to: on_error='skip'.")

@@ -1,46 +1,57 @@
-"""Published rows in vlmkit's own shape: texts checked, pictures read when they are asked for."""
+"""Published rows in the form of vlmkit: texts checked, pictures read when they are asked for."""
 
 import os
+from functools import partial
 
 from vlmkit.errors import ImageError, TaskError, VlmkitError
-from vlmkit.images import read_all
+from vlmkit.evaluation.columns import columns_of, lacking_columns
+from vlmkit.images import read_all, undecoded
 from vlmkit.tasks.published.schemas import PICTURES
 
+TEXTS = ("question", "answer", "task", "kind")
 
-class Texts:
-    """Reads what the rows of a source ask, and keeps account of those that cannot be used.
 
-    prompt: a text with {question} where the question goes, or None for the question as it is.
-    skipped: a list that takes (row number, why) of each, or None to raise at the first.
+class Reader:
+    """Reads rows of a source, and notes those that cannot be used.
+
+    prompt: a text with {question} where the question goes, or None for the question alone.
+    skipped: a list that gets (row number, why), or None to raise at the first unusable row.
     """
 
     def __init__(self, schema, title, prompt, skipped):
         self.schema, self.title, self.skipped = schema, title, skipped
         self.prompt = prompt or "{question}"
 
-    def questions(self, row, number):
-        """The questions of a row: dicts with question, answer, task, kind and answers."""
+    def read(self, row, number, pictures):
+        """The questions of a row, a list of dicts in the form of vlmkit.
+
+        pictures: a function that returns what goes into the column images, or raises ImageError.
+        """
         try:
+            images = pictures()
             found = self.schema.read(row)
+            if not found:
+                raise TaskError("it asks no question.")
+        except VlmkitError as error:
+            return self._failed(number, error)
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-            what = f"it is not laid out as {self.schema.name}: {type(error).__name__}: {error}."
-            self.failed(number, TaskError(what))
-            return
-        if not found:
-            self.failed(number, TaskError("it asks no question."))
+            what = f"it does not match the schema {self.schema.name}: {type(error).__name__}"
+            return self._failed(number, TaskError(f"{what}: {error}."))
+        questions = []
         for one in found:
             try:
-                yield self._checked(**one)
+                questions.append({"images": images, **self._checked(**one)})
             except TaskError as error:
-                self.failed(number, error)
+                self._failed(number, error)
+        return questions
 
     def _checked(self, question, answer, answers=(), kind=None, task=None):
         if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-            answer = str(answer)  # JSON lines have numbers
+            answer = str(answer)  # JSON has numbers
         for text, what in ((question, "question"), (answer, "answer")):
             if not isinstance(text, str) or not text.strip():
                 found = "is empty" if text is None or isinstance(text, str) else f"is {text!r}"
-                hint = " The answers of test splits are often kept back." * (what == "answer")
+                hint = " Test splits are often published without answers." * (what == "answer")
                 raise TaskError(f"the {what} {found}.{hint}")
         return {
             "question": self.prompt.replace("{question}", question),
@@ -50,26 +61,26 @@ class Texts:
             "answers": list(answers) or [answer],
         }
 
-    def failed(self, number, error):
-        """Raise the error with the row's number, or note it down where rows are to be skipped."""
-        named = type(error)(f"Row {number} of {self.title}: {error}")
+    def _failed(self, number, error):
+        """Note the row, which then has no questions; without a list to note it in, raise."""
         if self.skipped is None:
-            raise named from error
+            raise type(error)(f"Row {number} of {self.title}: {error}") from error
         self.skipped.append((number, str(error)))
+        return []
 
 
 class Pictures:
-    """The pictures of a dataset by row number; as a transform, the column `images` of a batch.
+    """The pictures of a dataset by row number. As a transform, it fills the column images.
 
-    dataset: with a column `images` or `image`, or both, of which a row uses the one that it fills.
-    They are kept undecoded, so that a picture is read by `vlmkit.images` and an error names its
-    row. folder: where relative paths start. decode: False gives pictures as they are stored.
+    dataset: with a column image or images, or both, of which each row uses the one that it fills.
+    `vlmkit.images` reads the pictures, so that an error can name the row. folder: where relative
+    paths start. decode: False gives pictures as they are stored.
     """
 
     def __init__(self, dataset, folder, title, decode=True):
-        self.decode = decode
+        self.folder, self.title, self.decode = folder, title, decode
         self.columns = [name for name in PICTURES if name in columns_of(dataset)]
-        self.dataset, self.folder, self.title = undecoded(dataset, self.columns), folder, title
+        self.dataset = undecoded(dataset, self.columns)
         if hasattr(dataset, "__len__"):
             self.dataset = self.dataset.select_columns(self.columns)
 
@@ -85,12 +96,20 @@ class Pictures:
         except ImageError as error:
             raise ImageError(f"Row {number} of {self.title}: {error}") from error
 
-    def at(self, number):
-        """The pictures of a row; an error does not name it."""
-        return self.read(self.dataset[number])
+    def number(self, row, number):
+        """Number of the row that holds the pictures of `row`, the row `number` of the source."""
+        return number
 
-    def read(self, row):
-        """The RGB pictures of a row: one or a list of them, each stored, a path or a PIL image."""
+    def of(self, row):
+        """The pictures of a row of the source, which is at hand."""
+        return self._read(row)
+
+    def at(self, number):
+        """The pictures of a row by its number, with errors that do not name it."""
+        return self._read(self.dataset[number])
+
+    def _read(self, row):
+        """RGB pictures from one cell or a list: each as stored, as a path or as a PIL image."""
         cell = next((row[name] for name in self.columns if row[name] is not None), None)
         cells = (cell if isinstance(cell, list) else [cell]) or [None]
         located = [self._located(one) for one in cells]
@@ -111,104 +130,62 @@ class Pictures:
 
 
 class Joined(Pictures):
-    """Pictures that another dataset holds, found by the `imageId` of a row (GQA)."""
+    """Pictures of another dataset, which has them by the `imageId` of a row (GQA)."""
 
     def __init__(self, dataset, folder, title, decode=True):
-        missing = [name for name in ("id", "image") if name not in columns_of(dataset)]
-        if missing or not hasattr(dataset, "__len__"):
-            lacks = f"no column {' and no column '.join(missing)}" if missing else "no length"
-            raise TaskError(
-                f"{title} is to hold the images by id, and has {lacks}: give a dataset with the "
-                "columns id and image, not streamed."
-            )
+        lacking = lacking_columns(columns_of(dataset), ("id", "image"))
+        if lacking or not hasattr(dataset, "__len__"):
+            raise TaskError(f"{title}: {lacking or 'Give the pictures by id without streaming.'}")
         super().__init__(dataset, folder, title, decode)
         self.numbers = {str(name): number for number, name in enumerate(dataset["id"])}
 
-    def number(self, row):
+    def number(self, row, number):
         if str(row["imageId"]) not in self.numbers:
             raise ImageError(f"there is no image {row['imageId']} in {self.title}.")
         return self.numbers[str(row["imageId"])]
 
-
-def columns_of(dataset):
-    """The names of a dataset's columns; of a stream that does not say, those of its first row."""
-    if dataset.column_names is not None:
-        return list(dataset.column_names)
-    return list(next(iter(dataset), {}))
+    def of(self, row):
+        return self.at(self.number(row, None))
 
 
-def undecoded(dataset, columns):
-    """The dataset with the pictures of these columns as they are stored, bytes or paths."""
-    import datasets
-
-    stored = datasets.Image(decode=False)
-    for column in columns:
-        feature = (dataset.features or {}).get(column)
-        if isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(column, stored)
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            dataset = dataset.cast_column(column, datasets.List(stored))
-    return dataset
-
-
-def mapped(dataset, texts, pictures, limit):
+def mapped(dataset, reader, pictures, limit):
     """A `datasets.Dataset` of the questions in memory, which reads their pictures on demand."""
     import datasets
 
+    def placed(row, number):
+        number = pictures.number(row, number)
+        if reader.skipped is not None and pictures.decode:
+            pictures.at(number)  # to see whether the row must be skipped
+        return number
+
+    bare = dataset.select_columns([n for n in dataset.column_names if n not in PICTURES])
+    rows = []
+    for number, row in enumerate(bare):
+        if limit is not None and len(rows) >= limit:
+            break
+        rows += reader.read(row, number, partial(placed, row, number))
+    if not rows:
+        why = "; ".join(f"row {n}: {reason}" for n, reason in (reader.skipped or ())[:1])
+        raise TaskError(f"{reader.title} has no row that can be used. {why}".rstrip())
     features = datasets.Features(
-        images=datasets.Value("int64"),  # the picture's row; `pictures` puts it in its place
-        question=datasets.Value("string"),
-        answer=datasets.Value("string"),
-        task=datasets.Value("string"),
-        kind=datasets.Value("string"),
+        images=datasets.Value("int64"),  # the number of the row that `pictures` reads
+        **dict.fromkeys(TEXTS, datasets.Value("string")),
         answers=datasets.List(datasets.Value("string")),
     )
-    columns = {name: [] for name in features}
-    bare = dataset.select_columns([n for n in dataset.column_names if n not in PICTURES])
-    for number, row in enumerate(bare):
-        if limit is not None and len(columns["answer"]) >= limit:
-            break
-        try:
-            picture = pictures.number(row) if isinstance(pictures, Joined) else number
-            if texts.skipped is not None and pictures.decode:
-                pictures.at(picture)
-        except VlmkitError as error:
-            texts.failed(number, error)
-            continue
-        for one in texts.questions(row, number):
-            for name, value in {"images": picture, **one}.items():
-                columns[name].append(value)
-    columns = {name: values[:limit] for name, values in columns.items()}
-    if not columns["answer"]:
-        raise TaskError(f"{texts.title} has no row that can be used{_reasons(texts.skipped)}.")
+    columns = {name: [row[name] for row in rows[:limit]] for name in features}
     return datasets.Dataset.from_dict(columns, features=features).with_transform(pictures)
 
 
-def _reasons(skipped):
-    return f": row {skipped[0][0]}: {skipped[0][1].rstrip('.')}" if skipped else ""
+def streamed(dataset, reader, pictures, limit):
+    """A `datasets.IterableDataset` of the questions, which reads each row as it comes."""
 
-
-def streamed(dataset, texts, pictures, limit):
-    """A `datasets.IterableDataset` of the questions, each read as it comes by."""
-
-    def expand(batch, numbers):
+    def questions(batch, numbers):
         row = {name: values[0] for name, values in batch.items()}
-        found = {name: [] for name in ("images", "question", "answer", "task", "kind", "answers")}
-        try:
-            if isinstance(pictures, Joined):
-                images = pictures.at(pictures.number(row))
-            else:
-                images = pictures.read(row)
-        except ImageError as error:
-            texts.failed(numbers[0], error)
-            return found
-        for one in texts.questions(row, numbers[0]):
-            for name, value in {"images": images, **one}.items():
-                found[name].append(value)
-        return found
+        found = reader.read(row, numbers[0], partial(pictures.of, row))
+        return {name: [one[name] for one in found] for name in ("images", *TEXTS, "answers")}
 
     source = dataset if isinstance(pictures, Joined) else pictures.dataset
     stream = source.map(
-        expand, with_indices=True, batched=True, batch_size=1, remove_columns=columns_of(source)
+        questions, with_indices=True, batched=True, batch_size=1, remove_columns=columns_of(source)
     )
     return stream if limit is None else stream.take(limit)

@@ -1,43 +1,48 @@
-"""The layouts in which VQA data is published, and how a row of each is read.
+"""The column layouts in which visual question answering is published: a schema for each.
 
-A layout is recognized by its columns: those that it needs, and one at least of its marks, which
-others lack. Everything here is text; pictures are `reading.py`'s.
+A schema is recognized by its columns: all that it needs, and at least one of its marks, which other
+schemas do not have. This file is about texts only; `reading.py` reads the pictures. To add a
+schema, write a function that reads one row, and add a line to `SCHEMAS`.
 """
 
 import ast
-import difflib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vlmkit.errors import TaskError
+from vlmkit.errors import TaskError, did_you_mean
 
-PICTURES = ("images", "image")
-"""The column that holds a row's pictures, a list of them or one."""
+PICTURES = ("image", "images")
+"""The column that holds a row's pictures: one, or a list of them."""
 
 
 @dataclass(frozen=True)
 class Schema:
-    """name: the layout's, and the `task` of its rows. needs: columns that it cannot do without.
-    marks: columns of which at least one must be there to recognize it unnamed.
-    read: a row as a dict -> its questions, each a dict with question, answer, answers and kind."""
+    """One layout of columns.
+
+    name: also the `task` of the rows. needs: the columns that must be there, besides one of
+    `pictures`. read: a function of a row (a dict) that returns the row's questions, each a dict
+    with question, answer, answers and kind. marks: to recognize the schema without its name, one
+    of these columns must be there.
+    """
 
     name: str
     needs: tuple
     read: Callable
     marks: tuple = ()
-    picture: str = " or ".join(reversed(PICTURES))
+    pictures: tuple = PICTURES
 
     def missing(self, columns):
-        """What the layout needs and `columns` lack, as text; empty where nothing is missing."""
-        lacking = [name for name in self.needs if name not in columns]
-        if not any(name in columns for name in self.picture.split(" or ")):
-            lacking.insert(0, self.picture)
-        return lacking
+        """What the schema needs and `columns` do not have, as texts."""
+        picture = [] if set(self.pictures) & set(columns) else [" or ".join(self.pictures)]
+        return picture + [name for name in self.needs if name not in columns]
 
     def recognizes(self, columns):
         marked = not self.marks or any(name in columns for name in self.marks)
         return marked and not self.missing(columns)
+
+    def __str__(self):
+        return f"{self.name}: {', '.join((' or '.join(self.pictures), *self.needs))}"
 
 
 def _vqav2(row):
@@ -51,7 +56,7 @@ def _textvqa(row):
 
 def _docvqa(row):
     answers = _texts(row["answers"])
-    # The challenge's page suggests the first answer where only one can be used.
+    # The page of the challenge suggests the first answer where only one can be used.
     return _one(row, answers, next(iter(answers), ""), " + ".join(row.get("question_types") or ()))
 
 
@@ -70,7 +75,8 @@ def _aokvqa(row):
     answers, choice = _texts(row["direct_answers"]), row.get("correct_choice_idx")
     choices = _texts(row.get("choices"))
     known = isinstance(choice, int) and 0 <= choice < len(choices)
-    kind = "difficult" if _true(row.get("difficult_direct_answer")) else "direct"
+    difficult = str(row.get("difficult_direct_answer")).lower() == "true"
+    kind = "difficult" if difficult else "direct"
     return _one(row, answers, choices[choice] if known else None, kind)
 
 
@@ -87,7 +93,7 @@ def _plain(row):
 
 
 def _one(row, answers, answer=None, kind=None, question=None):
-    """A row that asks one question. Without an answer of its own, the most frequent one is it."""
+    """A row that asks one question. If it has no answer of its own, the most frequent one is it."""
     if answer is None and answers:
         answer = Counter(answers).most_common(1)[0][0]
     question = row["question"] if question is None else question
@@ -95,7 +101,7 @@ def _one(row, answers, answer=None, kind=None, question=None):
 
 
 def _texts(value):
-    """A list of texts. A text that spells a Python list, as A-OKVQA's direct answers do, is one."""
+    """A list of texts, also from one text, and from a text that spells a Python list (A-OKVQA)."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value) if value.lstrip().startswith("[") else [value]
@@ -105,94 +111,92 @@ def _texts(value):
 
 
 def _records(value):
-    """A list of dicts, which `datasets` also stores as a dict of lists."""
+    """A list of dicts, also from a dict of lists, which is how `datasets` may store it."""
     if isinstance(value, dict):
         columns = zip(*value.values(), strict=True)
         return [dict(zip(value, record, strict=True)) for record in columns]
     return list(value or ())
 
 
-def _true(value):
-    return value is True or str(value).lower() == "true"
-
-
 SCHEMAS = {
     schema.name: schema
     for schema in (
+        # lmms-lab/VQAv2: answers are ten records with the column answer
         Schema("vqav2", ("question", "multiple_choice_answer", "answers"), _vqav2),
+        # HuggingFaceM4/A-OKVQA: the question is asked without its choices
         Schema("aokvqa", ("question", "choices", "direct_answers"), _aokvqa),
+        # HuggingFaceM4/ChartQA
         Schema("chartqa", ("query", "label"), _chartqa),
+        # HuggingFaceM4/the_cauldron: each turn (user, assistant, source) becomes a row
         Schema("the_cauldron", ("texts",), _cauldron),
+        # lmms-lab/GQA: with imageId, the pictures are in another subset
         Schema(
             "gqa",
             ("question", "answer"),
             _gqa,
             marks=("fullAnswer", "isBalanced", "imageId"),
-            picture="image or imageId",
+            pictures=("image", "imageId"),
         ),
+        # lmms-lab/DocVQA
         Schema(
             "docvqa",
             ("question", "answers"),
             _docvqa,
             marks=("docId", "ucsf_document_id", "question_types"),
         ),
+        # lmms-lab/textvqa, facebook/textvqa: answers are ten texts
         Schema(
             "textvqa",
             ("question", "answers"),
             _textvqa,
             marks=("image_classes", "flickr_original_url", "ocr_tokens", "set_name"),
         ),
+        # your own
         Schema("plain", ("question", "answer"), _plain),
     )
 }
-"""By name, in the order in which they are tried."""
+"""By name, in the order in which they are tried. The columns are those on the hub up to November
+2026. The original files of these data sets, which keep questions, answers and pictures apart, have
+other columns."""
 
 
 def find(columns, name=None):
-    """The `Schema` called `name`, or the first that recognizes `columns`.
+    """The `Schema` called `name`, or the first one that recognizes `columns`.
 
-    Raises TaskError for a name that does not exist, for columns that the layout named lacks, and
-    where no layout is recognized: with what was found, what each needs, and the nearest.
+    Raises TaskError for an unknown name, for columns that the named schema needs and that are not
+    there, and if no schema recognizes the columns.
     """
     columns = list(columns)
+    found = f"the columns {', '.join(columns)}" if columns else "no columns"
     if name is None:
         for schema in SCHEMAS.values():
             if schema.recognizes(columns):
                 return schema
-        raise TaskError(_unknown(columns))
+        raise TaskError(
+            f"No schema matches the rows, which have {found}. {_advice(columns)} What each schema "
+            f"needs: {'; '.join(map(str, SCHEMAS.values()))}."
+        )
     if name not in SCHEMAS:
-        near = difflib.get_close_matches(str(name).lower(), SCHEMAS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise TaskError(f"There is no schema {name!r}{hint} There are {', '.join(SCHEMAS)}.")
+        raise TaskError(
+            f"{name!r} is not a schema. {did_you_mean(name, SCHEMAS)}The schemas are "
+            f"{', '.join(SCHEMAS)}."
+        )
     missing = SCHEMAS[name].missing(columns)
     if missing:
         raise TaskError(
             f"The schema {name!r} needs a column {' and a column '.join(missing)}, and the rows "
-            f"have {_listed(columns)}. dataset.rename_column gives a column its name."
+            f"have {found}. dataset.rename_column renames a column."
         )
     return SCHEMAS[name]
 
 
-def _unknown(columns):
-    nearest = min(SCHEMAS.values(), key=lambda schema: len(schema.missing(columns)))
-    lacking = nearest.missing(columns)
+def _advice(columns):
     fits = [schema.name for schema in SCHEMAS.values() if not schema.missing(columns)]
     if fits:
-        advice = f"They would do for {' or '.join(fits)}: say which, with schema={fits[0]!r}."
-    else:
-        advice = (
-            f"Nearest is {nearest.name}, which lacks {' and '.join(lacking)}: rename the columns "
-            "(dataset.rename_column), or make rows with images, question and answer."
-        )
-    needs = "; ".join(
-        f"{schema.name}: {', '.join((schema.picture, *schema.needs))}"
-        for schema in SCHEMAS.values()
-    )
+        return f"They fit {' and '.join(fits)}: name the right one, such as schema={fits[0]!r}."
+    nearest = min(SCHEMAS.values(), key=lambda schema: len(schema.missing(columns)))
     return (
-        f"The rows have {_listed(columns)}, which is no layout that vlmkit recognizes. {advice} "
-        f"What each needs: {needs}."
+        f"The nearest is {nearest.name}, which also needs {' and '.join(nearest.missing(columns))}:"
+        " rename the columns (dataset.rename_column), or make rows with images, question and "
+        "answer."
     )
-
-
-def _listed(columns):
-    return f"the columns {', '.join(columns)}" if columns else "no columns"
