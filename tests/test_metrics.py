@@ -279,11 +279,11 @@ def test_without_a_known_task_it_is_exact_match_as_ever(evaluated):
 
 def test_a_metric_that_cannot_be_used_is_told_before_anything_is_asked(evaluated):
     rows = [{"answer": "red", "task": "plain"}]
-    with pytest.raises(TaskError, match="no metric 'anl'; Did you mean 'anls'"):
+    with pytest.raises(TaskError, match="'anl' is not a metric. Did you mean 'anls'"):
         evaluated(rows, ["red"], metric="anl")
     with pytest.raises(TaskError, match="a function.*this is a float"):
         evaluated(rows, ["red"], metric=0.5)
-    with pytest.raises(TaskError, match="Row 0: VQA accuracy .*there is 1"):
+    with pytest.raises(TaskError, match="Row 0: VQA accuracy .*has 1"):
         evaluated(rows, ["red"], metric="vqa_accuracy")
     with pytest.raises(TaskError, match="Row 0: .*exact_match"):
         evaluated([{"answer": "red", "task": "vqav2"}], ["red"])

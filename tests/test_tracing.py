@@ -1,4 +1,4 @@
-"""One image followed through models that turn it into tokens in five different ways."""
+"""One image followed through models that make tokens from it in five different ways."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_pebble_has_a_fixed_grid():
     row = vk.tasks.example("vqa", 0, seed=1)
     trace = vk.trace(model, processor, row["images"], row["question"])
     length = trace["merged sequence"].shape[1]
-    assert [(s.name, s.shape, s.component) for s in trace.stages] == [
+    assert [(s.name, s.shape, s.component) for s in trace.steps] == [
         ("pixels", (1, 3, 84, 84), ""),
         ("patches", (1, 128, 7, 7), "vision_encoder"),
         ("visual features", (1, 49, 128), "vision_encoder"),
@@ -45,7 +45,7 @@ def test_pebble_has_a_fixed_grid():
         ("merged sequence", (1, length, 192), "language_model"),
         ("logits", (1, length, model.config.text_config.vocab_size), "language_model"),
     ]
-    assert {stage.dtype for stage in trace.stages} == {"bfloat16"}
+    assert {step.dtype for step in trace.steps} == {"bfloat16"}
     assert (trace.strategy, trace.visual_tokens) == ("fixed grid", 49)
     assert "49 visual tokens (fixed grid)" in str(trace) and "<table" in trace._repr_html_()
 
@@ -182,6 +182,6 @@ def test_bad_input(llava):
         vk.trace(model, processor, torch.zeros(9, 9, 3, dtype=torch.uint8).numpy(), " ")
     with pytest.raises(AnatomyError, match="no image"):
         vk.trace(model, processor, [], "What?")
-    with pytest.raises(KeyError, match="no stage"):
+    with pytest.raises(KeyError, match="not a step"):
         trace = vk.trace(model, processor, torch.zeros(9, 9, 3, dtype=torch.uint8).numpy(), "Hi?")
         trace["projector"]

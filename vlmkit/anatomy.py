@@ -4,9 +4,9 @@
     vk.anatomy("pebble")["projector"].parameters
 
 `transformers` has no accessor for a projector, and its accessors for encoder and decoder return
-something else on nearly half of the architectures. What does tell the components apart is the
-*path* of a parameter, `model.vision_tower.encoder.layers.0.….weight`, so that is what this module
-reads. The rules are the tables of `vlmkit.architectures`, and nothing but those tables.
+something else for nearly half of the architectures. The *path* of a parameter, such as
+`model.vision_tower.encoder.layers.0.….weight`, does say its component. All rules for paths are in
+the tables of `vlmkit.architectures`.
 """
 
 import re
@@ -17,23 +17,23 @@ from math import prod
 
 from vlmkit import COMPONENTS
 from vlmkit.architectures import NOT_VLMS, PROJECTOR, VISION, decide
-from vlmkit.errors import AnatomyError, did_you_mean
+from vlmkit.errors import AnatomyError, brief, did_you_mean
 from vlmkit.tables import Table
 
 
 def unwrapped(model):
-    """The model itself, where PEFT has wrapped it."""
+    """The model itself, without the wrapper that PEFT may have put around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def plain_name(name):
-    """The name that a parameter of a PEFT-adapted model has in the model without adapters."""
+    """The name of a parameter without what PEFT has added to it."""
     name = name.removeprefix("base_model.model.")
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def is_adapter(name):
-    """Whether a name is that of a weight that PEFT added."""
+    """Whether PEFT added the weight of this name."""
     return any(
         part in ("modules_to_save", "lora_magnitude_vector") or part.startswith("lora_")
         for part in name.split(".")
@@ -41,29 +41,29 @@ def is_adapter(name):
 
 
 def type_of(model):
-    """The `model_type` of a model's config, or None where it has none."""
+    """The `model_type` of a model's config, or None."""
     return getattr(getattr(unwrapped(model), "config", None), "model_type", None)
 
 
 def component_finder(model):
-    """A function from a full name in `model` to its component, or None where no rule knows it."""
+    """A function of a full name in `model` that returns its component, or None if no rule fits."""
     model_type = type_of(model)
     return lambda path: decide(path, model_type)[0]
 
 
 def shape_of(parameter):
-    """Shape of the weight that `parameter` stands for, as a tuple. A 4-bit weight packs two in a
-    byte, which is what its own `shape` and `numel()` tell; its quantization state knows better."""
+    """The shape of the weight before it was packed, as a tuple. `shape` and `numel()` of a 4-bit
+    weight count bytes, which hold two numbers each; its quantization state has the shape."""
     state = getattr(parameter, "quant_state", None)
     return tuple(parameter.shape if state is None else state.shape)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One component of one model: how many parameters, in how many tensors, below which paths.
+    """One component of one model: the number of parameters and of tensors, and their paths.
 
-    buffers: values that are saved with the weights and are not trained, such as the biases that
-    balance the experts of a mixture. They do not count as parameters.
+    buffers: the number of values that are saved with the weights and not trained, such as the
+    biases that balance the experts of a mixture. They are not parameters.
     """
 
     component: str
@@ -77,8 +77,8 @@ class Part:
 class Anatomy(Table):
     """The components of one model. `a["projector"].parameters`, `a.total`, `a.component_of(path)`.
 
-    `unknown` holds the full names of the parameters (and saved buffers) that no rule knows; the
-    parameters count in `total`, and in no component.
+    unknown: the full names of parameters (and saved buffers) that no rule assigns to a component.
+    These parameters count in `total`, and in no component.
     """
 
     architecture: str
@@ -102,16 +102,16 @@ class Anatomy(Table):
 
     @property
     def by_component(self):
-        """Parameters of each component that has any, and of what is unknown under None."""
+        """{component: parameters} for components that have any; None stands for unknown ones."""
         counts = {c: part.parameters for c, part in self.parts.items() if part.parameters}
         return counts | ({None: self.unknown_parameters} if self.unknown_parameters else {})
 
     def component_of(self, path):
-        """Component of a full module or parameter name, or None where no rule knows it."""
+        """The component of a full module or parameter name, or None if no rule fits."""
         return decide(path, self.model_type)[0]
 
     def table(self):
-        """A pandas DataFrame with a row per component (and one for what is unknown, if any)."""
+        """A pandas DataFrame with a row per component, and one for unknown parameters if any."""
         import pandas as pd
 
         rows = [
@@ -142,52 +142,45 @@ class Anatomy(Table):
             raise AnatomyError(
                 f"{self.architecture} has {len(self.unknown)} parameters that no rule of vlmkit "
                 f"assigns to a component:\n  {names}{more}\n"
-                "vlmkit does not guess: a plan cannot be applied to this architecture."
+                "vlmkit does not guess, so it cannot apply a plan to this architecture."
             )
         return self
 
 
 def anatomy_of(model):
-    """Anatomy of a `torch.nn.Module`: on the meta device or loaded, quantized, wrapped by PEFT
-    (whose adapters count in the component that they adapt)."""
-    counts, tensors, places, buffers = {}, {}, {}, {}
-    unknown = []
+    """Anatomy of a `torch.nn.Module`: loaded or on the meta device, quantized or not, also with
+    PEFT's adapters, which count in the component that they adapt."""
     model_type = type_of(model)
+    tensors, buffers, unknown = {}, {}, []
     for name, parameter in model.named_parameters():  # lists a tied weight once
         component, place = decide(name, model_type)
+        tensors.setdefault(component, []).append((place, prod(shape_of(parameter))))
         if component is None:
             unknown.append(name)
-        counts[component] = counts.get(component, 0) + prod(shape_of(parameter))
-        tensors[component] = tensors.get(component, 0) + 1
-        places.setdefault(component, {})[place] = True
     for name, buffer in _saved_buffers(model):
         component, _ = decide(name, model_type)
+        buffers[component] = buffers.get(component, 0) + buffer.numel()
         if component is None:
             unknown.append(name)
-        buffers[component] = buffers.get(component, 0) + buffer.numel()
-    parts = {
-        c: Part(
-            c,
-            counts.get(c, 0),
-            tensors.get(c, 0),
-            tuple(places.get(c, ())),
-            buffers.get(c, 0),
-        )
-        for c in COMPONENTS
-    }
-    found = Anatomy(
-        type(unwrapped(model)).__name__, parts, tuple(unknown), counts.get(None, 0), model_type
-    )
+
+    def part(component):
+        own = tensors.get(component, [])
+        places = tuple(dict.fromkeys(place for place, _ in own))
+        size = sum(size for _, size in own)
+        return Part(component, size, len(own), places, buffers.get(component, 0))
+
+    parts = {component: part(component) for component in COMPONENTS}
+    architecture = type(unwrapped(model)).__name__
     if not (parts[VISION].parameters or parts[PROJECTOR].parameters or unknown):
         raise AnatomyError(
-            f"{found.architecture} is not a vision-language model as its config describes it: none "
-            "of its parameters is a vision encoder's or a projector's. Look at vision_config."
+            f"{architecture}, as its config describes it, is not a vision-language model: it has "
+            "no parameters of a vision encoder or a projector. Look at vision_config."
         )
-    return found
+    return Anatomy(architecture, parts, tuple(unknown), part(None).parameters, model_type)
 
 
 def _saved_buffers(model):
-    """(full name, buffer) of what a checkpoint holds beside the parameters."""
+    """(full name, buffer) of the buffers that a checkpoint holds."""
     for path, module in model.named_modules():
         for leaf, buffer in module.named_buffers(recurse=False):
             if leaf not in module._non_persistent_buffers_set:
@@ -197,7 +190,7 @@ def _saved_buffers(model):
 def on_meta(config, dtype=None, trust_remote_code=False):
     """The model that `config` describes, on the meta device: every module and shape, no weights.
 
-    dtype: torch dtype of the parameters; None leaves it to the config.
+    dtype: the torch dtype of the parameters; None means the dtype of the config.
     Raises AnatomyError if the config is not that of a vision-language model.
     """
     import copy
@@ -214,10 +207,11 @@ def on_meta(config, dtype=None, trust_remote_code=False):
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not remote:
         raise AnatomyError(
             f"{type(config).__name__} ({config.model_type}) is not a vision-language model: "
-            "transformers has no image-text-to-text model for it. vlmkit works with those that it "
-            "has: LLaVA, PaliGemma, SmolVLM, Qwen-VL, Llama 3.2 Vision and some ninety more."
+            "transformers has no image-text-to-text model for it. vlmkit works with the models for "
+            "which it has one: LLaVA, PaliGemma, SmolVLM, Qwen-VL, Llama 3.2 Vision and about "
+            "ninety more."
         )
-    config = copy.deepcopy(config)  # from_config writes the dtype into the config it is given
+    config = copy.deepcopy(config)  # from_config writes the dtype into its config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     kwargs = {} if dtype is None else {"dtype": dtype}
@@ -226,13 +220,13 @@ def on_meta(config, dtype=None, trust_remote_code=False):
             return AutoModelForImageTextToText.from_config(
                 config, trust_remote_code=trust_remote_code, **kwargs
             )
-    except Exception as error:  # each model class fails in its own way on a config it cannot use
+    except Exception as error:  # each model class fails in its own way
         raise AnatomyError(_why_not_built(config, error)) from error
 
 
 def _nothing_filled_in():
-    """Within it, torch.nn.init leaves tensors as they are. On the meta device it has nothing to
-    fill, and takes a quarter of the time of a build to find that out."""
+    """In this context torch.nn.init does nothing. On the meta device there is nothing to fill, and
+    finding that out takes a quarter of the time of a build."""
     from torch.overrides import TorchFunctionMode
 
     class NothingFilledIn(TorchFunctionMode):
@@ -246,14 +240,12 @@ def _nothing_filled_in():
 
 
 def _why_not_built(config, error):
-    """A message that names the fields of `config` that a model class stumbled over.
+    """A message that names the fields of `config` that a model class could not use.
 
-    The exceptions themselves seldom do ("'NoneType' object is not subscriptable"); the line of the
-    model class that raised them reads the fields.
+    The exception seldom names them ("'NoneType' object is not subscriptable"), but the line of code
+    that raised it reads them.
     """
     import traceback
-
-    from vlmkit.errors import brief
 
     text = f"{type(config).__name__} ({config.model_type}) cannot be built: {brief(error)}."
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/models/" in f.filename]
@@ -270,9 +262,9 @@ def _why_not_built(config, error):
 def anatomy(x, *, revision=None, trust_remote_code=False):
     """Anatomy of `x`: "pebble", a folder, a hub id, a transformers config, or a model.
 
-    Names and configs are built on the meta device: no weights are read and little memory is used.
-
-    Raises CheckpointError if a name leads to no config, AnatomyError if it is not a VLM's.
+    From a name or a config, the model is built on the meta device: no weights are read, and little
+    memory is used. Raises CheckpointError if there is no config of that name, and AnatomyError if
+    the config is not that of a vision-language model.
     """
     if hasattr(x, "named_parameters"):
         return anatomy_of(x)
@@ -289,6 +281,6 @@ class _CallableModule(types.ModuleType):
         return anatomy(x, **kwargs)
 
 
-# `vlmkit.anatomy` is this module as soon as anything has imported it, and the public face is
-# `vk.anatomy("pebble")`. A module whose class has `__call__` serves as both, in any import order.
+# `vlmkit.anatomy` is this module once anything has imported it, and it is also a function of the
+# public face: `vk.anatomy("pebble")`. A module whose class has `__call__` is both.
 sys.modules[__name__].__class__ = _CallableModule

@@ -1,19 +1,18 @@
-"""Which names in a parameter's path mean which component: the only place that knows architectures.
+"""Which names in the path of a parameter mean which component. Only this file knows architectures.
 
-A path is read from left to right, a whole segment at a time (never a substring: MiniCPM's
-`vit_merger`, in the middle of its encoder, is not `merger`). The first segment that a table knows
-owns the path. "owner/segment" is a rule for a segment anywhere inside that owner, for what sits
-inside a module of another component.
+A path is read from left to right, one whole segment at a time (never a part of a segment: MiniCPM's
+`vit_merger`, in the middle of its encoder, is not `merger`). The first segment that is in a table
+is the owner of the path. A rule "owner/segment" is about a segment anywhere inside that owner, for
+a module that is inside a module of another component.
 
-To add an architecture, print its paths and see what is unknown:
+To add an architecture, look at the paths that no rule knows:
 
     vk.anatomy(config).unknown
 
-Name each unknown segment in `RULES` if the name says what it is wherever it stands, or in
-`OWN_RULES` under the config's `model_type` if it means something in that architecture alone
-("encoder" is the pixels' side of Pix2Struct and the words' side of UDOP). Then check each
-against the architecture's forward pass, and put its paths into `tests/data/architectures.json`: the
-test compares them with what the rules say.
+Add each unknown segment to `RULES` if its name has this meaning in every architecture, and else to
+`OWN_RULES`, under the config's `model_type`: "encoder" reads pixels in Pix2Struct and words in
+UDOP. Check each rule against the forward pass of the architecture. Then add the paths to
+`tests/data/architectures.json`: a test compares them with the rules.
 """
 
 from functools import lru_cache
@@ -23,17 +22,17 @@ from vlmkit import COMPONENTS
 VISION, PROJECTOR, CROSS, LANGUAGE, OTHER = COMPONENTS
 
 RULES = {
-    # the pixels' side
+    # vision encoders
     "vision_tower": VISION,  # LLaVA and most others
     "vision_model": VISION,  # Idefics, SmolVLM, Llama 3.2 Vision, BLIP
     "vision_encoder": VISION,  # LightOnOCR
     "visual": VISION,  # Qwen-VL, GLM-4V
     "image_encoder": VISION,  # GIT
-    "image_tower": VISION,  # Video-LLaVA, one tower for pictures
-    "video_tower": VISION,  # and one for videos
-    "high_res_vision_model": VISION,  # DeepSeek-VL's second encoder, for fine print
-    "high_res_vision_neck": VISION,  # and the neck that its SAM encoder ends with
-    # between the two
+    "image_tower": VISION,  # Video-LLaVA: one tower for pictures
+    "video_tower": VISION,  # Video-LLaVA: one for videos
+    "high_res_vision_model": VISION,  # DeepSeek-VL's second encoder, for small print
+    "high_res_vision_neck": VISION,  # DeepSeek-VL: the last part of its SAM encoder
+    # projectors
     "multi_modal_projector": PROJECTOR,  # LLaVA and most others
     "mm_projector": PROJECTOR,  # Kimi
     "projector": PROJECTOR,  # PaddleOCR-VL, VideoLLaMA 3
@@ -41,22 +40,22 @@ RULES = {
     "spatial_projectors": PROJECTOR,
     "connector": PROJECTOR,  # Idefics2, Idefics3, SmolVLM
     "aligner": PROJECTOR,  # DeepSeek-VL, Janus
-    "high_res_vision_proj": PROJECTOR,  # DeepSeek-VL: the second grid to the first's
-    "high_res_vision_alpha": PROJECTOR,  # and says how much of it is added
+    "high_res_vision_proj": PROJECTOR,  # DeepSeek-VL: from the second grid to the first
+    "high_res_vision_alpha": PROJECTOR,  # DeepSeek-VL: how much of the second grid is added
     "vision_adapter": PROJECTOR,  # Muse
     "vision_projection": PROJECTOR,  # Muse, LightOnOCR
     "visual_projection": PROJECTOR,  # GIT
     "language_projection": PROJECTOR,  # BLIP-2
     "image_to_text_projection": PROJECTOR,  # Kosmos-2
     "qformer": PROJECTOR,  # BLIP-2 (Li et al., 2023, arXiv 2301.12597, section 3.1)
-    "query_tokens": PROJECTOR,  # and what its Q-Former asks with
+    "query_tokens": PROJECTOR,  # BLIP-2: the queries of its Q-Former
     "resampler_model": PROJECTOR,  # ERNIE 4.5 VL
     "merger": PROJECTOR,  # MiniCPM-V
     "embed_vision": PROJECTOR,  # Gemma 3n, Gemma 4
     "visual_embeddings_table": PROJECTOR,  # Ovis2: visual words to embeddings
     "image_newline": PROJECTOR,  # LLaVA-NeXT: a learned separator between rows of tiles
-    "view_separator": PROJECTOR,  # DeepSeek-OCR: the same between views
-    # a connector inside the vision module
+    "view_separator": PROJECTOR,  # DeepSeek-OCR: a learned separator between views
+    # projectors inside the vision module
     "vision_tower/head_linear": PROJECTOR,  # Ovis2: features to visual words
     "vision_tower/head_norm": PROJECTOR,
     "vision_tower/merger": PROJECTOR,  # dots, Inkling
@@ -70,23 +69,23 @@ RULES = {
     "visual/merger_list": PROJECTOR,  # Qwen3-Omni: one more for each deep feature
     "visual/deepstack_merger_list": PROJECTOR,  # Qwen3-VL: the same
     "visual/downsample": PROJECTOR,  # GLM-4V: the convolution before the merger
-    # the words' side
+    # language models
     "language_model": LANGUAGE,
     "text_model": LANGUAGE,  # Idefics2, Idefics3, SmolVLM, Kosmos-2
     "text_decoder": LANGUAGE,  # BLIP
     "lm_head": LANGUAGE,
-    # attention to the image inside the decoder's layers
+    # cross-attention inside the layers of the language model
     "language_model/cross_attn": CROSS,  # Llama 3.2 Vision, with its two gates
     "language_model/cross_attn_attn_gate": CROSS,
     "language_model/cross_attn_mlp_gate": CROSS,
     "text_decoder/crossattention": CROSS,  # BLIP
-    # neither
+    # other
     "audio_tower": OTHER,
     "embed_audio": OTHER,
 }
 
 OWN_RULES = {
-    "chameleon": {  # pixels become discrete tokens of the vocabulary: no projector
+    "chameleon": {  # pixels become tokens of the vocabulary: no projector
         "vqmodel": VISION,
         "embed_tokens": LANGUAGE,
         "layers": LANGUAGE,
@@ -94,7 +93,7 @@ OWN_RULES = {
     },
     "diffusion_gemma": {"decoder": LANGUAGE},
     "emu3": {"vqmodel": VISION},
-    # No encoder: a Linear layer takes patches of pixels straight to the language model.
+    # No vision encoder: a Linear layer gives patches of pixels to the language model.
     "fuyu": {"vision_embed_tokens": PROJECTOR},
     "git": {
         "embeddings": LANGUAGE,
@@ -132,8 +131,8 @@ OWN_RULES = {
         "decoder/encoder_attn": CROSS,
         "decoder/encoder_attn_layer_norm": CROSS,
     },
-    "t5gemma2": {"decoder": LANGUAGE},  # its encoder reads text and image features alike
-    # No encoder: words and patches of pixels go through the same T5.
+    "t5gemma2": {"decoder": LANGUAGE},  # its encoder reads text and image features
+    # No vision encoder: words and patches of pixels go through the same T5.
     "udop": {
         "shared": LANGUAGE,
         "patch_embed": PROJECTOR,
@@ -151,18 +150,18 @@ OWN_RULES = {
 }
 
 NOT_VLMS = {"evolla": "reads proteins", "mistral4": "reads text alone"}
-"""Listed by transformers among the models from image and text to text, by model_type."""
+"""By model_type: transformers lists these as models from image and text to text."""
 
 _TABLES = {model_type: RULES | rules for model_type, rules in OWN_RULES.items()}
 
 
-@lru_cache(2**14)  # anatomy, layout and audit ask for the same paths
+@lru_cache(2**14)  # anatomy, layout and audit ask about the same paths
 def decide(path, model_type=None):
-    """Component of `path`, a full module or parameter name, and the part of it that decided.
+    """The component of `path`, a full module or parameter name, and the part of the path that says
+    so: `("projector", "model.multi_modal_projector")`, for example.
 
-    model_type: of the model's config, for the names that mean something in one architecture alone.
-    Returns `("projector", "model.multi_modal_projector")`, for example, and `(None, None)` where no
-    rule knows the path: what is unknown is never guessed.
+    model_type: of the model's config, for names that mean something else in one architecture.
+    Returns `(None, None)` if no rule knows the path: vlmkit never guesses.
     """
     rules = _TABLES.get(model_type, RULES)
     segments = path.split(".")

@@ -4,8 +4,8 @@
     vk.figures.attention(image, found.mean())
     vk.attention.answer_without(model, processor, image, "What color is the circle?", [12, 13])
 
-The weights say from where a layer fetched what it added. They are not an explanation of the answer
-(Jain and Wallace, 2019, arXiv 1902.10186): whether patches mattered is seen when they are hidden.
+The weights say which positions a layer took values from. They do not explain the answer (Jain and
+Wallace, 2019, arXiv 1902.10186). To see whether patches matter, hide them: `answer_without`.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ from vlmkit.tracing import FIXED_GRID, trace_inputs
 class Attention:
     """How much attention each token of an answer paid to each patch of each image.
 
-    answer: the answer, as `vk.ask` gives it. tokens: its tokens as text, with the mark that ends
-    it. weights: a numpy float32 array (tokens, layers, heads, rows, columns) for each image, the
-    attention weights of the position where that token was chosen, which is the position of the
-    token before it. Over all patches of all images they sum to less than 1: the rest went to words.
+    answer: the answer, as `vk.ask` returns it. tokens: its tokens as text, with the end token.
+    weights: for each image a numpy float32 array (tokens, layers, heads, rows, columns). These are
+    the attention weights at the position where the token was chosen, which is the position of the
+    token before it. Over all patches of all images they sum to less than 1; the rest is on words.
     """
 
     answer: str
@@ -40,20 +40,20 @@ class Attention:
     weights: tuple
 
     def mean(self, image=0, token=0):
-        """Array (rows, columns): the average over all heads of all layers."""
+        """The average over all heads of all layers, an array (rows, columns)."""
         return self.weights[image][token].mean(axis=(0, 1))
 
 
 def over_patches(model, processor, images, question, *, max_new_tokens=64):
-    """Attention of the answer to a question about an image, or a list of them, given as to
-    `vk.ask`, and as greedy as there.
+    """Attention of the answer to a question about an image or a list of images, given as to
+    `vk.ask`. Decoding is greedy, as there.
 
-    For models that make a fixed square grid of tokens of an image (LLaVA-1.5, PaliGemma). The grid
-    is that of the image as its processor gives it to the model: what a processor crops is not in
-    it. The attention is computed in the plain way ("eager") and the model left as it was.
+    The model must make a fixed square grid of tokens from an image (LLaVA-1.5, PaliGemma). The grid
+    covers the image that the processor gives to the model, without what the processor cropped. The
+    attention is computed with the plain implementation ("eager"); the model does not change.
 
-    Raises what `vk.ask` raises, and AnatomyError where no image was given, where the model's visual
-    tokens are no such grid, and where it does not give its attention weights.
+    Raises the errors of `vk.ask`, and AnatomyError if there is no image, if the visual tokens are
+    not such a grid, or if the model does not return its attention weights.
     """
     import torch
 
@@ -74,30 +74,30 @@ def over_patches(model, processor, images, question, *, max_new_tokens=64):
     for step, layers in enumerate(output.attentions or ()):
         if not layers or any(a is None or a.shape[-1] != length + step for a in layers):
             break
-        # Of each layer (batch, heads, queries, keys) what the last position gave to the patches.
+        # Each layer is (batch, heads, queries, keys); the last query chose the token.
         rows = torch.stack([layer[0, :, -1] for layer in layers]).float().cpu()
         steps.append(rows[..., patches])
-    chosen = output.sequences[0, length:]
-    if len(steps) < len(chosen):
+    tokens = output.sequences[0, length:]
+    if len(steps) < len(tokens):
         raise AnatomyError(
-            f"{type(unwrapped(model)).__name__} does not give the attention weights of every layer "
-            "over the whole prompt."
+            f"{type(unwrapped(model)).__name__} does not return the attention weights of every "
+            "layer over the whole prompt."
         )
     weights = torch.stack(steps).numpy()
     return Attention(
-        processor.tokenizer.decode(chosen, skip_special_tokens=True).strip(),
-        tuple(processor.tokenizer.decode([token]) for token in chosen),
+        processor.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+        tuple(processor.tokenizer.decode([token]) for token in tokens),
         tuple(weights[..., image, :, :] for image in range(len(images))),
     )
 
 
 def answer_without(model, processor, image, question, patches, *, max_new_tokens=64):
-    """The answer to a question about one image of which the language model cannot see `patches`.
+    """The answer to a question about one image if the language model cannot attend to `patches`.
 
-    patches: their numbers in the grid of `over_patches`, row by row. No token attends to them; the
-    others keep their places. The vision encoder has seen the whole picture, so that a patch's
-    feature can hold something of what its neighbors showed. Raises what `over_patches` raises, and
-    AnatomyError for a patch that the grid does not have.
+    patches: their numbers in the grid of `over_patches`, row by row. The other tokens keep their
+    positions. The vision encoder has still seen the whole image, so the feature of a visible patch
+    may contain something of a hidden one. Raises the errors of `over_patches`, and AnatomyError for
+    a patch that is not in the grid.
     """
     import torch
 
@@ -106,10 +106,10 @@ def answer_without(model, processor, image, question, patches, *, max_new_tokens
     hidden = torch.as_tensor(list(patches), dtype=torch.long)
     if hidden.numel() and not 0 <= hidden.min() <= hidden.max() < len(places):
         raise AnatomyError(
-            f"the patches of this grid have the numbers 0 to {len(places) - 1}, and "
-            f"{hidden.tolist()} are not all among them."
+            f"The patches of this grid have the numbers 0 to {len(places) - 1}; found "
+            f"{hidden.tolist()}."
         )
-    # Positions are counted from the mask, as those of padding, unless they are given.
+    # Without positions, the model would count them from the mask and take the patches for padding.
     length = inputs["input_ids"].shape[1]
     inputs["position_ids"] = torch.arange(length, device=inputs["input_ids"].device)[None]
     inputs["attention_mask"][0, places[hidden]] = 0
@@ -124,19 +124,19 @@ def _inputs(model, processor, images, question, max_new_tokens):
 
 
 def _patches(model, inputs, images):
-    """Where in the prompt each patch of each image is: (images, rows, columns)."""
-    trace = trace_inputs(model, inputs)  # raises where there is no image
+    """The position in the prompt of each patch of each image: (images, rows, columns)."""
+    trace = trace_inputs(model, inputs)  # raises if there is no image
     name = type(unwrapped(model)).__name__
     if trace.strategy != FIXED_GRID:
         raise AnatomyError(
-            f"{name} gives an image to its language model by {trace.strategy}: its visual tokens "
-            "are not the patches of one grid, and there is no map to draw."
+            f"{name} gives an image to its language model by {trace.strategy}. Its visual tokens "
+            "are not the patches of one grid, so there is no map of attention."
         )
     (places,) = image_places(model, inputs["input_ids"][0].cpu()).nonzero(as_tuple=True)
     side = isqrt(len(places) // images)
     if not side or len(places) != images * side**2:
         raise AnatomyError(
-            f"{name} has {len(places)} visual tokens for {images} image(s), which is no square "
+            f"{name} has {len(places)} visual tokens for {images} image(s), which is not a square "
             "grid of patches."
         )
     return places.unflatten(0, (images, side, side))
@@ -144,7 +144,8 @@ def _patches(model, inputs, images):
 
 @contextlib.contextmanager
 def _eager(model):
-    """Attention of the language model that keeps its weights, which the fused kinds do not."""
+    """In this context the language model computes attention with the plain implementation, which
+    returns the weights. Fused implementations do not."""
     model = unwrapped(model)
     text = model.config.get_text_config()
     key = next((k for k in model.config.sub_configs if getattr(model.config, k) is text), "")

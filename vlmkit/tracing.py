@@ -2,37 +2,41 @@
 
     vk.trace(model, processor, image, "What color is the circle?")
 
-A row per stage with what is there then, its shape, its type, and the component that made it. The
-stages are read off with forward hooks, at the borders that `vlmkit.anatomy` draws, so the same
-table is made for every architecture; a stage that an architecture does not have has no row.
+Each row is a step: its name, the tensor's shape and dtype, and the component that made it. Forward
+hooks read the tensors at the borders between components, where `vlmkit.anatomy` draws them, so the
+table is the same for every architecture. A step that an architecture does not have has no row.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from vlmkit.anatomy import component_finder
 from vlmkit.architectures import CROSS, LANGUAGE, PROJECTOR, VISION
 from vlmkit.errors import AnatomyError
+from vlmkit.evaluation.asking import (
+    check_processor,
+    check_question,
+    image_tokens,
+    in_evaluation_mode,
+    prepared,
+)
+from vlmkit.images import read_all
 from vlmkit.tables import Table
 
 FIXED_GRID, TILES, DYNAMIC = "fixed grid", "tiles", "dynamic resolution"
 CROSS_ATTENTION, QUERIES = "cross-attention", "queries"
 
-STAGES = (
-    "pixels",
-    "patches",
-    "visual features",
-    "projected tokens",
-    "read by cross-attention",
-    "merged sequence",
-    "logits",
-)
+PIXELS, PATCHES, FEATURES = "pixels", "patches", "visual features"
+PROJECTED, READ = "projected tokens", "read by cross-attention"
+MERGED, LOGITS = "merged sequence", "logits"
+STEPS = (PIXELS, PATCHES, FEATURES, PROJECTED, READ, MERGED, LOGITS)
 """In the order in which a picture passes them."""
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What there is after one step: `shape` as a tuple, `dtype` by name, the component that it
-    belongs to, and the module at whose border it was seen, the one that it enters or leaves."""
+class Step:
+    """The tensor after one step: `shape` as a tuple, `dtype` by name, the component that made it,
+    and the module that the tensor enters or leaves there."""
 
     name: str
     shape: tuple
@@ -43,164 +47,148 @@ class Stage:
 
 @dataclass(frozen=True)
 class Trace(Table):
-    """The stages of one forward pass, and how many visual tokens the language model was given.
+    """The steps of one forward pass, and how many visual tokens the language model received.
 
     strategy: how many tokens an image becomes. A fixed grid (LLaVA-1.5, Liu et al., 2023, arXiv
-    2310.03744), tiles of the image beside each other (LLaVA-NeXT, SmolVLM), its own resolution
-    (Qwen2-VL, Wang et al., 2024, arXiv 2409.12191, section 2.1), learned queries (BLIP-2, Li et
-    al., 2023, arXiv 2301.12597, section 3.1), or none in the sequence, where cross-attention layers
-    look at the features (Llama 3.2 Vision).
-    visual_tokens: of all images together, without tiles that are only there to fill up.
+    2310.03744), tiles of the image side by side (LLaVA-NeXT, SmolVLM), a number that depends on the
+    resolution (Qwen2-VL, Wang et al., 2024, arXiv 2409.12191, section 2.1), learned queries
+    (BLIP-2, Li et al., 2023, arXiv 2301.12597, section 3.1), or no token of the sequence, if
+    cross-attention layers read the features (Llama 3.2 Vision).
+    visual_tokens: of all images together, without tiles that are only padding.
     """
 
-    stages: tuple
+    steps: tuple
     strategy: str
     visual_tokens: int
 
     def __getitem__(self, name):
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        raise KeyError(f"{name!r} is no stage of this trace: {[s.name for s in self.stages]}")
+        for step in self.steps:
+            if step.name == name:
+                return step
+        raise KeyError(f"{name!r} is not a step of this trace: {[s.name for s in self.steps]}")
 
     def table(self):
-        """A pandas DataFrame, a row per stage in the order in which they are passed."""
+        """A pandas DataFrame with a row per step, in the order of the forward pass."""
         import pandas as pd
 
-        rows = [(s.name, s.component, str(s.shape), s.dtype, s.module) for s in self.stages]
-        columns = ["stage", "component", "shape", "dtype", "module"]
-        return pd.DataFrame(rows, columns=columns).set_index("stage")
+        rows = [(s.name, s.component, str(s.shape), s.dtype, s.module) for s in self.steps]
+        columns = ["step", "component", "shape", "dtype", "module"]
+        return pd.DataFrame(rows, columns=columns).set_index("step")
 
     def _remarks(self):
         yield f"{self.visual_tokens:,} visual tokens ({self.strategy})"
 
 
 def trace(model, processor, images, question):
-    """Trace of a question about an image, or a list of them, given as to `vk.ask`.
+    """Trace of a question about an image or a list of images, given as to `vk.ask`.
 
-    Raises what `vk.ask` raises, and AnatomyError where no image reached the model.
+    Raises the errors of `vk.ask`, and AnatomyError if there is no image.
     """
-    from vlmkit.evaluation.asking import check_processor, check_question, prepared
-    from vlmkit.images import read_all
-
     check_processor(processor)
     check_question(question)
     return trace_inputs(model, prepared(model, processor, [read_all(images)], [question], 1))
 
 
 def trace_inputs(model, inputs):
-    """Trace of one forward pass over `inputs`, a dict of the tensors that the processor makes."""
+    """Trace of one forward pass over `inputs`, the dict of tensors that a processor makes."""
     import torch
 
-    from vlmkit.evaluation.asking import in_evaluation_mode
-
     if inputs.get("pixel_values") is None:
-        raise AnatomyError("a trace follows an image through the model, and no image was given.")
+        raise AnatomyError("A trace follows an image through the model, and there is no image.")
     seen = _Seen(model)
     try:
         with in_evaluation_mode(model), torch.no_grad():
             output = model(**inputs)
     finally:
         seen.remove_hooks()
-    seen.found["pixels"] = (inputs["pixel_values"], "", "")
-    seen.found["logits"] = (output.logits, LANGUAGE, "")
-    stages = [_stage(name, *seen.found[name]) for name in STAGES if name in seen.found]
-    strategy = _strategy(model, inputs, seen)
-    return Trace(tuple(stages), strategy, _visual_tokens(model, inputs, seen, strategy))
+    found = seen.found | {
+        PIXELS: (inputs["pixel_values"], "", ""),
+        LOGITS: (output.logits, LANGUAGE, ""),
+    }
+    strategy = _strategy(model, inputs, found)
+    steps = [_step(name, *found[name]) for name in STEPS if name in found]
+    return Trace(tuple(steps), strategy, _visual_tokens(model, inputs, found, strategy))
 
 
-def _stage(name, tensor, component, module):
+def _step(name, tensor, component, module):
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return Stage(name, tuple(tensor.shape), dtype, component, module)
+    return Step(name, tuple(tensor.shape), dtype, component, module)
 
 
 class _Seen:
-    """What passes the components' borders during a forward pass.
+    """The tensors that cross the borders between components during a forward pass.
 
-    found: {stage: (tensor, component, module)}. inside_projector: how many of the projector's
-    modules are running, one inside the other; what counts is the outermost.
+    found: {step: (tensor, component, module)}. depth: how many modules of the projector are
+    running, one inside the other. Only the outermost one counts.
     """
 
     def __init__(self, model):
-        self.found = {}
-        self.inside_projector = 0
-        self.handles = []
+        self.found, self.depth, self.handles = {}, 0, []
         component_of = component_finder(model)
         for name, module in model.named_modules():
             component = component_of(name)
             if component == VISION:
-                self._on_vision(name, module)
+                self._after(module, self._left_vision, name)
             elif component == PROJECTOR:
-                self._on_projector(name, module)
+                self._before(module, self._entered_projector, name)
+                self._after(module, self._left_projector, name)
             elif component == CROSS:
-                self._before(module, self._cross_attention(name))
+                self._before(module, self._entered_cross_attention, name)
             elif component == LANGUAGE and _has_weights(module):
-                self._before(module, self._language(name))
+                self._before(module, self._entered_language_model, name)
 
     def remove_hooks(self):
         for handle in self.handles:
             handle.remove()
 
-    def _before(self, module, hook):
+    def _before(self, module, hook, name):
+        hook = partial(hook, name)
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _after(self, module, hook):
+    def _after(self, module, hook, name):
+        hook = partial(hook, name)
         self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
-    def _keep(self, stage, tensor, component, module):
+    def _keep(self, step, tensor, component, module):
         if tensor is not None:
-            self.found[stage] = (tensor.detach(), component, module)
+            self.found[step] = (tensor.detach(), component, module)
 
-    def _on_vision(self, name, module):
-        makes_patches = next(module.children(), None) is None and _has_weights(module)
+    def _left_vision(self, name, module, args, kwargs, output):
+        # The first layer of the encoder that has weights makes patches from pixels.
+        is_layer = next(module.children(), None) is None and _has_weights(module)
+        if is_layer and PATCHES not in self.found:
+            self._keep(PATCHES, _tensor(output), VISION, name)
+        # Without a projector, the features are the last tensor that leaves the encoder.
+        if PROJECTED not in self.found:
+            self._keep(FEATURES, _tensor(output), VISION, name)
 
-        def after(module, args, kwargs, output):
-            # The first layer of the encoder that has weights makes patches of pixels.
-            if makes_patches and "patches" not in self.found:
-                self._keep("patches", _tensor(output), VISION, name)
-            # Without a projector, the last that comes out of the encoder are the features.
-            if "projected tokens" not in self.found:
-                self._keep("visual features", _tensor(output), VISION, name)
+    def _entered_projector(self, name, module, args, kwargs):
+        if self.depth == 0 and PROJECTED not in self.found:
+            features = kwargs.get("encoder_hidden_states")  # the features that a Q-Former reads
+            if features is None:
+                features = _tensor((*args, *kwargs.values()))
+            self._keep(FEATURES, features, VISION, name)
+        self.depth += 1
 
-        self._after(module, after)
+    def _left_projector(self, name, module, args, kwargs, output):
+        self.depth -= 1
+        if self.depth == 0:
+            self._keep(PROJECTED, _tensor(output), PROJECTOR, name)
 
-    def _on_projector(self, name, module):
-        def before(module, args, kwargs):
-            if self.inside_projector == 0 and "projected tokens" not in self.found:
-                features = kwargs.get("encoder_hidden_states")  # what a Q-Former looks at
-                if features is None:
-                    features = _tensor((*args, *kwargs.values()))
-                self._keep("visual features", features, VISION, name)
-            self.inside_projector += 1
+    def _entered_cross_attention(self, name, module, args, kwargs):
+        if READ not in self.found:
+            for argument in ("cross_attention_states", "encoder_hidden_states"):
+                self._keep(READ, kwargs.get(argument), PROJECTOR, name)
 
-        def after(module, args, kwargs, output):
-            self.inside_projector -= 1
-            if self.inside_projector == 0:
-                self._keep("projected tokens", _tensor(output), PROJECTOR, name)
-
-        self._before(module, before)
-        self._after(module, after)
-
-    def _cross_attention(self, name):
-        def before(module, args, kwargs):
-            if "read by cross-attention" not in self.found:
-                for argument in ("cross_attention_states", "encoder_hidden_states"):
-                    self._keep("read by cross-attention", kwargs.get(argument), PROJECTOR, name)
-
-        return before
-
-    def _language(self, name):
-        def before(module, args, kwargs):
-            if "merged sequence" in self.found:
-                return
-            tensor = kwargs.get("inputs_embeds")
-            if tensor is None:
-                tensor = _tensor((*args, *kwargs.values()))
-            # Floating-point (…, tokens, width): past the embedding, whose input are whole numbers.
-            if tensor is not None and tensor.is_floating_point() and tensor.ndim == 3:
-                self._keep("merged sequence", tensor, LANGUAGE, name)
-
-        return before
+    def _entered_language_model(self, name, module, args, kwargs):
+        if MERGED in self.found:
+            return
+        tensor = kwargs.get("inputs_embeds")
+        if tensor is None:
+            tensor = _tensor((*args, *kwargs.values()))
+        # Floats of shape (…, tokens, width) come after the embedding, whose inputs are integers.
+        if tensor is not None and tensor.is_floating_point() and tensor.ndim == 3:
+            self._keep(MERGED, tensor, LANGUAGE, name)
 
 
 def _has_weights(module):
@@ -208,7 +196,7 @@ def _has_weights(module):
 
 
 def _tensor(value):
-    """The first tensor in what a module was given or gave."""
+    """The first tensor in the inputs or outputs of a module."""
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -220,8 +208,8 @@ def _tensor(value):
     return next((t for t in map(_tensor, value) if t is not None), None)
 
 
-def _strategy(model, inputs, seen):
-    if "read by cross-attention" in seen.found:
+def _strategy(model, inputs, found):
+    if READ in found:
         return CROSS_ATTENTION
     if any(name.split(".")[-1] == "query_tokens" for name, _ in model.named_parameters()):
         return QUERIES
@@ -230,16 +218,11 @@ def _strategy(model, inputs, seen):
     return TILES if inputs["pixel_values"].ndim == 5 else FIXED_GRID
 
 
-def _visual_tokens(model, inputs, seen, strategy):
-    from vlmkit.evaluation.asking import image_tokens
-
+def _visual_tokens(model, inputs, found, strategy):
     if strategy == CROSS_ATTENTION:
-        tensor = seen.found["read by cross-attention"][0]
-        tiles = inputs.get("aspect_ratio_mask")  # Llama 3.2 Vision fills up with tiles it masks
-        if tiles is not None:
-            return int(tiles.sum()) * tensor.shape[-2]
-        return tensor.shape[:-1].numel()
+        shape = found[READ][0].shape
+        tiles = inputs.get("aspect_ratio_mask")  # Llama 3.2 Vision masks the tiles that are padding
+        return shape[:-1].numel() if tiles is None else int(tiles.sum()) * shape[-2]
     if placeholders := image_tokens(model, inputs["input_ids"]):
         return placeholders
-    projected = seen.found.get("projected tokens", seen.found.get("visual features"))
-    return projected[0].shape[:-1].numel()
+    return found.get(PROJECTED, found.get(FEATURES))[0].shape[:-1].numel()

@@ -1,14 +1,14 @@
 """Number formats: what a weight costs in bytes, exactly, and how it is rounded.
 
     FORMATS["nf4"].nbytes((4096, 4096))            # 9,437,248: packed weights, absmax, code
-    packed = quantize(weight, "nf4")               # the reference, in a few lines of PyTorch
-    weight_again = dequantize(packed)
+    packed = quantize(weight, "nf4")               # a reference in a few lines of PyTorch
+    rounded = dequantize(packed)
 
     rounding("int3-g32-asym").rounded(weight)      # for experiments: rounded, in its own dtype
 
-exact.py        the formats that a model can be loaded in, byte for byte as bitsandbytes has them
-reference.py    how these round a weight
-experiments.py   formats for experiments, int2 to int8 among them, and their spelling
+exact.py        the formats that a model can be loaded in, with their exact bytes
+reference.py    how these formats round a weight, byte for byte as bitsandbytes
+experiments.py  formats for experiments, such as int2 to int8, and their spelling
 """
 
 from vlmkit.formats.exact import (

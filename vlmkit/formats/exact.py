@@ -1,6 +1,6 @@
-"""The formats that a model can be loaded in: what a weight costs in bytes, exactly.
+"""The formats that a model can be loaded in, and what a weight costs in bytes, exactly.
 
-The byte counts are those of `bitsandbytes`, whose layers are what a loaded model holds.
+The byte counts are those of `bitsandbytes`, because a loaded model has its layers.
 """
 
 import re
@@ -12,16 +12,16 @@ from vlmkit.errors import PlanError, did_you_mean
 BLOCK = 64  # weights that share one absmax in the 4-bit formats (QLoRA, arXiv 2305.14314, sec. 3)
 NESTED_BLOCK = 256  # absmax values that share one absmax under double quantization
 DEFAULT = "bf16"  # the format of what a plan does not name
-NESTED_CELLS = 2**16  # bitsandbytes looks 8-bit codes up in a table of so many entries on a CPU
+NESTED_CELLS = 2**16  # on a CPU, bitsandbytes finds 8-bit codes in a table of this many entries
 
 
 @dataclass(frozen=True)
 class Format:
     """A number format.
 
-    bits: of one weight, without its share of scales.
-    float_format: the float format of everything beside the quantized weights (biases, norms,
-        embeddings) and of the arithmetic; for a float format, itself.
+    bits: bits of one weight, without its share of scales.
+    float_format: the format of everything that is not quantized (biases, norms, embeddings) and of
+        the arithmetic. A float format is its own.
     """
 
     name: str
@@ -39,12 +39,12 @@ class Format:
         if not self.quantized:
             return n * self.bits // 8, 0
         if self.name == "int8":
-            return n, 4 * shape[0]  # one float32 scale a row
+            return n, 4 * shape[0]  # one float32 scale for each row
         blocks = ceil(n / BLOCK)
-        code = 16 * 4  # every layer keeps its own copy of the 16 values
+        code = 16 * 4  # every layer has its own copy of the 16 values
         if not self.name.endswith("-dq"):
             return (n + 1) // 2, 4 * blocks + code
-        # absmax in uint8, its own float32 absmax, both codes, and the mean taken off (float32)
+        # absmax in uint8, their own float32 absmax, both codes, and the subtracted mean (float32)
         return (n + 1) // 2, blocks + 4 * ceil(blocks / NESTED_BLOCK) + code + 256 * 4 + 4
 
     def nbytes(self, shape):
@@ -64,21 +64,21 @@ FORMATS = {
         Format("fp4", 4, "bf16", "4-bit float (sign, 2 exponent, 1 mantissa) in blocks of 64"),
     )
 }
-"""Every format by name, the widest first. Those for experiments are in `experiments.py`."""
+"""Every format by name, the widest first. `experiments.py` has the formats for experiments."""
 
 
-# Roughly how the formats of `experiments.py` are spelled, to say that a name is one of them.
+# Roughly the spelling of the formats of `experiments.py`, for the error about such a name.
 _EXPERIMENT = re.compile(r"(int[2-8]|nf4|fp4)(-(tensor|row|token|act|asym|sym|dq|[gb]\d+))*")
 
 
 def format_named(name):
-    """The Format called `name`. Raises PlanError, with the nearest right name, if there is none."""
+    """The Format called `name`. Raises PlanError, with the most similar name, if there is none."""
     if name in FORMATS:
         return FORMATS[name]
     if _EXPERIMENT.fullmatch(str(name).lower()):
         raise PlanError(
-            f"{name!r} is a format for experiments: it rounds the weights of a model that is "
-            "loaded already, and no model is loaded in it. Load one in a float format and use "
+            f"{name!r} is a format for experiments: it rounds the weights of a loaded model, and "
+            "no model can be loaded in it. Load a model in a float format and use "
             f"vk.sensitivity.quantized(model, scope, {name!r}). The formats of a plan are "
             f"{', '.join(FORMATS)}."
         )
@@ -89,7 +89,7 @@ def format_named(name):
 
 
 def torch_dtype(name):
-    """torch dtype of a format's floats: of the format itself, or of its float format."""
+    """The torch dtype of a format's `float_format`."""
     import torch
 
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -97,7 +97,7 @@ def torch_dtype(name):
 
 
 def format_of_dtype(dtype):
-    """Name of the float format of a torch dtype, or the dtype's own name where it is none."""
+    """The name of the float format of a torch dtype; for any other dtype, the dtype's own name."""
     names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
     short = str(dtype).removeprefix("torch.")
     return names.get(short, short)

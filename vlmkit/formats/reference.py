@@ -1,6 +1,6 @@
-"""The reference: how the formats of `exact.py` round a weight, in a few lines of PyTorch.
+"""How the formats of `exact.py` round a weight, in a few lines of PyTorch.
 
-Written to be read; the tests hold it against bitsandbytes byte for byte.
+This reference is written to be read. The tests compare it with bitsandbytes, byte for byte.
 """
 
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ from vlmkit.errors import PlanError
 from vlmkit.formats.exact import BLOCK, NESTED_BLOCK, NESTED_CELLS, format_named, torch_dtype
 
 # The 16 values are quantiles of a standard normal distribution, scaled to [-1, 1], with an exact
-# zero (QLoRA, appendix E). They are in order, so a value's code is its place.
+# zero (QLoRA, appendix E). They are sorted, so the code of a value is its position.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-# In order of the bit pattern, which is not the order of the values.
+# These are in the order of their bit patterns, which is not the order of the values.
 FP4 = tuple(v / 12 for v in (0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3))
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantized tensor. `state` holds the tensors that dequantizing needs besides `data`."""
+    """A quantized tensor. `state` holds what else is needed to dequantize `data`, as tensors."""
 
     format: str
     shape: tuple
@@ -36,9 +36,9 @@ class Packed:
 
 
 def quantize(weight, name):
-    """Round `weight` (a float tensor of shape (rows, columns)) to the quantized format `name`.
+    """`weight`, a float tensor of shape (rows, columns), in the quantized format `name`: a Packed.
 
-    Returns a Packed. Raises PlanError if `name` is not a quantized format.
+    Raises PlanError if `name` is not a quantized format.
     """
     kind = format_named(name)
     if not kind.quantized:
@@ -50,7 +50,7 @@ def quantize(weight, name):
     code = torch.tensor(NF4 if name.startswith("nf4") else FP4, device=weight.device)
     index, absmax = quantize_blocks(weight.reshape(-1).float(), code, BLOCK)
     if index.numel() % 2:
-        # the last byte's spare half holds what the value 0 rounds to
+        # the unused half of the last byte holds the code of the value 0
         index = torch.cat([index, _nearest(index.new_zeros(1).float(), code)])
     packed = (index[::2] << 4 | index[1::2]).to(torch.uint8)
     state = {"absmax": absmax, "code": code}
@@ -60,7 +60,7 @@ def quantize(weight, name):
 
 
 def dequantize(packed):
-    """The float32 tensor that a Packed stands for."""
+    """The float32 tensor of a Packed."""
     import torch
 
     if packed.format == "int8":
@@ -74,8 +74,8 @@ def dequantize(packed):
 
 
 def quantize_scales(absmax):
-    """Double quantization (QLoRA, sec. 3): scales of blocks, their mean taken off, rounded to 8
-    bits in blocks of their own. A state for `dequantize_scales`."""
+    """Double quantization (QLoRA, sec. 3): the scales, minus their mean, are rounded to 8 bits in
+    blocks of their own. Returns a state for `dequantize_scales`."""
     import torch
 
     code = torch.tensor(dynamic_code(), device=absmax.device)
@@ -90,7 +90,7 @@ def quantize_scales(absmax):
 
 
 def dequantize_scales(state):
-    """The float32 scales that a state of `quantize_scales` stands for."""
+    """The float32 scales of a state that `quantize_scales` returned."""
     absmax = state["absmax"]
     scales = state["nested_absmax"].repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
     return state["nested_code"][absmax.long()] * scales + state["offset"]
@@ -107,9 +107,10 @@ def _quantize_rows(weight):
 
 
 def quantize_blocks(values, code, block, cells=None):
-    """Index into `code` of each value over its block's largest magnitude, and those magnitudes.
+    """For each value, divided by its block's largest magnitude, the index of the nearest entry of
+    `code`; and these magnitudes.
 
-    cells: round to one of so many evenly spaced values from -1 to 1 before looking for the code.
+    cells: first round to one of so many evenly spaced values from -1 to 1.
     """
     import torch
 
@@ -120,12 +121,12 @@ def quantize_blocks(values, code, block, cells=None):
     if cells:
         half = (cells - 1) / 2
         scaled = ((scaled + 1) * half + 0.5).floor() / half - 1
-        scaled[absmax == 0] = -1  # bitsandbytes gives them the first code; times zero, any will do
+        scaled[absmax == 0] = -1  # as bitsandbytes; times zero, any code is right
     return _nearest(scaled.reshape(-1)[:n], code), absmax
 
 
 def _nearest(values, code):
-    """Index of the entry of `code` nearest to each value; on a tie, the smaller entry."""
+    """The index of the entry of `code` that is nearest to each value; on a tie, the smaller one."""
     import torch
 
     order = torch.argsort(code, stable=True)
@@ -134,9 +135,9 @@ def _nearest(values, code):
 
 
 def dynamic_code():
-    """The 256 values that double quantization rounds scales to: for each power of ten from 1e-6
-    to 1, twice as many steps as for the one below (8-bit dynamic tree quantization, arXiv
-    1511.04561; used for the scales by QLoRA, sec. 3)."""
+    """The 256 values that double quantization rounds scales to. Each power of ten from 1e-6 to 1
+    has twice as many steps as the power below (8-bit dynamic tree quantization, arXiv 1511.04561;
+    QLoRA, sec. 3, uses it for the scales)."""
     import torch
 
     values = [0.0, 1.0]
