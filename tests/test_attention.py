@@ -1,4 +1,4 @@
-"""The attention of an answer over the patches is the model's own, and in the right place."""
+"""The attention of an answer over the patches is that of the model, in the right places."""
 
 import numpy as np
 import pytest
@@ -61,8 +61,7 @@ def test_each_image_has_its_own_grid(pebble):
 
 
 def test_a_token_stands_where_its_patch_is(pebble):
-    """What the grid of an answer takes for granted, of the encoder: a change of the picture in row
-    2 and column 5 is a change of that token of the grid, and of no other."""
+    """A change of the picture in row 2 and column 5 changes this token of the grid and no other."""
     model, _ = pebble
     pixels = torch.zeros(1, 3, 84, 84)
     changed = pixels.clone()
@@ -113,7 +112,7 @@ def test_the_model_is_left_as_it_was(pebble):
     assert state() == before
     model.generation_config.cache_implementation = "static"  # keys beyond the prompt
     try:
-        with pytest.raises(AnatomyError, match="does not give the attention weights"):
+        with pytest.raises(AnatomyError, match="does not return the attention weights"):
             over_patches(model, processor, FIRST.path, FIRST.question)
     finally:
         model.generation_config.cache_implementation = None

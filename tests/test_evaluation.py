@@ -9,13 +9,10 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
-import tiny
 import torch
-import transformers
 from PIL import Image
+from processors import PROCESSORS
 from transformers import AutoProcessor, LlavaForConditionalGeneration
-from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import vlmkit as vk
 from vlmkit.errors import ImageError, QuestionError, TaskError, VlmkitError
@@ -33,8 +30,8 @@ def processor(llava):
 
 @pytest.fixture(scope="module")
 def model(llava):
-    """Large weights, so that answers differ from question to question; float32, so that they do
-    not hang on rounding."""
+    """Large weights, so that answers differ between questions. float32, so that they do not depend
+    on rounding."""
     model = LlavaForConditionalGeneration.from_pretrained(llava, dtype=torch.float32)
     return scramble(model)
 
@@ -58,7 +55,7 @@ def red(size=(84, 84)):
 
 
 def test_ask_is_generate_on_the_chat_template(model, processor):
-    """The same, written out with transformers alone."""
+    """The same answer, written out with transformers alone."""
     content = [{"type": "image", "image": red()}, {"type": "text", "text": "What color is it?"}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -82,9 +79,9 @@ def test_every_form_of_image_gives_the_same_answer(model, processor, tmp_path):
     assert len(answers) == 1 and answers != {""}
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 3), (20_000, 100)])
-def test_images_of_odd_sizes_are_answered(model, processor, size):
-    assert isinstance(vk.ask(model, processor, red(size), "What?", max_new_tokens=2), str)
+def test_images_of_odd_sizes_are_answered(model, processor):
+    for size in ((1, 1), (3, 1), (1, 3), (20_000, 100)):
+        assert isinstance(vk.ask(model, processor, red(size), "What?", max_new_tokens=2), str)
 
 
 def test_several_images_keep_their_order(model, processor):
@@ -93,12 +90,6 @@ def test_several_images_keep_their_order(model, processor):
     second = vk.ask(model, processor, [blue, red()], "Same?", max_new_tokens=6)
     assert first != second
     assert isinstance(vk.ask(model, processor, [], "No picture?", max_new_tokens=2), str)
-
-
-@pytest.mark.parametrize("question", ["", " \n", None, 3])
-def test_a_question_must_ask_something(model, processor, question):
-    with pytest.raises(QuestionError):
-        vk.ask(model, processor, red(), question)
 
 
 def test_a_question_longer_than_the_context(model, processor):
@@ -114,10 +105,10 @@ def test_more_images_than_the_context_holds(model, processor, monkeypatch):
     assert f"{300 * PATCHES:,} for 300 images" in str(caught.value)
     with pytest.raises(QuestionError, match="ask for a shorter answer"):
         vk.ask(model, processor, red(), "Which?", max_new_tokens=2000)
-    # To the token: the longest prompt that fits is answered, one token more is not.
+    # Exactly: the longest prompt that fits is answered, and one token more is an error.
     used = question_inputs(processor, [[red()]], ["Which?"])["input_ids"].shape[1]
     room = CONTEXT - used
-    ends = list(range(len(processor.tokenizer)))  # any token, so that only the check is tried
+    ends = list(range(len(processor.tokenizer)))  # any token ends the answer
     monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
     assert isinstance(vk.ask(model, processor, red(), "Which?", max_new_tokens=room), str)
     with pytest.raises(QuestionError, match=f"{used} tokens"):
@@ -135,18 +126,18 @@ def test_special_tokens_in_a_question_are_only_text(model, processor):
         assert isinstance(vk.ask(model, processor, red(), typed, max_new_tokens=2), str)
 
 
-def test_without_a_processor(model, dataset):
+def test_bad_input(model, processor, dataset):
+    for question in ("", " \n", None, 3):
+        with pytest.raises(QuestionError):
+            vk.ask(model, processor, red(), question)
+    for most in (0, -1, 2.5, True):
+        with pytest.raises(VlmkitError, match="max_new_tokens"):
+            vk.ask(model, processor, red(), "What?", max_new_tokens=most)
     for nothing in (None, "pebble", model):
         with pytest.raises(VlmkitError, match="processor"):
             vk.ask(model, nothing, red(), "What?")
         with pytest.raises(VlmkitError, match="processor"):
             vk.evaluate(model, nothing, dataset)
-
-
-@pytest.mark.parametrize("most", [0, -1, 2.5, True])
-def test_an_answer_has_at_least_one_token(model, processor, most):
-    with pytest.raises(VlmkitError, match="max_new_tokens"):
-        vk.ask(model, processor, red(), "What?", max_new_tokens=most)
 
 
 def test_sampling_settings_of_a_checkpoint_are_neither_used_nor_warned_about(
@@ -193,7 +184,7 @@ def test_a_batch_answers_as_one_by_one(model, processor, dataset):
         vk.ask(model, processor, row["images"], row["question"], max_new_tokens=8)
         for row in dataset
     ]
-    assert len(set(one_by_one)) > 9  # or the comparison would show nothing
+    assert len(set(one_by_one)) > 9  # else the comparison would mean little
     for batch_size in (1, 4, 64):
         scores = vk.evaluate(model, processor, dataset, batch_size=batch_size, max_new_tokens=8)
         assert list(scores.answers["predicted"]) == one_by_one
@@ -202,7 +193,7 @@ def test_a_batch_answers_as_one_by_one(model, processor, dataset):
 def test_an_answer_that_ends_early_is_not_disturbed_by_its_batch(
     model, processor, dataset, monkeypatch
 ):
-    """With every fifth token an end, some answers end sooner than others."""
+    """Every fifth token ends an answer here, so some answers end sooner than others."""
     free = vk.evaluate(model, processor, dataset, max_new_tokens=8).answers["predicted"]
     ends = list(range(0, len(processor.tokenizer), 5))
     monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
@@ -212,47 +203,14 @@ def test_an_answer_that_ends_early_is_not_disturbed_by_its_batch(
     assert 0 < (batched == free).sum() < len(free)
 
 
-def paligemma():
-    pictures = SiglipImageProcessorPil(size={"height": 24, "width": 24})
-    pictures.image_seq_length = PATCHES
-    words = tiny.tokenizer()
-    words.bos_token = "<end>"
-    processor = transformers.PaliGemmaProcessor(pictures, words)
-    config = transformers.PaliGemmaConfig(
-        vision_config={**tiny.VISION, "model_type": "siglip_vision_model"},
-        text_config={**tiny.TEXT, "vocab_size": len(words), "model_type": "gemma"},
-        projection_dim=tiny.TEXT["hidden_size"],
-        image_token_index=processor.image_token_id,
-    )
-    return transformers.PaliGemmaForConditionalGeneration(config), processor
-
-
-def blip2():
-    pictures = BlipImageProcessorPil(size={"height": 24, "width": 24})
-    words = tiny.tokenizer()
-    processor = transformers.Blip2Processor(pictures, words, num_query_tokens=PATCHES)
-    width = tiny.TEXT["hidden_size"]
-    text = {**tiny.TEXT, "word_embed_proj_dim": width, "ffn_dim": width, "model_type": "opt"}
-    querying = {**tiny.VISION, "encoder_hidden_size": tiny.VISION["hidden_size"]}
-    config = transformers.Blip2Config(
-        vision_config=tiny.VISION,
-        qformer_config=querying,
-        text_config={**text, "bos_token_id": 1},
-        num_query_tokens=PATCHES,
-        image_token_index=words.convert_tokens_to_ids("<image>"),
-    )
-    return transformers.Blip2ForConditionalGeneration(config), processor
-
-
-def idefics3(folder):
-    model = transformers.Idefics3ForConditionalGeneration.from_pretrained(folder)
-    return model.float(), AutoProcessor.from_pretrained(folder)
-
-
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's
-@pytest.mark.parametrize(("family", "images"), [(paligemma, 2), (blip2, 1), (idefics3, 2)])
-def test_other_families_alone_and_in_batches(family, images, other_family):
-    model, processor = family(other_family) if family is idefics3 else family()
+@pytest.mark.parametrize(
+    ("name", "images"),
+    [("paligemma", 2), ("blip2", 1), ("idefics3", 2), ("mllama", 1), ("qwen2_vl", 2)],
+)
+def test_other_families_alone_and_in_batches(family, name, images):
+    model, _ = vk.load(family(name), "fp32", processor=False)
+    processor = PROCESSORS[name]()
     scramble(model)
     rows = [
         {"images": [red((40, 30))] * images, "question": "What?", "answer": ""},
@@ -262,9 +220,9 @@ def test_other_families_alone_and_in_batches(family, images, other_family):
     assert len(set(alone)) == 2
     together = vk.evaluate(model, processor, rows, max_new_tokens=5)
     assert list(together.answers["predicted"]) == alone
-    with pytest.raises(QuestionError, match="512, of which 5"):
-        vk.ask(model, processor, red(), "?" * 520, max_new_tokens=5)
-    if family is blip2:
+    with pytest.raises(QuestionError, match="of which 5"):
+        vk.ask(model, processor, red(), "?" * 5000, max_new_tokens=5)
+    if name == "blip2":
         with pytest.raises(ImageError, match="one image"):
             vk.ask(model, processor, [red(), red()], "What?")
 
@@ -289,7 +247,7 @@ def test_scores_of_known_answers(model, processor, dataset, monkeypatch):
     wrong = {0, 4, 7, 8}
 
     def known(model, processor, images, questions, *, max_new_tokens):
-        assert len({len(pictures) for pictures in images}) == 1  # what padding cannot even out
+        assert len({len(pictures) for pictures in images}) == 1  # padding cannot do this
         rows = [int(question) for question in questions]
         return ["zebra" if i in wrong else f" {dataset[i]['answer'].upper()}. " for i in rows]
 
@@ -304,7 +262,6 @@ def test_scores_of_known_answers(model, processor, dataset, monkeypatch):
     for task, row in scores.by_task.iterrows():
         of_task = [r for r, source in zip(right, rows, strict=True) if source["task"] == task]
         assert row["accuracy"] == pytest.approx(np.mean(of_task))
-        assert row["low"] <= row["accuracy"] <= row["high"]
     assert scores.by_kind.index.names == ["task", "kind"]
     assert scores.by_kind["n"].sum() == len(rows)
     for text in (str(scores), scores._repr_html_()):
@@ -339,7 +296,7 @@ def test_datasets_that_cannot_be_evaluated(model, processor, dataset):
             vk.evaluate(model, processor, dataset, batch_size=size)
 
 
-def test_normalise():
+def test_normalize():
     assert normalize(" Red. ") == normalize("red") == "red"
     assert normalize("A  red\ncircle!") == "a red circle"
     assert normalize("1.5") == "1.5" != normalize("15")

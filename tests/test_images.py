@@ -1,4 +1,4 @@
-"""Every kind of picture a user may hold becomes the RGB image it looks like, or a clear error."""
+"""Every kind of picture that a user may have becomes an RGB image or a clear error."""
 
 import time
 
@@ -11,7 +11,7 @@ from vlmkit.errors import ImageError
 
 
 def picture(size=(8, 6)):
-    """Red on the left, blue on the right: a rotation or a swap of channels shows."""
+    """Red on the left, blue on the right, which shows a rotation or exchanged channels."""
     image = Image.new("RGB", size, "blue")
     image.paste("red", (0, 0, size[0] // 2, size[1]))
     return image
@@ -145,7 +145,7 @@ def test_small_and_long_images():
 def test_a_picture_20_000_pixels_wide_is_reduced_and_quick(tmp_path):
     path = tmp_path / "wide.jpg"
     picture((20_000, 4_000)).save(path)
-    start = time.process_time()  # whatever else the machine has to do
+    start = time.process_time()  # of this process alone
     image = images.read(path)
     assert time.process_time() - start < 3
     assert image.width * image.height <= images.MOST_PIXELS

@@ -1,6 +1,4 @@
-"""The field's metrics against examples worked out by hand from their definitions."""
-
-import re
+"""The field's metrics against examples that are computed by hand from their definitions."""
 
 import numpy as np
 import pandas as pd
@@ -57,7 +55,7 @@ VQA_TEXTS = {
 
 
 @pytest.mark.parametrize(("answer", "expected"), VQA_TEXTS.items())
-def test_normalising_as_the_vqa_evaluation_does(answer, expected):
+def test_normalizing_as_the_vqa_evaluation_does(answer, expected):
     assert normalize_vqa(answer) == expected
 
 
@@ -107,11 +105,6 @@ def test_counting_people_needs_people(metric):
 )
 def test_anls(predicted, accepted, expected):
     assert anls(predicted, accepted) == pytest.approx(expected)
-
-
-def test_anls_has_a_threshold():
-    assert anls("ab", ["abcde"], threshold=0.4) == pytest.approx(0.4)
-    assert anls("ab", ["abcd"], threshold=0.6) == 0
 
 
 @given(st.text("abAB \n", max_size=6), st.text("abAB \n", max_size=6))
@@ -186,15 +179,6 @@ def test_the_bootstrap_is_that_of_scipy():
         assert bootstrap(rng.permutation(scores)) == (low, high)
 
 
-def test_the_bootstrap_of_many_scores_is_quick_and_narrow():
-    scores = np.tile([0, 0.3, 1], 100_000)
-    low, high = bootstrap(scores)
-    error = 1.96 * scores.std() / len(scores) ** 0.5
-    assert (low, high) == pytest.approx(
-        (scores.mean() - error, scores.mean() + error), abs=error / 20
-    )
-
-
 def test_scores_between_wrong_and_right():
     answers = pd.DataFrame({"task": ["a"] * 4 + ["b"] * 2, "kind": "all"})
     answers["score"] = [0.3, 1, 0.6, 0, 1, 0]
@@ -207,12 +191,12 @@ def test_scores_between_wrong_and_right():
     assert "mean vqa_accuracy 48.3% over 6 answers" in str(scores)
 
 
-# --- choosing one ---------------------------------------------------------------------------------
+# --- choosing a metric ----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def evaluated(monkeypatch):
-    """evaluated(rows, predicted, **options) is `vk.evaluate` of a model that answers so."""
+    """evaluated(rows, predicted, **options) is `vk.evaluate` of a model with these answers."""
 
     def evaluate(rows, predicted, **options):
         asked = []
@@ -228,7 +212,7 @@ def evaluated(monkeypatch):
         try:
             return vk.evaluate(None, None, rows, max_new_tokens=4, **options)
         except TaskError:
-            assert not asked  # told before the model is put to work
+            assert not asked  # the error comes before the first question
             raise
 
     return evaluate
@@ -261,23 +245,17 @@ def test_a_metric_by_name_by_task_and_by_function(evaluated):
     assert own.accuracy == 1 and own.metric == "starts_alike"
 
 
-def test_without_a_known_task_it_is_exact_match_as_ever(evaluated):
+def test_without_a_known_task_it_is_exact_match(evaluated):
     rows = [{"answer": "Red", "task": "vqa"}, {"answer": "blue", "task": "ocr"}]
     scores = evaluated(rows, ["red.", "navy"])
-    assert list(scores.answers.columns) == [
-        "question",
-        "answer",
-        "predicted",
-        "correct",
-        "task",
-        "kind",
-    ]
+    expected = "question answer predicted correct task kind"
+    assert " ".join(scores.answers.columns) == expected
     assert list(scores.answers["correct"]) == [True, False] and scores.metric == "exact_match"
     assert not set(OF_TASK) & set(vk.tasks.TASKS)
     assert set(OF_TASK.values()) <= set(METRICS) and set(OF_TASK) <= set(vk.tasks.SCHEMAS)
 
 
-def test_a_metric_that_cannot_be_used_is_told_before_anything_is_asked(evaluated):
+def test_a_metric_that_cannot_be_used_is_an_error_before_anything_is_asked(evaluated):
     rows = [{"answer": "red", "task": "plain"}]
     with pytest.raises(TaskError, match="'anl' is not a metric. Did you mean 'anls'"):
         evaluated(rows, ["red"], metric="anl")
@@ -287,9 +265,3 @@ def test_a_metric_that_cannot_be_used_is_told_before_anything_is_asked(evaluated
         evaluated(rows, ["red"], metric="vqa_accuracy")
     with pytest.raises(TaskError, match="Row 0: .*exact_match"):
         evaluated([{"answer": "red", "task": "vqav2"}], ["red"])
-
-
-def test_every_metric_says_where_it_is_from():
-    for metric in METRICS.values():
-        if metric is not exact_match:
-            assert re.search(r"et al\., \d{4}, arXiv\s+\d{4}\.\d{5}", metric.__doc__)

@@ -199,17 +199,13 @@ def on_meta(config, dtype=None, trust_remote_code=False):
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
 
     remote = trust_remote_code and "AutoModelForImageTextToText" in getattr(config, "auto_map", {})
-    if config.model_type in NOT_VLMS:
+    known = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or remote
+    if not known or config.model_type in NOT_VLMS:
+        why = NOT_VLMS.get(config.model_type, "is not in transformers' list of such models")
         raise AnatomyError(
             f"{type(config).__name__} ({config.model_type}) is not a vision-language model: it "
-            f"{NOT_VLMS[config.model_type]}."
-        )
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not remote:
-        raise AnatomyError(
-            f"{type(config).__name__} ({config.model_type}) is not a vision-language model: "
-            "transformers has no image-text-to-text model for it. vlmkit works with the models for "
-            "which it has one: LLaVA, PaliGemma, SmolVLM, Qwen-VL, Llama 3.2 Vision and about "
-            "ninety more."
+            f"{why}. vlmkit works with LLaVA, PaliGemma, SmolVLM, Qwen-VL, Llama 3.2 Vision and "
+            "about ninety more that transformers has."
         )
     config = copy.deepcopy(config)  # from_config writes the dtype into its config
     if hasattr(config, "quantization_config"):

@@ -12,7 +12,15 @@ import contextlib
 from vlmkit.errors import QuestionError, TaskError, VlmkitError
 from vlmkit.evaluation.asking import TooLong, answers, ask, check_processor, check_question
 from vlmkit.evaluation.columns import COLUMNS, column, columns_of, lacking_columns
-from vlmkit.evaluation.metrics import METRICS, OF_TASK, Scores, compared, metrics_of, normalize
+from vlmkit.evaluation.metrics import (
+    METRICS,
+    OF_TASK,
+    Scores,
+    compared,
+    exact_match,
+    metrics_of,
+    normalize,
+)
 from vlmkit.evaluation.statistics import bootstrap, mcnemar, paired_interval, wilson
 from vlmkit.images import read_all
 
@@ -27,7 +35,6 @@ __all__ = [
     "check_question",
     "compared",
     "evaluate",
-    "lacking_columns",
     "mcnemar",
     "normalize",
     "paired_interval",
@@ -180,15 +187,15 @@ def scored(dataset, predicted, metrics=None):
     table = pd.DataFrame({name: column(dataset, name) for name in ("question", "answer")})
     table["predicted"] = predicted
     if metrics is None:
-        table["correct"] = table["answer"].map(normalize) == table["predicted"].map(normalize)
-        score = table["correct"]
+        metrics, accepted = [exact_match] * len(dataset), table["answer"].map(lambda text: [text])
     else:
-        rows = zip(metrics, predicted, _accepted(dataset), strict=True)
-        score = pd.Series([float(metric(answer, accepted)) for metric, answer, accepted in rows])
-        table["correct"] = score == 1
+        accepted = _accepted(dataset)
+    rows = zip(metrics, predicted, accepted, strict=True)
+    score = pd.Series([float(metric(answer, right)) for metric, answer, right in rows])
+    table["correct"] = score == 1
     if not score.isin([0, 1]).all():
         table["score"] = score
     for name in ("task", "kind"):
         table[name] = _labels(dataset, name)
-    names = {getattr(metric, "__name__", "score") for metric in metrics or ()} or {"exact_match"}
+    names = {getattr(metric, "__name__", "score") for metric in metrics}
     return Scores(table, names.pop() if len(names) == 1 else "score")
