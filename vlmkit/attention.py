@@ -14,13 +14,7 @@ from math import isqrt
 
 from vlmkit.anatomy import unwrapped
 from vlmkit.errors import AnatomyError
-from vlmkit.evaluation.asking import (
-    check_processor,
-    check_question,
-    generated,
-    image_places,
-    prepared,
-)
+from vlmkit.evaluation.asking import generated, image_places, inputs_of
 from vlmkit.images import read_all
 from vlmkit.tracing import FIXED_GRID, trace_inputs
 
@@ -58,7 +52,7 @@ def over_patches(model, processor, images, question, *, max_new_tokens=64):
     import torch
 
     images = read_all(images)
-    inputs = _inputs(model, processor, images, question, max_new_tokens)
+    inputs = inputs_of(model, processor, images, question, max_new_tokens)
     patches = _patches(model, inputs, len(images))
     with _eager(model):
         output = generated(
@@ -101,7 +95,7 @@ def answer_without(model, processor, image, question, patches, *, max_new_tokens
     """
     import torch
 
-    inputs = _inputs(model, processor, read_all([image]), question, max_new_tokens)
+    inputs = inputs_of(model, processor, [image], question, max_new_tokens)
     places = _patches(model, inputs, 1).flatten()
     hidden = torch.as_tensor(list(patches), dtype=torch.long)
     if hidden.numel() and not 0 <= hidden.min() <= hidden.max() < len(places):
@@ -115,12 +109,6 @@ def answer_without(model, processor, image, question, patches, *, max_new_tokens
     inputs["attention_mask"][0, places[hidden]] = 0
     tokens = generated(model, processor, inputs, max_new_tokens)
     return processor.tokenizer.decode(tokens[0, length:], skip_special_tokens=True).strip()
-
-
-def _inputs(model, processor, images, question, max_new_tokens):
-    check_processor(processor)
-    check_question(question)
-    return prepared(model, processor, [images], [question], max_new_tokens)
 
 
 def _patches(model, inputs, images):

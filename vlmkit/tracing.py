@@ -13,14 +13,7 @@ from functools import partial
 from vlmkit.anatomy import component_finder
 from vlmkit.architectures import CROSS, LANGUAGE, PROJECTOR, VISION
 from vlmkit.errors import AnatomyError
-from vlmkit.evaluation.asking import (
-    check_processor,
-    check_question,
-    image_tokens,
-    in_evaluation_mode,
-    prepared,
-)
-from vlmkit.images import read_all
+from vlmkit.evaluation.asking import image_tokens, in_evaluation_mode, inputs_of
 from vlmkit.tables import Table
 
 FIXED_GRID, TILES, DYNAMIC = "fixed grid", "tiles", "dynamic resolution"
@@ -84,9 +77,7 @@ def trace(model, processor, images, question):
 
     Raises the errors of `vk.ask`, and AnatomyError if there is no image.
     """
-    check_processor(processor)
-    check_question(question)
-    return trace_inputs(model, prepared(model, processor, [read_all(images)], [question], 1))
+    return trace_inputs(model, inputs_of(model, processor, images, question, max_new_tokens=1))
 
 
 def trace_inputs(model, inputs):

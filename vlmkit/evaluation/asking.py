@@ -51,6 +51,13 @@ def answers(model, processor, images, questions, *, max_new_tokens):
     return texts_of(processor, inputs, generated(model, processor, inputs, max_new_tokens))
 
 
+def inputs_of(model, processor, images, question, max_new_tokens):
+    """The prepared inputs of one question. Arguments and errors are those of `ask`."""
+    check_processor(processor)
+    check_question(question)
+    return prepared(model, processor, [read_all(images)], [question], max_new_tokens)
+
+
 def texts_of(processor, inputs, tokens):
     """The answers as text, from the tokens that `generate` returned for `inputs`."""
     # The output of a decoder begins with the prompt, that of an encoder-decoder does not.
