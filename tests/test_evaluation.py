@@ -320,6 +320,7 @@ def test_wilson_of_no_proportion():
             wilson(correct, n)
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_and_writes_its_tables(llava, tmp_path, capsys, monkeypatch):
     benchmark = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "pebble.py"))["main"]
     monkeypatch.chdir(tmp_path)

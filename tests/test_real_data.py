@@ -119,11 +119,13 @@ def own_cache(tmp_path, monkeypatch):
 
 def data(schema, n=3):
     """A `datasets.Dataset` in a schema, with its pictures embedded."""
-    source = datasets.Dataset.from_list([ROWS[schema]] * n)
     feature, cells = datasets.Image(), [picture(i) for i in range(n)]
     if schema == "the_cauldron":
         feature, cells = datasets.List(feature), [[picture(i), picture(i + 1)] for i in range(n)]
-    return source.add_column(column_of(schema), cells, feature=feature)
+    column, rows = column_of(schema), [ROWS[schema]]
+    features = datasets.Features(datasets.Dataset.from_list(rows).features | {column: feature})
+    rows = [{**ROWS[schema], column: cell} for cell in cells]
+    return datasets.Dataset.from_list(rows, features=features)
 
 
 def column_of(schema):

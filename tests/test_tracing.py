@@ -61,7 +61,7 @@ def test_idefics3_cuts_tiles_and_puts_four_patches_into_one_token(other_family):
         # no visual token among the words; of four tiles one is real: 2 × 2 patches, a class token
         (
             *("mllama", "cross-attention", 5),
-            {"merged sequence": (1, 6, 96), "read by cross-attention": (1, 4 * 5, 96)},
+            {"merged sequence": (1, 6, 96), "read by cross-attention": (4, 5, 96)},
         ),
         ("blip2", "queries", 3, {"visual features": (1, 5, 64), "projected tokens": (1, 3, 96)}),
     ],
