@@ -2,7 +2,7 @@
 
 A schema is recognized by its columns: all that it needs, and at least one of its marks, which other
 schemas do not have. This file is about texts only; `reading.py` reads the pictures. To add a
-schema, write a function that reads one row, and add a line to `SCHEMAS`.
+schema, write a function that reads one row and decorate it with `schema`.
 """
 
 import ast
@@ -45,33 +45,30 @@ class Schema:
         return f"{self.name}: {', '.join((' or '.join(self.pictures), *self.needs))}"
 
 
-def _vqav2(row):
+SCHEMAS = {}
+"""By name, in the order in which they are tried. The columns are those on the hub up to November
+2026. The original files of these data sets, which keep questions, answers and pictures apart, have
+other columns."""
+
+
+def schema(name, *needs, marks=(), pictures=PICTURES):
+    """A decorator that makes a `Schema` of a function that reads a row."""
+
+    def added(read):
+        SCHEMAS[name] = Schema(name, needs, read, marks, pictures)
+        return read
+
+    return added
+
+
+@schema("vqav2", "question", "multiple_choice_answer", "answers")
+def _vqav2(row):  # lmms-lab/VQAv2
     answers = [record["answer"] for record in _records(row["answers"])]
     return _one(row, answers, row["multiple_choice_answer"], kind=row.get("answer_type"))
 
 
-def _textvqa(row):
-    return _one(row, _texts(row["answers"]))
-
-
-def _docvqa(row):
-    answers = _texts(row["answers"])
-    # The page of the challenge suggests the first answer where only one can be used.
-    return _one(row, answers, next(iter(answers), ""), " + ".join(row.get("question_types") or ()))
-
-
-def _chartqa(row):
-    answers = _texts(row["label"])
-    origin = row.get("human_or_machine")
-    kind = {0: "human", 1: "machine"}.get(origin, origin)
-    return _one(row, answers, next(iter(answers), ""), kind, question=row["query"])
-
-
-def _gqa(row):
-    return _one(row, [], row["answer"], (row.get("types") or {}).get("structural"))
-
-
-def _aokvqa(row):
+@schema("aokvqa", "question", "choices", "direct_answers")
+def _aokvqa(row):  # HuggingFaceM4/A-OKVQA, asked without its choices
     answers, choice = _texts(row["direct_answers"]), row.get("correct_choice_idx")
     choices = _texts(row.get("choices"))
     known = isinstance(choice, int) and 0 <= choice < len(choices)
@@ -80,14 +77,50 @@ def _aokvqa(row):
     return _one(row, answers, choices[choice] if known else None, kind)
 
 
-def _cauldron(row):
+@schema("chartqa", "query", "label")
+def _chartqa(row):  # HuggingFaceM4/ChartQA
+    answers = _texts(row["label"])
+    origin = row.get("human_or_machine")
+    kind = {0: "human", 1: "machine"}.get(origin, origin)
+    return _one(row, answers, next(iter(answers), ""), kind, question=row["query"])
+
+
+@schema("the_cauldron", "texts")
+def _cauldron(row):  # HuggingFaceM4/the_cauldron: each turn becomes a row
     return [
         {"question": turn["user"], "answer": turn["assistant"], "kind": turn.get("source")}
         for turn in _records(row["texts"])
     ]
 
 
-def _plain(row):
+_GQA = ("fullAnswer", "isBalanced", "imageId")
+
+
+@schema("gqa", "question", "answer", marks=_GQA, pictures=("image", "imageId"))
+def _gqa(row):  # lmms-lab/GQA; with imageId, the pictures are in another subset
+    return _one(row, [], row["answer"], (row.get("types") or {}).get("structural"))
+
+
+_DOCVQA = ("docId", "ucsf_document_id", "question_types")
+
+
+@schema("docvqa", "question", "answers", marks=_DOCVQA)
+def _docvqa(row):  # lmms-lab/DocVQA
+    answers = _texts(row["answers"])
+    # The page of the challenge suggests the first answer where only one can be used.
+    return _one(row, answers, next(iter(answers), ""), " + ".join(row.get("question_types") or ()))
+
+
+_TEXTVQA = ("image_classes", "flickr_original_url", "ocr_tokens", "set_name")
+
+
+@schema("textvqa", "question", "answers", marks=_TEXTVQA)
+def _textvqa(row):  # lmms-lab/textvqa, facebook/textvqa
+    return _one(row, _texts(row["answers"]))
+
+
+@schema("plain", "question", "answer")
+def _plain(row):  # your own
     found = _one(row, _texts(row.get("answers")), row["answer"], row.get("kind"))
     return [{**one, "task": row.get("task")} for one in found]
 
@@ -118,48 +151,6 @@ def _records(value):
     return list(value or ())
 
 
-SCHEMAS = {
-    schema.name: schema
-    for schema in (
-        # lmms-lab/VQAv2: answers are ten records with the column answer
-        Schema("vqav2", ("question", "multiple_choice_answer", "answers"), _vqav2),
-        # HuggingFaceM4/A-OKVQA: the question is asked without its choices
-        Schema("aokvqa", ("question", "choices", "direct_answers"), _aokvqa),
-        # HuggingFaceM4/ChartQA
-        Schema("chartqa", ("query", "label"), _chartqa),
-        # HuggingFaceM4/the_cauldron: each turn (user, assistant, source) becomes a row
-        Schema("the_cauldron", ("texts",), _cauldron),
-        # lmms-lab/GQA: with imageId, the pictures are in another subset
-        Schema(
-            "gqa",
-            ("question", "answer"),
-            _gqa,
-            marks=("fullAnswer", "isBalanced", "imageId"),
-            pictures=("image", "imageId"),
-        ),
-        # lmms-lab/DocVQA
-        Schema(
-            "docvqa",
-            ("question", "answers"),
-            _docvqa,
-            marks=("docId", "ucsf_document_id", "question_types"),
-        ),
-        # lmms-lab/textvqa, facebook/textvqa: answers are ten texts
-        Schema(
-            "textvqa",
-            ("question", "answers"),
-            _textvqa,
-            marks=("image_classes", "flickr_original_url", "ocr_tokens", "set_name"),
-        ),
-        # your own
-        Schema("plain", ("question", "answer"), _plain),
-    )
-}
-"""By name, in the order in which they are tried. The columns are those on the hub up to November
-2026. The original files of these data sets, which keep questions, answers and pictures apart, have
-other columns."""
-
-
 def find(columns, name=None):
     """The `Schema` called `name`, or the first one that recognizes `columns`.
 
@@ -169,9 +160,9 @@ def find(columns, name=None):
     columns = list(columns)
     found = f"the columns {', '.join(columns)}" if columns else "no columns"
     if name is None:
-        for schema in SCHEMAS.values():
-            if schema.recognizes(columns):
-                return schema
+        for one in SCHEMAS.values():
+            if one.recognizes(columns):
+                return one
         raise TaskError(
             f"No schema matches the rows, which have {found}. {_advice(columns)} What each schema "
             f"needs: {'; '.join(map(str, SCHEMAS.values()))}."
@@ -191,10 +182,10 @@ def find(columns, name=None):
 
 
 def _advice(columns):
-    fits = [schema.name for schema in SCHEMAS.values() if not schema.missing(columns)]
+    fits = [one.name for one in SCHEMAS.values() if not one.missing(columns)]
     if fits:
         return f"They fit {' and '.join(fits)}: name the right one, such as schema={fits[0]!r}."
-    nearest = min(SCHEMAS.values(), key=lambda schema: len(schema.missing(columns)))
+    nearest = min(SCHEMAS.values(), key=lambda one: len(one.missing(columns)))
     return (
         f"The nearest is {nearest.name}, which also needs {' and '.join(nearest.missing(columns))}:"
         " rename the columns (dataset.rename_column), or make rows with images, question and "
