@@ -17,7 +17,7 @@ import nbformat
 import pytest
 from matplotlib.colors import is_color_like, to_hex
 
-from vlmkit.figures import colors
+from vlmkit.figures import style as colors
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(chapters.FOLDER.rglob("*.ipynb"))

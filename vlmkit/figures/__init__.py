@@ -1,15 +1,19 @@
 """Figures: data in, Axes out.
 
-Each function draws into the Axes it is given, or into a new figure, and returns the Axes. Nothing
-global is changed, and the data can be read back from what was drawn.
+Each function draws into the Axes that it is given, or into a new figure, and returns the Axes. It
+changes no global setting of matplotlib, and the data can be read back from what it drew.
 """
 
-from vlmkit.figures.budgets import frontier, layer_damage, scores_against_damage
-from vlmkit.figures.colors import COMPONENT_COLORS
-from vlmkit.figures.damage import damage, damage_by_bytes
-from vlmkit.figures.numbers import bits, error_by_bits
-from vlmkit.figures.pictures import attention, patches, questions
-from vlmkit.figures.scores import accuracy, accuracy_against, accuracy_by_tokens, learning
+from vlmkit.figures.damage import damage, damage_by_bytes, layer_damage, scores_against_damage
+from vlmkit.figures.pictures import attention, bits, patches, questions
+from vlmkit.figures.quality import (
+    accuracy,
+    accuracy_against,
+    accuracy_by_tokens,
+    error_by_bits,
+    frontier,
+    learning,
+)
 from vlmkit.figures.sizes import (
     architecture,
     bytes_by_component,
@@ -17,6 +21,7 @@ from vlmkit.figures.sizes import (
     seconds,
     what_fits,
 )
+from vlmkit.figures.style import COMPONENT_COLORS
 
 __all__ = [
     "COMPONENT_COLORS",
