@@ -4,15 +4,15 @@
     python benchmarks/connectors.py --device cuda
     python benchmarks/connectors.py --steps 100 50 --repeats 1 --n 40 --output trial.csv   # a trial
 
-The connectors are the classes that notebooks/02_connectors.ipynb defines. Each is trained for more
-steps than there with both ends frozen, and after that together with the language model; the
-resampler with several numbers of visual tokens. With --repeats each is also trained as there, from
-several seeds, which is not recorded yet. Scores are exact match on fresh questions, equally many a
-task.
+The connectors are the classes that notebooks/02_connectors.ipynb defines. First each connector
+learns alone, for more steps than in the chapter, and then together with the language model. The
+resampler has several numbers of visual tokens. With --repeats, each connector is also trained as in
+the chapter, from several seeds; these runs are not recorded yet. Scores are exact match on new
+questions, as many for each task.
 
-The result is notebooks/data/02_connectors.csv, a row per run, stage and task, which the chapter
-shows. It is written after every run, and a run that is in it already, for the same weights of
-pebble, is not repeated: what was stopped continues.
+The result is notebooks/data/02_connectors.csv, which the chapter shows: a row per run, stage and
+task. It is written after every run. A run that is in the file already, for the same weights of
+pebble, is not repeated, so a benchmark that was stopped continues.
 """
 
 import argparse
@@ -71,8 +71,8 @@ def main(argv=None):
     rows = list(vk.tasks.dataset(list(connecting.TASKS), n=args.n, seed=SEED))
     bench = Bench(args, connectors_of(NOTEBOOK), rows)
     first, second = connecting.FIRST_STAGE, connecting.SECOND_STAGE
-    longer = [dataclasses.replace(first, steps=args.steps[0])]
-    longer += [dataclasses.replace(second, steps=args.steps[1])]
+    longer = [dataclasses.replace(first, max_steps=args.steps[0])]
+    longer += [dataclasses.replace(second, max_steps=args.steps[1])]
     for (name, tokens), make in MORE.items():
         bench.run("longer", name, tokens, make, 0, longer)
     for seed in range(args.repeats):
@@ -81,7 +81,7 @@ def main(argv=None):
 
 
 def connectors_of(notebook):
-    """The classes and functions that the notebook's cells define, by name, and nothing else run."""
+    """The classes and functions that the notebook defines, by name. No other cell is run."""
     import nbformat
     import torch
 
@@ -97,14 +97,14 @@ def connectors_of(notebook):
 
 
 def digest():
-    """What pebble's weights are recognized by."""
+    """A short digest of pebble's weights."""
     from vlmkit.models import pebble
 
     return hashlib.sha256((pebble.path() / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
 def key(row):
-    """What tells one run from another, of a row as it was read or as it is written."""
+    """What identifies a run, in a row that was read or is to be written."""
     return row["run"], row["connector"], int(row["visual_tokens"]), int(row["seed"])
 
 
@@ -122,14 +122,14 @@ class Bench:
             self.results = [row for row in found if row["weights"] == self.weights]
 
     def run(self, run, name, tokens, make, seed, stages):
-        """Train one connector through the stages, and keep its scores after each."""
+        """Train one connector through the stages, and record its scores after each stage."""
         import torch
 
         from vlmkit.models.pebble import connecting
 
         same = (run, name, tokens, seed)
         done = [(row["stage"], int(row["steps"])) for row in self.results if key(row) == same]
-        if done and all((stage.name, stage.steps) in done for stage in stages):
+        if done and all((stage.name, stage.max_steps) in done for stage in stages):
             return
         self.results = [row for row in self.results if key(row) != same]
         torch.manual_seed(seed)
@@ -139,8 +139,8 @@ class Bench:
         model.to(self.device)
         for stage in stages:
             curve = connecting.fit(model, processor.tokenizer, stage, tokens, self.device)
-            # The median step: what another process does to a machine for a minute is no cost.
-            seconds = stage.steps * curve["seconds"].diff().median()
+            # The median step is not changed by another process that is busy for a minute.
+            seconds = stage.max_steps * curve["seconds"].diff().median()
             scores = connecting.score(model, processor.tokenizer, self.rows, tokens, self.device)
             shares = scores.by_task
             shares.loc["all"] = (scores.n, scores.accuracy, *scores.interval)
@@ -153,7 +153,7 @@ class Bench:
                         "visual_tokens": tokens,
                         "parameters": sum(p.numel() for p in connector.parameters()),
                         "stage": stage.name,
-                        "steps": stage.steps,
+                        "steps": stage.max_steps,
                         "seed": seed,
                         "device": self.device,
                         "seconds": round(seconds, 1),

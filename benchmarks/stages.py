@@ -134,12 +134,12 @@ def stages_of(learns, steps, seed):
     parts = []
     for part, (parts_learn, count) in enumerate(zip(learns, steps, strict=True)):
         if part and parts_learn == learns[part - 1]:
-            parts[-1] = dataclasses.replace(parts[-1], steps=parts[-1].steps + count)
+            parts[-1] = dataclasses.replace(parts[-1], max_steps=parts[-1].max_steps + count)
             continue
         alone = parts_learn == BRIDGE
         base = connecting.FIRST_STAGE if alone else connecting.SECOND_STAGE  # each has its rate
         name = f"seed {seed} from {sum(steps[:part])}"
-        parts.append(dataclasses.replace(base, name=name, steps=count, trains=parts_learn))
+        parts.append(dataclasses.replace(base, name=name, max_steps=count, trains=parts_learn))
     return parts
 
 
@@ -156,7 +156,7 @@ def recipe(name, seed, steps, n):
         curve = connecting.fit(model, tokenizer, stage, batches.PATCHES)
         shown = " + ".join(PARTS[part] for part in stage.trains if part in PARTS)
         rows += in_training(curve, shown, so_far, 50)
-        so_far += stage.steps
+        so_far += stage.max_steps
         scores = connecting.score(model, tokenizer, questions, batches.PATCHES)
         shares = scores.by_task
         shares.loc["all"] = (scores.n, scores.accuracy, *scores.interval)
@@ -189,7 +189,7 @@ def lesson(name, steps):
 
     (stage,) = (stage for stage in train.STAGES if stage.name == LESSONS[name])
     model, tokenizer = begin("instruct", None, 0)
-    stage = dataclasses.replace(stage, steps=steps)
+    stage = dataclasses.replace(stage, max_steps=steps)
     curve = connecting.fit(model, tokenizer, stage, batches.PATCHES)
     return in_training(curve, stage.name, 0, 100)
 

@@ -1,7 +1,7 @@
 """Typical mistakes in the exercises, for `test_exercises.py`.
 
-MISTAKES: of each exercise wrong answers, as expressions that see what the stub sees and HELPERS,
-with words that the hint has to have.
+MISTAKES: for each exercise its wrong answers, as expressions that can use what the stub can use and
+HELPERS, with words that the hint must contain.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from PIL import Image
 
 
 class Pooled(torch.nn.Module):
-    """Tokens that are `pool` of the features, through a Linear layer."""
+    """A Linear layer on `pool` of the features."""
 
     def __init__(self, pool, width=128):
         super().__init__()
@@ -21,9 +21,9 @@ class Pooled(torch.nn.Module):
 
 
 def falling(step, stage):
-    """The rate, if it came down along a line."""
-    share = max(0, step - 100) / (stage.steps - 100)
-    return stage.rate * min(1, (step + 1) / 100) * (1 - share * (1 - stage.final))
+    """A learning rate that comes down along a line."""
+    share = max(0, step - 100) / (stage.max_steps - 100)
+    return stage.learning_rate * min(1, (step + 1) / 100) * (1 - share * (1 - stage.final))
 
 
 def flipped(rows, where):
@@ -37,9 +37,9 @@ HELPERS["mirror"] = np.s_[:, :, ::-1]
 
 MISTAKES = {
     "projector kept": {
-        "vk.Plan.recommended()": "Still as large as in bf16: vision_encoder",
+        "vk.Plan.recommended()": "As large as in bf16: vision_encoder",
         'vk.Plan.uniform("nf4")': "in this plan it is nf4",
-        'vk.Plan(vision_encoder="int8", language_model="int8")': "Fewer bits",
+        'vk.Plan(vision_encoder="int8", language_model="int8")': "fewer bits",
         '{"language_model": "nf4"}': "a vk.Plan",
     },
     "beyond noise": {
@@ -64,7 +64,7 @@ MISTAKES = {
     },
     "mean of a block": {
         "Pooled(blocks, 512)": "a pixel shuffle",
-        "torch.nn.Linear(128, 192)": "(1, 49, 192); (1, 16, 192) is asked for",
+        "torch.nn.Linear(128, 192)": "(1, 49, 192); it should be (1, 16, 192)",
         "lambda x: blocks(x).unflatten(2, (4, 128)).mean(dim=2)": "the tokens are 128 wide",
         "lambda x: blocks(x) @ x": "your function stops with RuntimeError",
         "Pooled": "this is the class Pooled",
@@ -74,8 +74,8 @@ MISTAKES = {
     },
     "first to learn": {
         "{'cross_attn_attn_gate'}": "1 of 2 are missing",
-        "{n for n, _ in layer.named_parameters()}": "stands behind a gate",
-        "{'attn_gate'}": "no parameter is called attn_gate",
+        "{n for n, _ in layer.named_parameters()}": "is behind a gate",
+        "{'attn_gate'}": "no parameter here is attn_gate",
     },
     "skip list": {
         "['lm_head']": "the vision_encoder would be in 4 bits",
@@ -91,10 +91,10 @@ MISTAKES = {
         "levels.flip(0)": "go up",
         "levels[1:]": "the shape is (15,)",
         "levels * 0.5": "times NF4's error",
-        "levels * float('nan')": "no finite numbers",
+        "levels * float('nan')": "not finite numbers",
     },
     "the promised GB": {
-        "vk.Plan.parse('nf4-dq')": "7.18 GB, of which embedding and head take 2.10. All Linear",
+        "vk.Plan.parse('nf4-dq')": "head take 2.10 of it. All Linear",
         "vk.Plan.parse('nf4')": "fewer bits of scales",
         "'nf4-dq'": "a vk.Plan",
     },
@@ -106,11 +106,11 @@ MISTAKES = {
         "118.8": "a whole number",
     },
     "fewer bits": {
-        "'int4'": "4.50 bits, and 3.50 are there",
+        "'int4'": "4.50 bits, and the limit is 3.50",
         "'int2-asym'": "2 bits leave four values at most",
         "'int3-g128'": "A zero point would use all codes",
         "'int8-act-token'": "rounds activations",
-        "'int3g32'": "is no format",
+        "'int3g32'": "is not a format",
     },
     "how many questions": {
         "0.1 * (1.96 / 0.0025) ** 2": "is each side, not both",
@@ -122,8 +122,8 @@ MISTAKES = {
     },
     "plan by hand": {
         "{'vision_encoder:0': 'int4'}": "bytes too many. Some layers have to give bits up",
-        "{'vision_encoder:0': 'int2-asym', 'projector': 'int4'}": "Is vision_encoder:0 a layer",
-        "{'vision_encoder:7': 'int4'}": "there is no layer vision_encoder:7",
+        "{'vision_encoder:0': 'int2-asym', 'projector': 'int4'}": "Does vision_encoder:0 do well",
+        "{'vision_encoder:7': 'int4'}": "no layer here is vision_encoder:7",
         "{'projector': 'int1'}": "no format here is int1",
         "['int4']": "a dict",
     },
@@ -136,7 +136,7 @@ MISTAKES = {
     },
     "what fits": {
         "1148": "A side is rounded to whole tokens",
-        "1743": "MB, and 100 are there",
+        "1743": "MB, and the budget is 100",
         "1162": "101.2 MB",
     },
     "mirrored films": {
@@ -149,14 +149,14 @@ MISTAKES = {
         "lambda rows: [r | {'answer': 'up'} for r in flipped(rows, mirror)]": "became up",
     },
     "two frames": {
-        "[0, 3]": "has 2 pictures, and it has learnt films of four",
+        "[0, 3]": "has 2 pictures, and the model learned films of four",
         "[3, 3, 0, 0]": "runs backwards",
         "[0, 1, 2]": "these are 3",
         "[0, 0, 1, 1]": "farther apart",
         "[0, 4]": "the frames 0 to 3",
     },
     "who is passed": {
-        "dict.fromkeys(first_stages, ['projector'])": "language_model is frozen, but the loss",
+        "dict.fromkeys(first_stages, ['projector'])": "language_model is frozen, but lies between",
         "dict.fromkeys(first_stages, vk.COMPONENTS[:2] + vk.COMPONENTS[3:4])": "ends before vision",
         "dict.fromkeys(first_stages, ['projector', 'language_model'])": "Qwen-VL: vision_encoder",
         "dict.fromkeys(first_stages, ['bridge'])": "no component here is bridge",
@@ -169,15 +169,15 @@ MISTAKES = {
         "[5_000, 1_700]": "steps of a stage",
         "[11_700, 19_800]": "the other run",
         "[19_800, 12_000]": "run 2 has",
-        "19_800": "a list of 2 numbers",
+        "19_800": "a list of numbers",
     },
     "rate": {
-        "lambda step, stage: stage.rate": "the full rate already",
-        "lambda step, stage: train.rate_at(step - 1, stage)": "count it as one",
-        "lambda step, stage: stage.rate * min(1, (step + 1) / 100)": "does not come down",
-        "lambda step, s: train.rate_at(step, dataclasses.replace(s, final=0))": "comes down to 0",
+        "lambda step, stage: stage.learning_rate": "the full rate already",
+        "lambda step, stage: train.learning_rate_at(step - 1, stage)": "count it as one",
+        "lambda step, stage: stage.learning_rate * min(1, (step + 1) / 100)": "does not come down",
+        "lambda n, s: train.learning_rate_at(n, dataclasses.replace(s, final=0))": "down to 0",
         "falling": "along a line",
-        "lambda step, stage: 2 * train.rate_at(step, stage)": "at step 0, where",
+        "lambda step, stage: 2 * train.learning_rate_at(step, stage)": "at step 0, where",
         "lambda step: 0.1": "your function stops with TypeError",
     },
     "equal cost": {
@@ -189,7 +189,7 @@ MISTAKES = {
     "learnable word": {
         "'rood'": "tokens are r, o, o, d, and pebble has never said r, o, d",
         "'RING'": "capital letters",
-        "'red'": "four are asked for",
+        "'red'": "has 3 letters",
         "['ring']": "a str; this is a list",
     },
     "a hole of a mebibyte": {
@@ -202,7 +202,7 @@ MISTAKES = {
         "vk.Plan.recommended()": "scales take half a GB",
         "vk.Plan(language_model='nf4-dq')": "cross-attention is in bf16",
         "vk.Plan(language_model='nf4-dq', cross_attention='nf4-dq')": "the head takes 1.05 GB",
-        "vk.Plan.parse('nf4-dq')": "the vision encoder is to stay in bf16",
+        "vk.Plan.parse('nf4-dq')": "the vision encoder should stay in bf16",
         "'nf4-dq'": "a vk.Plan",
     },
 }

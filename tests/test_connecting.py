@@ -1,4 +1,4 @@
-"""Another connector in pebble: it is the same questions, the same model, and the same score."""
+"""Another connector in pebble: the same questions, the same kind of model, the same score."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Pool(nn.Module):
-    """The average of a rectangle of patches, made as wide as the language model: side² tokens."""
+    """The mean of a rectangle of patches, as wide as the language model: side² tokens."""
 
     def __init__(self, side):
         super().__init__()
@@ -40,24 +40,20 @@ def with_pool(pebble, side):
 @pytest.mark.parametrize("group", train.GROUPS, ids=lambda group: group.name)
 def test_the_questions_are_the_same_for_any_number_of_visual_tokens(group, pebble):
     tokenizer, small = pebble[1].tokenizer, train.Group(group.name, group.tasks, 3, 2)
+    image = tokenizer.convert_tokens_to_ids(recipe.IMAGE)
     usual, few = (
         batches.question_batch(small, tokenizer, "test", 0, visual_tokens=n)
         for n in (batches.PATCHES, 16)
     )
-    image = tokenizer.convert_tokens_to_ids(recipe.IMAGE)
-    frames = len(usual["pixel_values"])
-    assert (usual["input_ids"] == image).sum() == frames * batches.PATCHES
-    assert (few["input_ids"] == image).sum() == frames * 16
     assert usual["kinds"] == few["kinds"]
     assert torch.equal(usual["pixel_values"], few["pixel_values"])
-    for name in ("input_ids", "labels"):
-        text = [
-            batch[name][
-                (batch["input_ids"] != image) & (batch["input_ids"] != tokenizer.pad_token_id)
-            ]
-            for batch in (usual, few)
-        ]
-        assert torch.equal(*text)
+    text = []
+    for batch, tokens in (usual, batches.PATCHES), (few, 16):
+        ids = batch["input_ids"]
+        assert (ids == image).sum() == len(usual["pixel_values"]) * tokens
+        kept = (ids != image) & (ids != tokenizer.pad_token_id)
+        text.append(torch.stack([ids[kept], batch["labels"][kept]]))
+    assert torch.equal(*text)
 
 
 def test_another_connector_answers_as_any_model_does(pebble):
@@ -69,7 +65,7 @@ def test_another_connector_answers_as_any_model_does(pebble):
     assert trace["projected tokens"].shape[-2:] == (16, 192)
     assert isinstance(vk.ask(model, processor, row["images"], row["question"]), str)
     assert vk.anatomy(model)["projector"].parameters == 128 * 192 + 192
-    # What it was made from still has its own.
+    # The model that it was made from still has its own projector.
     assert vk.trace(*pebble, row["images"], row["question"]).visual_tokens == batches.PATCHES
     assert pebble[0].config.image_seq_length == batches.PATCHES
 
@@ -86,9 +82,9 @@ def test_a_connector_that_does_not_fit_is_refused(pebble):
     for impossible in (10, 0, -1, 121):
         with pytest.raises(vk.VlmkitError, match="Possible are 1, 4, 9, 16, 25, 36, 49"):
             connecting.connect(*pebble, Pool(4), impossible)
-    with pytest.raises(vk.VlmkitError, match=r"makes \(1, 16, 192\); needed is \(1, 25, 192\)"):
+    with pytest.raises(vk.VlmkitError, match=r"\(1, 16, 192\); .* \(1, 25, 192\)"):
         connecting.connect(*pebble, Pool(4), 25)
-    with pytest.raises(vk.VlmkitError, match=r"makes \(1, 49, 128\)"):
+    with pytest.raises(vk.VlmkitError, match=r"\(1, 49, 128\); "):
         connecting.connect(*pebble, nn.Identity(), 49)
 
 
@@ -106,7 +102,7 @@ def test_only_the_connector_learns(pebble):
     assert curve["right"].between(0, 1).all()
 
 
-def test_a_connectors_tokens_are_made_as_large_as_pebbles_own(pebble):
+def test_a_connectors_tokens_become_as_large_as_pebbles_own(pebble):
     row = tasks.example("chart", 0, seed=1)
     inputs = pebble[1](images=row["images"], text="<image>", return_tensors="pt")
 
@@ -124,7 +120,7 @@ def test_a_connectors_tokens_are_made_as_large_as_pebbles_own(pebble):
 
 
 def test_the_fast_score_is_that_of_evaluate(pebble):
-    """Question by question, on right answers, wrong ones, and ones that go on or stop too early."""
+    """Question by question, on right answers, wrong ones, and ones that are too long or short."""
     model, processor = pebble
     rows = list(vk.tasks.dataset("all", n=36, seed=5))
     for row in rows[::3]:
@@ -132,11 +128,8 @@ def test_the_fast_score_is_that_of_evaluate(pebble):
     rows[1]["answer"] = rows[1]["answer"][:-1] or "nothing"
     fast = connecting.score(model, processor.tokenizer, rows, batches.PATCHES, batch_size=10)
     slow = vk.evaluate(model, processor, rows)
-    assert fast.answers["correct"].tolist() == slow.answers["correct"].tolist()
+    right, said = fast.answers["correct"], fast.answers["predicted"]
+    assert right.tolist() == slow.answers["correct"].tolist()
     assert 0.4 < fast.accuracy < 0.7
     assert fast.by_task.equals(slow.by_task)
-    said = fast.answers["predicted"]
-    assert (
-        said[fast.answers["correct"]] == slow.answers["predicted"][slow.answers["correct"]]
-    ).all()
-    assert said[~fast.answers["correct"]].isna().all()
+    assert (said[right] == slow.answers["predicted"][right]).all() and said[~right].isna().all()

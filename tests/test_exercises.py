@@ -1,7 +1,7 @@
 """The exercises of every chapter: solutions are right, mistakes are named, and nothing raises.
 
-What a stub needs of its chapter is taken from it as `scripts/solutions.py` does, and run once a
-chapter, in this process. A new chapter needs its mistakes in `mistakes.py`, and nothing else here.
+`scripts/solutions.py` selects what a stub needs of its chapter, and this process runs it once for
+each chapter. A new chapter needs its mistakes in `mistakes.py`, and nothing here.
 """
 
 import ast
@@ -18,9 +18,10 @@ from mistakes import HELPERS, MISTAKES
 
 import vlmkit as vk
 from vlmkit.course.exercises import EXERCISES, verdict
+from vlmkit.errors import ExerciseError
 
 script = runpy.run_path(str(FOLDER.parent / "scripts" / "solutions.py"))
-LESSONS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+CHAPTERS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 
 
 class Hostile:
@@ -39,7 +40,7 @@ NONSENSE += [torch.full((2, 3), torch.nan), torch.nn.Linear(2, 2), [None], {"a":
 
 @contextlib.contextmanager
 def as_found():
-    """Leave behind no folder, gradient mode or number of threads that a chapter chose."""
+    """Restore the folder, the gradient mode and the number of threads after a chapter."""
     folder, threads = os.getcwd(), torch.get_num_threads()
     os.chdir(FOLDER)
     torch.set_num_threads(1)
@@ -52,14 +53,14 @@ def as_found():
 
 
 class Chapter:
-    """A lesson whose setting has run in `scope`."""
+    """A chapter whose statements that the stubs need have run in `scope`."""
 
     def __init__(self, path):
         self.path = path
-        self.lesson = nbformat.read(path, as_version=4)
-        self.stubs = script["stubs"](self.lesson)
+        self.notebook = nbformat.read(path, as_version=4)
+        self.stubs = script["stubs"](self.notebook)
         self.scope = {}
-        for source in script["setting"](self.lesson):
+        for source in script["setting"](self.notebook):
             exec(source.replace("../data/", "data/"), self.scope)
 
     def calls(self):
@@ -73,7 +74,7 @@ class Chapter:
             yield stub, call.args[0].value, scope, given
 
 
-@pytest.fixture(scope="module", params=LESSONS, ids=lambda path: path.stem)
+@pytest.fixture(scope="module", params=CHAPTERS, ids=lambda path: path.stem)
 def chapter(request):
     before = {name: os.environ.pop(name, None) for name in ("VLMKIT_MODEL", "MPLBACKEND")}
     with as_found():
@@ -91,10 +92,10 @@ def said(source, scope):
 def test_has_two_or_three_with_their_effort(chapter):
     assert 2 <= len(chapter.stubs) <= 3
     for number, stub in enumerate(chapter.stubs, 1):
-        text = script["asked"](chapter.lesson, stub)
+        text = script["asked"](chapter.notebook, stub)
         assert text.startswith(f"**{number}. ") and " minutes)*" in text
         assert set(stub.metadata["solution"]) == {"code", "text"}
-    assert any(f"(solutions/{chapter.path.name})" in cell.source for cell in chapter.lesson.cells)
+    assert any(f"(solutions/{chapter.path.name})" in cell.source for cell in chapter.notebook.cells)
 
 
 def test_unattempted_and_solved(chapter):
@@ -117,7 +118,7 @@ def test_whatever_the_answer_a_sentence_comes_out(chapter):
             assert verdict(name, answer, **given).startswith("Not yet: "), (name, answer)
 
 
-def test_committed_solutions_are_those_of_the_lesson(chapter):
+def test_committed_solutions_are_those_of_the_chapter(chapter):
     made = script["solutions"](chapter.path)
     committed = nbformat.read(script["FOLDER"] / chapter.path.name, as_version=4)
     for notebook in (made, committed):
@@ -128,30 +129,26 @@ def test_committed_solutions_are_those_of_the_lesson(chapter):
 def test_every_check_is_of_an_exercise_and_has_mistakes():
     asked = [
         ast.literal_eval(stub.source.partition(script["CHECK"])[2].split(",")[0])
-        for path in LESSONS
+        for path in CHAPTERS
         for stub in script["stubs"](nbformat.read(path, as_version=4))
     ]
     assert sorted(asked) == sorted(EXERCISES) == sorted(MISTAKES)
 
 
 def test_our_own_mistakes_are_errors():
-    with pytest.raises(
-        vk.course.exercises.ExerciseError, match="no exercise 'unheard of'; there are"
-    ):
-        vk.course.check("unheard of", 1)
-    with pytest.raises(
-        vk.course.exercises.ExerciseError, match="takes trained, rank beside the answer"
-    ):
+    with pytest.raises(ExerciseError, match="'equal costs' is not .* Did you mean 'equal cost'"):
+        vk.course.check("equal costs", 1)
+    with pytest.raises(ExerciseError, match="takes trained, rank beside the answer"):
         vk.course.check("equal cost", None, ranks=8)
 
 
-def test_a_slice_keeps_what_is_needed_and_its_order():
-    """What is changed on the way counts as needed; what only shows does not."""
+def test_a_selection_keeps_what_is_needed_in_order():
+    """A statement that changes a needed object is needed; one that only shows is not."""
     cells = ["import a\nimport plt", "x = a.one()\n\n\ndef f(y):\n    return x + y + z\n\n\nw = 3"]
     cells += ["plt.plot(x)\nx[0] += 1\nz = [x for x in w]"]
     cells += ["a.seed(1)\na.assert_close(x)\nz.append(a.two())\nw = x\na.shown(x)"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
-    stub = nbformat.v4.new_code_cell('answer = None\nvk.exercises.check("it", answer, f=f)')
+    stub = nbformat.v4.new_code_cell('answer = None\nvk.course.check("it", answer, f=f)')
     stub.metadata["solution"] = {"code": "import vk\n\nanswer = 1", "text": ""}
     notebook.cells.append(stub)
     kept = ["import a", "x = a.one()\n\n\ndef f(y):\n    return x + y + z\n\n\nw = 3"]

@@ -1,36 +1,47 @@
-"""What checks of exercises have in common: their list, and how an answer is read.
+"""What the checks of exercises share: their list, reading an answer, and naming a mistake.
 
-A check takes the answer and its data by name. It returns a sentence that says what the right answer
-shows, or raises a Hint that names the mistake:
+A check gets the answer, already read, and its data by name. It returns a sentence on what the right
+answer shows, or raises a Hint that names the mistake:
 
-    @exercise("two and two")
-    def two_and_two(answer, numbers):
-        found = whole(answer, "a sum")
+    @exercise("two and two", whole, "a sum")
+    def two_and_two(found, numbers):
         require(found != 22, "these are two digits side by side; add the numbers.")
         require(found == sum(numbers), f"{found} is not their sum.")
-        return "adding is no writing side by side."
+        return "adding is not writing side by side."
 """
 
 import contextlib
+import functools
 import math
+import operator
 from numbers import Real
 
+from vlmkit.errors import brief
+from vlmkit.units import GIGABYTE, MEGABYTE
+
 EXERCISES = {}
-"""Of each exercise its check, by name; filled by `exercise`."""
+"""The check of each exercise, by its name. `exercise` fills it."""
 
 
 class Hint(Exception):
     """Why an answer is not right. Never leaves this package."""
 
 
-def exercise(name):
-    """Put the decorated check into EXERCISES."""
+def exercise(name, read, *what, **options):
+    """Put the decorated check into EXERCISES. It gets read(answer, *what, **options)."""
 
-    def put(judge):
+    def put(check):
+        @functools.wraps(check)
+        def judge(answer, **given):
+            return check(read(answer, *what, **options), **given)
+
         EXERCISES[name] = judge
-        return judge
+        return check
 
     return put
+
+
+# --- naming a mistake -----------------------------------------------------------------------------
 
 
 def require(condition, hint):
@@ -38,37 +49,55 @@ def require(condition, hint):
         raise Hint(hint)
 
 
+def reject(found, mistakes, same=operator.eq):
+    """Raise the hint of the mistake that the answer is. mistakes: {wrong answer: hint}."""
+    for wrong, hint in mistakes.items():
+        require(not same(found, wrong), hint)
+
+
+def known(names, there, what):
+    """Require that each of `names` is one of `there`."""
+    strange = ", ".join(str(name) for name in names if name not in there)
+    require(not strange, f"no {what} here is {strange}; there are {', '.join(there)}.")
+
+
+def below(ledger, budget, hint):
+    """The size of a `Ledger` in words, if it is below the budget in bytes."""
+    unit, size = ("GB", GIGABYTE) if budget >= GIGABYTE else ("MB", MEGABYTE)
+    needed = f"{ledger.total / size:.2f} {unit}"
+    require(ledger.total < budget, f"it needs {needed}, the budget is {budget / size:g}. {hint}")
+    return needed
+
+
+# --- reading an answer ----------------------------------------------------------------------------
+
+
 def kind(answer):
-    return f"a {type(answer).__name__}"
+    name = type(answer).__name__
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
-def told(error):
-    """An error in one line, whatever it is."""
-    try:
-        message = " ".join(str(error).split())
-    except Exception:
-        message = ""
-    return f"{type(error).__name__}: {message[:200]}" if message else type(error).__name__
+def of_type(answer, types, what):
+    """`answer`, if it is of one of `types`; `what` says what the exercise asks for."""
+    require(isinstance(answer, types), f"the answer should be {what}; this is {kind(answer)}.")
+    return answer
 
 
 def number(answer, what):
-    """`answer` as a number; `what` says what is asked for, with its unit."""
+    """`answer` as a finite number."""
     with contextlib.suppress(Exception):
         answer = answer.item()  # of a tensor, an array or one of NumPy's numbers
-    if isinstance(answer, bool) or not isinstance(answer, Real):
-        raise Hint(f"what is asked for is {what}; this is {kind(answer)}.")
-    if not math.isfinite(answer):
-        raise Hint(f"what is asked for is {what}; this is {answer}.")
+    real = isinstance(answer, Real) and not isinstance(answer, bool)
+    found = answer if real else kind(answer)
+    require(real and math.isfinite(answer), f"the answer should be {what}; this is {found}.")
     return answer
 
 
 def whole(answer, what, least=1):
     """`answer` as an int of at least `least`."""
     found = number(answer, what)
-    if found != int(found):
-        raise Hint(f"what is asked for is {what}, a whole number; this is {found}.")
-    if found < least:
-        raise Hint(f"what is asked for is {what}, {least} or more; this is {int(found)}.")
+    require(found == int(found), f"the answer should be {what}, a whole number; this is {found}.")
+    require(found >= least, f"the answer should be {what}, at least {least}; this is {found}.")
     return int(found)
 
 
@@ -76,18 +105,20 @@ def plan(answer):
     """`answer`, if it is a vk.Plan."""
     from vlmkit.plan import Plan
 
-    if not isinstance(answer, Plan):
-        raise Hint(f"what is asked for is a vk.Plan, such as vk.Plan(); this is {kind(answer)}.")
-    return answer
+    return of_type(answer, Plan, "a vk.Plan, such as vk.Plan()")
 
 
-def called(function, *arguments):
-    """What the answer, a function or module, returns; an error inside it becomes a Hint."""
-    if isinstance(function, type):
-        raise Hint(f"this is the class {function.__name__}; give an object made of it.")
-    if not callable(function):
-        raise Hint(f"what is asked for is a function; this is {kind(function)}.")
-    try:
-        return function(*arguments)
-    except Exception as error:
-        raise Hint(f"your function stops with {told(error)}.") from None
+def function(answer):
+    """`answer`, a function or module, so that its errors become hints."""
+    if isinstance(answer, type):
+        raise Hint(f"this is the class {answer.__name__}; give an object made of it.")
+    require(callable(answer), f"the answer should be a function; this is {kind(answer)}.")
+
+    @functools.wraps(answer, updated=())
+    def called(*arguments):
+        try:
+            return answer(*arguments)
+        except Exception as error:
+            raise Hint(f"your function stops with {brief(error)}.") from None
+
+    return called

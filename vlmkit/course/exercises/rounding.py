@@ -2,24 +2,33 @@
 
 import math
 
-from vlmkit.course.exercises.answers import exercise, kind, number, require, told, whole
+from vlmkit.course.exercises.answers import (
+    Hint,
+    exercise,
+    kind,
+    known,
+    number,
+    of_type,
+    reject,
+    require,
+    whole,
+)
+from vlmkit.errors import VlmkitError, brief
 
-# --- what a difference is worth -------------------------------------------------------------------
 
-
-@exercise("beyond noise")
-def beyond_noise(answer, won, asked):
-    """How many answers must be lost, where `won` are won, for lost minus won to exceed twice the
-    square root of lost plus won; asked: the number of questions, which does not enter."""
-    lost = whole(answer, "a number of answers", least=0)
+@exercise("beyond noise", whole, "a number of answers", least=0)
+def beyond_noise(lost, won, asked):
+    """How many answers must be lost, where `won` are won, so that lost minus won is more than twice
+    the square root of lost plus won; asked: the number of questions, which does not matter."""
 
     def exceeds(lost):
         return lost - won > 2 * math.sqrt(lost + won)
 
     right = next(n for n in range(won, 10**6) if exceeds(n))
     noise = 2 * math.sqrt(lost + won)
+    of_all = 2 * math.sqrt(asked)
     require(
-        lost not in (round(2 * math.sqrt(asked)), math.ceil(2 * math.sqrt(asked))),
+        lost not in (round(of_all), math.ceil(of_all)),
         "this counts every question. The noise comes from the answers that changed.",
     )
     require(lost - won != noise, f"that is as large as its noise, {noise:.0f}, and not larger.")
@@ -28,12 +37,11 @@ def beyond_noise(answer, won, asked):
     return f"{right} in {asked}, or in a million: how many changed is what counts."
 
 
-@exercise("how many questions")
-def how_many(answer, half, changed):
-    """Questions for a 95% interval of plus and minus `half`, if a share `changed` of the answers
-    changes between right and wrong. Within 1%."""
-    found = number(answer, "a number of questions")
-    require(found > 0, f"what is asked for is a number of questions; this is {found}.")
+@exercise("how many questions", number, "a number of questions")
+def how_many(found, half, changed):
+    """Questions for a 95% interval of plus and minus `half`, within 1%, if a share `changed` of the
+    answers changes between right and wrong."""
+    require(found > 0, f"the answer should be a number of questions; this is {found}.")
     right = changed * (1.96 / half) ** 2
     ratio = found / right
     mistakes = {
@@ -44,35 +52,54 @@ def how_many(answer, half, changed):
         f"counts 1 or −1, so a question's variance is {changed}.",
         1e-4: f"points are not shares: half a point is {half}.",
     }
-    for wrong, hint in mistakes.items():
-        require(abs(ratio / wrong - 1) > 0.01, hint)
+    reject(ratio, mistakes, same=lambda one, other: abs(one / other - 1) <= 0.01)
     require(abs(ratio - 1) <= 0.01, f"this gives ± {100 * half / math.sqrt(ratio):.2f} points.")
     return f"about {right:,.0f}. Half the interval takes four times as many."
 
 
-# --- formats --------------------------------------------------------------------------------------
+@exercise("better than NF4", lambda answer: answer)
+def better_levels(answer, scaled, levels):
+    """16 values in order, from -1 to 1, that leave less error in `scaled` (weights divided by the
+    largest of their block) than `levels`, those of NF4."""
+    import torch
+
+    asked = "the answer should be 16 numbers in a tensor"
+    try:
+        mine = torch.as_tensor(answer, dtype=torch.float32)
+    except Exception:
+        raise Hint(f"{asked}; this is {kind(answer)}.") from None
+    require(mine.shape == (16,), f"{asked}; the shape is {(*mine.shape,)}.")
+    require(mine.isfinite().all(), "some of the values are not finite numbers.")
+    steps = mine.diff()
+    require((steps > 0).all(), "the values have to go up, so that midpoints lie between them.")
+    require(not torch.equal(mine, levels), "these are NF4's own values.")
+
+    def error(values):
+        nearest = torch.bucketize(scaled, (values[:-1] + values[1:]) / 2)
+        return (values[nearest] - scaled).norm()
+
+    ratio = (error(mine) / error(levels)).item()
+    even = " Even steps put too few values where most weights are." if steps.std() < 1e-3 else ""
+    require(ratio < 1, f"{ratio:.3f} times NF4's error.{even}")
+    return f"{ratio:.3f} times NF4's error. Equal use of the codes is not the least error."
 
 
-@exercise("fewer bits")
+@exercise("fewer bits", of_type, str, "the name of a format")
 def fewer_bits(answer, asked, scope, rival):
     """A format for `scope` that takes no more bits than `rival` and has less than half of its
     divergence; asked: (model, processor, questions)."""
-    from vlmkit.errors import VlmkitError
     from vlmkit.sensitivity import Swap, sweep
 
-    require(
-        isinstance(answer, str), f"what is asked for is a format's name; this is {kind(answer)}."
-    )
     try:
         swap = Swap(asked[0], scope, answer)
     except VlmkitError as error:
-        require(False, f"{answer!r} is no format that weights are rounded to ({told(error)}).")
+        raise Hint(f"{answer!r} is not a format for weights ({brief(error)}).") from None
     limit, bits = Swap(asked[0], scope, rival).effective_bits, swap.effective_bits
     require(not swap.format.activations, "this rounds activations; the weights keep their bits.")
     require(
         bits <= limit,
-        f"{bits:.2f} bits, and {limit:.2f} are there. Each step costs 32 bits for its group; "
-        "double quantization (-dq) makes that 8.",
+        f"{bits:.2f} bits, and the limit is {limit:.2f}. Each group has a scale of 32 bits; double "
+        "quantization (-dq) makes that 8.",
     )
     theirs, mine = sweep(*asked, [rival, answer], [scope], progress=False)["kl"]
     why = ""
@@ -81,41 +108,33 @@ def fewer_bits(answer, asked, scope, rival):
     elif not swap.format.asymmetric:
         why = " A zero point would use all codes."
     require(mine < theirs / 2, f"{mine / theirs:.2f} times the divergence of {rival}.{why}")
-    return (
-        f"{mine / theirs:.2f} times the divergence in {bits:.2f} bits: how bits are spent matters."
-    )
+    return f"{mine / theirs:.2f} times the divergence in {bits:.2f} bits: their use matters."
 
 
-# --- plans and repair -----------------------------------------------------------------------------
-
-
-@exercise("plan by hand")
+@exercise("plan by hand", of_type, dict, "a dict")
 def plan_by_hand(answer, asked, formats, rival):
     """{layer: format} of the layers that are not in `rival`, for no more bytes than `rival` takes
     for all, and less than half of its divergence; asked: (model, processor, questions)."""
     from vlmkit.planner import Planner
 
-    require(isinstance(answer, dict), f"what is asked for is a dict; this is {kind(answer)}.")
     found = Planner(*asked, formats=formats, by="layer", progress=False)
     uniform = found.parts.uniform()[rival]
     layers = [scope for scope, format in uniform.items() if format == rival]
-    strange = [str(layer) for layer in answer if layer not in layers]
-    require(not strange, f"there is no layer {', '.join(strange)}; there are {', '.join(layers)}.")
-    strange = [str(format) for format in answer.values() if format not in formats]
-    require(not strange, f"no format here is {', '.join(strange)}; there are {', '.join(formats)}.")
+    known(answer, layers, "layer")
+    known(answer.values(), formats, "format")
     mine = uniform | answer
     more = found.parts.total(mine) - found.parts.total(uniform)
     saved = [layer for layer in layers if mine[layer] != rival and "int2" in mine[layer]]
     hint = "" if saved else " Some layers have to give bits up."
     require(more <= 0, f"{more:,} bytes too many.{hint}")
     share = found.joint(mine) / found.joint(uniform)
-    eyes = [layer for layer in saved if layer.startswith("vision_encoder")]
-    hint = f" Is {', '.join(eyes)} a layer that stands two bits?" if eyes else ""
+    vision = ", ".join(layer for layer in saved if layer.startswith("vision_encoder"))
+    hint = f" Does {vision} do well with two bits?" if vision else ""
     require(share < 0.5, f"{share:.0%} of the divergence.{hint}")
     return f"{share:.0%} of the divergence, with {-more:,} bytes to spare."
 
 
-@exercise("make up for it")
+@exercise("make up for it", lambda answer: answer)
 def make_up(answer, net, format):
     """A second weight that loses less than half, once both are rounded; net: (chances, original), a
     function of both weights and a factor, and these weights."""
@@ -125,18 +144,19 @@ def make_up(answer, net, format):
 
     chances, (first, second) = net
     shape = tuple(second.shape)
-    require(isinstance(answer, torch.Tensor), f"a tensor is asked for; this is {kind(answer)}.")
+    of_type(answer, torch.Tensor, "a tensor")
     require(answer.shape != second.T.shape, f"this is transposed; the shape should be {shape}.")
     require(answer.shape == shape, f"the shape should be {shape}; it is {(*answer.shape,)}.")
     require(answer.isfinite().all(), "some of its numbers are not finite.")
-    rounded = rounding(format).rounded
     require(
         not torch.allclose(answer, second, atol=1e-3),
         "this is the old weight. Fit to what the rounded first layer gives, not the old one.",
     )
-    p, lost = chances(first, second, 20), []
+    rounded = rounding(format).rounded
+    p, losses = chances(first, second, 20), []
     for weight in (second, answer.detach().to(second.dtype)):
         q = chances(rounded(first), rounded(weight), 20)
-        lost.append((p.exp() * (p - q)).sum(-1).mean().item())
-    require(lost[1] < lost[0] / 2, f"{lost[1]:.3f} nats; the old weight loses {lost[0]:.3f}.")
-    return f"{lost[1]:.3f} nats in place of {lost[0]:.3f}: one rounding can make up for another."
+        losses.append((p.exp() * (p - q)).sum(-1).mean().item())
+    old, new = losses
+    require(new < old / 2, f"{new:.3f} nats; the old weight loses {old:.3f}.")
+    return f"{new:.3f} nats instead of {old:.3f}: one rounding can make up for another."

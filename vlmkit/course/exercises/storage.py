@@ -1,41 +1,33 @@
-"""Exercises on bytes: plans, skip lists, the values of a format, ranks that fit."""
+"""Exercises on bytes: plans, skip lists, ranks that fit, what an allocator gives out."""
 
-from vlmkit.course.exercises.answers import exercise, kind, plan, require, whole
+from vlmkit.course.exercises.answers import below, exercise, of_type, plan, require, whole
 
-# --- plans ----------------------------------------------------------------------------------------
+MEBIBYTE = 2**20
 
 
-@exercise("projector kept")
-def projector_kept(answer, name, budget):
+@exercise("projector kept", plan)
+def projector_kept(found, name, budget):
     """A plan for `name` that takes less than `budget` bytes, with the projector in bf16."""
     from vlmkit.memory import predict
 
-    found = plan(answer)
     require(
         found["projector"] == "bf16" and not found.overrides,
-        f"the projector is to stay in bf16; in this plan it is {found['projector']}.",
+        f"the projector should stay in bf16; in this plan it is {found['projector']}.",
     )
     now, plain = predict(name, found), predict(name, "bf16")
     wide = [c for c, size in now.by_component.items() if size >= plain.by_component[c]]
-    wide = [c for c in wide if c != "projector"]
-    require(
-        now.total < budget,
-        f"{now.total / 1e6:.2f} MB, and {budget / 1e6:.0f} are there. "
-        + (f"Still as large as in bf16: {', '.join(wide)}." if wide else "Fewer bits are needed."),
-    )
-    return (
-        f"{now.total / 1e6:.2f} MB, {now.total / plain.total:.0%} of bf16. To leave so small a "
-        "projector alone costs next to nothing."
-    )
+    wide = ", ".join(c for c in wide if c != "projector")
+    needed = below(now, budget, f"As large as in bf16: {wide}." if wide else "Use fewer bits.")
+    share = now.total / plain.total
+    return f"{needed}, {share:.0%} of bf16. To keep so small a projector costs next to nothing."
 
 
-@exercise("the promised GB")
-def promised(answer, name, budget):
+@exercise("the promised GB", plan)
+def promised(found, name, budget):
     """A plan under which the weights of `name` take less than `budget` bytes."""
     from vlmkit.memory import predict
 
-    now = predict(name, plan(answer))
-    kinds = now.by_kind
+    now = predict(name, found)
     wide = sum(
         entry.bytes / 1e9
         for entry in now.entries
@@ -43,62 +35,53 @@ def promised(answer, name, budget):
     )
     rest = (
         "There are formats with fewer bits of scales."
-        if kinds.get("quantization state", 0) > 2e8
+        if now.by_kind.get("quantization state", 0) > 2e8
         else "All Linear layers are as small as they get; override what else is large."
     )
-    require(
-        now.total < budget,
-        f"{now.total / 1e9:.2f} GB, of which embedding and head take {wide:.2f}. {rest}",
-    )
+    needed = below(now, budget, f"Embedding and head take {wide:.2f} of it. {rest}")
     return (
-        f"{now.total / 1e9:.2f} GB. It takes the head in few bits, too, which no format does by "
-        "itself; what that costs in answers is not said here."
+        f"{needed}. This takes the head in few bits, too, which no format does by itself; what it "
+        "costs in answers is another question."
     )
 
 
-@exercise("largest rank")
-def largest_rank(answer, name, budget):
+@exercise("largest rank", whole, "a rank")
+def largest_rank(rank, name, budget):
     """The largest rank of adapters on the language model for which weights, adapters, gradients and
     AdamW stay within `budget` bytes."""
-    from vlmkit.finetuning import LoRA
+    from vlmkit.adapters import LoRA
     from vlmkit.memory import predict
 
-    rank = whole(answer, "a rank")
     one = predict(name, training={"language_model": LoRA(r=1)})
     a_rank = sum(one.by_kind[kind] for kind in ("adapter", "gradient", "optimizer state"))
     weights = one.total - a_rank  # all three grow with the rank
     right = int((budget - weights) // a_rank)
     require(
         rank != int((budget - weights) // one.by_kind["adapter"]),
-        "an adapter costs more than its own bytes: there are a gradient and two moments for each "
-        "number.",
+        "an adapter costs more than its own bytes: each of its parameters has a gradient and two "
+        "moments.",
     )
     require(rank != int(budget // a_rank), "the weights themselves have to fit as well.")
     needed = (weights + rank * a_rank) / 1e9
-    require(rank <= right, f"rank {rank} needs {needed:.2f} GB, and {budget / 1e9:.0f} are there.")
+    require(rank <= right, f"rank {rank} needs {needed:.2f} GB, the budget is {budget / 1e9:.0f}.")
     require(rank == right, f"rank {rank} needs {needed:.2f} GB, so a higher one fits as well.")
     return f"{needed:.2f} GB, and one rank more costs {a_rank / 1e6:.1f} MB."
 
 
-# --- loading --------------------------------------------------------------------------------------
-
-
-@exercise("skip list")
+@exercise("skip list", of_type, (list, tuple), "a list of names")
 def skip_list(answer, name, config):
     """Entries for `llm_int8_skip_modules` that keep vision encoder, projector and head of `name`
     out of 4 bits, and nothing else."""
     from vlmkit.linting import lint
 
-    require(
-        isinstance(answer, list | tuple) and all(isinstance(entry, str) for entry in answer),
-        f"what is asked for is a list of names, each a str; this is {kind(answer)}.",
-    )
+    for entry in answer:
+        of_type(entry, str, "a list of names, each a str")
     rows = lint(name, config | {"llm_int8_skip_modules": list(answer)}).verdicts
-    useless = [entry for entry in answer if not any(entry in row.kept_by for row in rows)]
+    useless = ", ".join(e for e in answer if not any(e in row.kept_by for row in rows))
     require(
         not useless,
-        f"nothing is protected by {', '.join(useless)}: an entry is compared with the beginning or "
-        "the end of a full name, and names here begin with model.",
+        f"nothing is protected by {useless}: an entry is compared with the beginning or the end of "
+        "a full name, and names here begin with model.",
     )
     small = {(row.component, row.kind) for row in rows if row.quantized}
     for component in ("vision_encoder", "projector"):
@@ -108,33 +91,49 @@ def skip_list(answer, name, config):
         "the head would be in 4 bits: a list replaces the exceptions that transformers makes by "
         "itself.",
     )
-    kept = [row for row in rows if row.convertible and not row.quantized and row.kind == "linear"]
-    more = [row.module for row in kept if row.component == "language_model"]
-    require(not more, f"this keeps {len(more)} layers of the language model in 16 bits as well.")
+    kept = [f for f in rows if f.convertible and not f.quantized and f.kind == "linear"]
+    more = sum(row.component == "language_model" for row in kept)
+    require(not more, f"this keeps {more} layers of the language model in 16 bits as well.")
     return "full names. Another family has others, and there this list would protect nothing."
 
 
-@exercise("better than NF4")
-def better_levels(answer, scaled, levels):
-    """16 values in order, from -1 to 1, that leave less error in `scaled` (weights over their
-    block's largest) than `levels`, NF4's."""
-    import torch
+@exercise("a hole of a mebibyte", whole, "a number of bytes")
+def hole(size):
+    """A size for which an empty allocator gives out at least 1 MiB more."""
+    from vlmkit.memory.allocator import CachingAllocator
 
-    asked = "16 numbers in a tensor"
-    try:
-        mine = torch.as_tensor(answer, dtype=torch.float32)
-    except Exception:
-        require(False, f"what is asked for is {asked}; this is {kind(answer)}.")
-    require(mine.shape == (16,), f"what is asked for is {asked}; the shape is {(*mine.shape,)}.")
-    require(mine.isfinite().all(), "some of the values are no finite numbers.")
-    require((mine.diff() > 0).all(), "the values have to go up, for the midpoints to lie between.")
-    error = {}
-    for which, values in (("mine", mine), ("nf4", levels)):
-        nearest = torch.bucketize(scaled, (values[:-1] + values[1:]) / 2)
-        error[which] = (values[nearest] - scaled).norm()
-    ratio = (error["mine"] / error["nf4"]).item()
-    require(not torch.equal(mine, levels), "these are NF4's own values.")
-    steps = mine.diff()
-    even = " Even steps put too few values where most weights are." if steps.std() < 1e-3 else ""
-    require(ratio < 1, f"{ratio:.3f} times NF4's error.{even}")
-    return f"{ratio:.3f} times NF4's error. Equal use of the codes is not least error."
+    require(size > MEBIBYTE, "up to 1 MiB, segments are small ones: a larger tensor.")
+    cuda = CachingAllocator()
+    given = cuda.allocate(size).size
+    more = given - size
+    split = "What is left of its segment is more than 1 MiB, and becomes a block of its own."
+    few = "Its segment has less than 1 MiB to spare."
+    rest = split if cuda.reserved - size > MEBIBYTE else few
+    require(more >= MEBIBYTE, f"the block has {more:,} bytes more. {rest}")
+    return (
+        f"{given:,} bytes for {size:,}. A rest of 1 MiB stays with the block, and nobody else can "
+        "use it: this is the most that rounding costs a large tensor."
+    )
+
+
+@exercise("twelve gigabytes", plan)
+def twelve(found, name, budget, **use):
+    """A plan under which `name` needs less than `budget` bytes, with its encoder in bf16."""
+    from vlmkit.memory import predict
+
+    encoder, cross = found["vision_encoder"], found["cross_attention"]
+    require(encoder == "bf16", f"the vision encoder should stay in bf16; here it is {encoder}.")
+    ledger = predict(name, found, **use, allocator="cuda")
+    kinds = ledger.by_kind
+    head = kinds.get("head", 0)
+    large = {
+        "scales take half a GB, and can be quantized too": kinds.get("quantization state", 0) > 2e8,
+        f"cross-attention is in {cross}": cross in ("bf16", "fp16", "fp32"),
+        f"the head takes {head / 1e9:.2f} GB, and a plan can name it": head > 5e8,
+    }
+    wide = "; ".join(text for text, is_large in large.items() if is_large)
+    needed = below(ledger, budget, f"Still large: {wide}." if wide else "Use fewer bits elsewhere.")
+    return (
+        f"{needed}. No plan makes the pictures' activations smaller, "
+        f"{kinds['activation'] / 1e9:.1f} GB."
+    )

@@ -1,12 +1,12 @@
 """The bundled VLM: a real LlavaForConditionalGeneration, small enough to live in the package.
 
-recipe.py      its architecture, tokenizer and processor, and the stages of its training
-batches.py     pictures, text and questions made into tensors
-train.py       `python -m vlmkit.models.pebble.train`: the stages, run, logged and resumable
-connecting.py  another connector in the place of its projector: put in, trained, scored
-states.py      it as it was at the end of its early stages; states/ has what that takes
+recipe.py      architecture, tokenizer and processor
+batches.py     pictures, text and questions as tensors
+train.py       `python -m vlmkit.models.pebble.train`: the stages of its training
+connecting.py  another connector in place of the projector: inserted, trained, scored
+states.py      pebble at the end of its early stages, from the weights in states/
 checkpoint/    what `vk.load("pebble")` reads
-MODEL_CARD.md  what it can and cannot do, measured
+MODEL_CARD.md  what pebble can and cannot do, measured
 """
 
 from pathlib import Path

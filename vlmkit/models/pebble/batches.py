@@ -1,8 +1,8 @@
-"""Pictures, text and questions made into tensors, for each stage of pebble's training.
+"""Pictures, text and questions as tensors, for each stage of pebble's training.
 
-A picture costs 49 tokens and a question about 15, so one picture is asked several questions at
-once. Each question attends to the picture and to itself, not to the other questions, and its
-positions count on from the picture: the loss is exactly that of separate samples, at a fraction of
+A picture costs 49 tokens and a question about 15, so a sequence holds one picture with several
+questions. Each question attends to the picture and to itself, not to the other questions, and its
+positions continue from the picture. The loss is exactly that of separate samples, at a fraction of
 the cost.
 """
 
@@ -24,24 +24,26 @@ HUES = (tasks.NONE, *COLORS)
 VALUES = 10
 SIDE = tasks.SIZE // PATCH
 TARGETS = {"what": len(WHATS), "hue": len(HUES), "value": VALUES, "row": SIDE, "column": SIDE}
-"""The vision encoder's targets for each patch and how many classes each has: what is centerd in it,
-its color, the value of a bar (0 where there is none), and where the patch is. Without the last two
-the encoder forgets where it looks, and no question about places can be learnt from its features."""
+"""The vision encoder's targets for each patch, with the number of classes of each: which object has
+its center in the patch, the object's color, the value of a bar (0 if there is none), and the
+patch's row and column. Without row and column the encoder forgets where it looks, and the language
+model cannot learn questions about places from its features."""
 
 IGNORED = -100
 
-LESSONS = (SPELLING, LOOKUP, WHERE, RELATION, PLACE, EXISTENCE, COLOR_COUNT, MATCH, SEARCH, MOTION)
-RECIPES = tasks.RECIPES | {lesson.name: lesson for lesson in LESSONS}
+SKILLS = (SPELLING, LOOKUP, WHERE, RELATION, PLACE, EXISTENCE, COLOR_COUNT, MATCH, SEARCH, MOTION)
+RECIPES = tasks.RECIPES | {skill.name: skill for skill in SKILLS}
+"""The recipes of the tasks, and those that train a single skill."""
 
 
 def pixel_values(frames):
-    """List of (SIZE, SIZE, 3) uint8 → (frames, 3, SIZE, SIZE) float32, as the processor does."""
+    """(frames, 3, SIZE, SIZE) float32 of a list of (SIZE, SIZE, 3) uint8, as the processor does."""
     stacked = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
     return stacked.to(torch.float32).div_(127.5).sub_(1.0)
 
 
 def dense_targets(marks):
-    """Marks of one frame → class numbers, a row of PATCHES for each of TARGETS."""
+    """Class numbers for the marks of one frame: (TARGETS, PATCHES)."""
     targets = np.zeros((len(TARGETS), PATCHES), dtype=np.int64)
     targets[3:] = np.divmod(np.arange(PATCHES), SIDE)
     for mark in marks:
@@ -51,11 +53,11 @@ def dense_targets(marks):
 
 
 def vision_batch(size, *key):
-    """`size` frames of all tasks with their dense targets, (size, len(TARGETS), PATCHES)."""
+    """`size` frames of all tasks, and their dense targets: (size, TARGETS, PATCHES)."""
     frames, targets = [], []
     for index in range(size):
         rng = tasks.generator("train", "vision", *key, index)
-        # Signs more often than the rest: their 36 characters are the hardest to tell apart.
+        # Signs come more often: their 36 characters are the hardest to tell apart.
         picture = tasks.RECIPES[rng.choice((*tasks.TASKS, "ocr", "ocr"))].draw(rng)
         chosen = rng.randrange(len(picture.frames))
         frames.append(picture.frames[chosen])
@@ -65,7 +67,7 @@ def vision_batch(size, *key):
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Pictures that are batched together: their tasks, how many a batch, questions for each."""
+    """Pictures that share a batch: their tasks, pictures in a batch, questions for a picture."""
 
     name: str
     tasks: tuple
@@ -79,7 +81,7 @@ def _encode(tokenizer, text):
 
 
 def _questions(recipes, picture, how_many, rng, weights):
-    """Questions of different kinds in turn, each asked again only when all kinds have been."""
+    """[(kind, question, answer)], of all kinds in turn: a kind comes again after all others."""
     asked = []
     kinds = [(recipe, kind) for recipe in recipes for kind in recipe.kinds]
     while len(asked) < how_many:
@@ -89,7 +91,7 @@ def _questions(recipes, picture, how_many, rng, weights):
             pair = recipe.ask(kind, picture, rng)
             if pair is None or len(asked) == how_many:
                 continue
-            # Another phrasing of what was asked and answered already would teach little.
+            # Another phrasing of the same question would teach little.
             if not any(kind == other and pair[1] == answer for other, _, answer in asked):
                 asked.append((kind, *pair))
         if len(asked) == before:
@@ -100,10 +102,11 @@ def _questions(recipes, picture, how_many, rng, weights):
 def question_batch(group, tokenizer, *key, images=True, weights=None, visual_tokens=PATCHES):
     """One batch of a group: a dict of tensors for `answer_loss`.
 
-    With `images`, the prompt holds the pictures; without, their description in words (the language
-    model's own stage). `weights` ask some kinds of question more often than others. The pictures
-    and questions are the same for any number of `visual_tokens`, those that the projector makes of
-    a picture.
+    key: what seeds the pictures and questions, such as a stage's name and a step.
+    images: whether the prompt has the pictures, or (in the language model's own stage) their
+        description in words.
+    weights: {kind of question: how often it is asked, compared with 1}.
+    visual_tokens: how many a picture has. The pictures and questions do not depend on it.
     """
     prefixes, conversations, frames, kinds = [], [], [], []
     for index in range(group.pictures):
@@ -121,21 +124,17 @@ def question_batch(group, tokenizer, *key, images=True, weights=None, visual_tok
             prefixes.append(tokenizer.encode(f"{USER}{text}\n", add_special_tokens=False))
         conversations.append([_turn(tokenizer, question, answer) for _, question, answer in asked])
         kinds += [kind for kind, _, _ in asked]
-    batch = packed(prefixes, conversations, tokenizer.pad_token_id)
-    batch["kinds"] = kinds
-    batch["pixel_values"] = pixel_values(frames) if images else None
-    return batch
+    return packed(prefixes, conversations, kinds, frames, tokenizer.pad_token_id)
 
 
 def row_batch(rows, tokenizer, *, visual_tokens=PATCHES):
-    """Rows of a dataset of `vlmkit.tasks` as one batch for `answer_loss`, a question each: what the
-    processor makes of them, and their answers after it."""
+    """Rows of a dataset of `vlmkit.tasks` as one batch for `answer_loss`, one question each, with
+    the tokens that the processor would give."""
     prefixes = [_picture_prompt(tokenizer, len(row["images"]), visual_tokens) for row in rows]
     conversations = [[_turn(tokenizer, row["question"], row["answer"])] for row in rows]
-    batch = packed(prefixes, conversations, tokenizer.pad_token_id)
-    batch["kinds"] = [row["kind"] for row in rows]
-    batch["pixel_values"] = pixel_values([np.asarray(i) for row in rows for i in row["images"]])
-    return batch
+    frames = [np.asarray(image) for row in rows for image in row["images"]]
+    kinds = [row["kind"] for row in rows]
+    return packed(prefixes, conversations, kinds, frames, tokenizer.pad_token_id)
 
 
 def _picture_prompt(tokenizer, pictures, visual_tokens):
@@ -149,39 +148,40 @@ def _turn(tokenizer, question, answer):
     )
 
 
-def packed(prefixes, conversations, pad):
-    """Token lists → input_ids, position_ids, labels and question numbers, each (rows, length), and
-    a (rows, 1, length, length) boolean mask, True where a token may look."""
+def packed(prefixes, conversations, kinds, frames, pad):
+    """Tensors of token lists: input_ids, position_ids, labels and numbers of questions, each
+    (rows, length), and a boolean mask (rows, 1, length, length) that is True where a token may
+    look."""
     lengths = [
         len(prefix) + sum(len(q) + len(a) for q, a in turns)
         for prefix, turns in zip(prefixes, conversations, strict=True)
     ]
     rows, length = len(prefixes), max(lengths)
-    input_ids = np.full((rows, length), pad, dtype=np.int64)
-    positions = np.zeros((rows, length), dtype=np.int64)
-    labels = np.full((rows, length), IGNORED, dtype=np.int64)
-    branch = np.full((rows, length), -1, dtype=np.int64)
-    numbers, asked = np.full((rows, length), -1, dtype=np.int64), 0
+    input_ids, positions, labels, branch, numbers = (
+        torch.full((rows, length), fill) for fill in (pad, 0, IGNORED, -1, -1)
+    )
+    asked = 0
     for row, (prefix, turns) in enumerate(zip(prefixes, conversations, strict=True)):
         end = len(prefix)
-        input_ids[row, :end], positions[row, :end], branch[row, :end] = prefix, range(end), 0
+        input_ids[row, :end], branch[row, :end] = torch.tensor(prefix), 0
+        positions[row, :end] = torch.arange(end)
         for number, (question, answer) in enumerate(turns, start=1):
             start, end = end, end + len(question) + len(answer)
-            input_ids[row, start:end] = question + answer
-            positions[row, start:end] = range(len(prefix), len(prefix) + end - start)
+            input_ids[row, start:end] = torch.tensor(question + answer)
+            positions[row, start:end] = torch.arange(end - start) + len(prefix)
             branch[row, start:end] = number
-            # Position t predicts token t + 1.
-            labels[row, start + len(question) - 1 : end - 1] = answer
-            numbers[row, start + len(question) - 1 : end - 1] = asked
+            answered = slice(start + len(question) - 1, end - 1)  # position t predicts token t + 1
+            labels[row, answered], numbers[row, answered] = torch.tensor(answer), asked
             asked += 1
-    branch = torch.from_numpy(branch)
     same = branch[:, :, None] == branch[:, None, :]
     shared = (branch[:, None, :] == 0) & (branch[:, :, None] >= 0)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     return {
-        "input_ids": torch.from_numpy(input_ids),
-        "position_ids": torch.from_numpy(positions),
-        "labels": torch.from_numpy(labels),
-        "questions": torch.from_numpy(numbers),
+        "input_ids": input_ids,
+        "position_ids": positions,
+        "labels": labels,
+        "questions": numbers,
         "mask": ((same | shared) & causal)[:, None],
+        "kinds": kinds,
+        "pixel_values": pixel_values(frames) if frames else None,
     }

@@ -1,14 +1,14 @@
 """What pebble is made of: architecture, tokenizer, processor.
 
-LLaVA-1.5's shape (Liu et al., 2023, arXiv 2310.03744, section 3): a vision encoder, a projector of
-two Linear layers, a Llama decoder. Every Linear size is a multiple of 64, so that no number format
-meets a ragged block.
+The architecture is LLaVA-1.5's (Liu et al., 2023, arXiv 2310.03744, section 3): a vision encoder, a
+projector of two Linear layers, a Llama decoder. The size of every Linear layer is a multiple of 64,
+so that number formats always have complete blocks.
 """
 
 from vlmkit import tasks
 
 PATCH = 12
-"""Pixels of a patch's side: 84 / 12 = 7, so 49 visual tokens a picture."""
+"""The side of a patch in pixels: 84 / 12 = 7, so a picture has 49 visual tokens."""
 
 PATCHES = (tasks.SIZE // PATCH) ** 2
 
@@ -17,7 +17,7 @@ SPECIAL_TOKENS = (PAD, IMAGE, USER, ASSISTANT, END)
 VOCABULARY = 576
 
 CONTEXT = 1024
-"""Tokens that the decoder was built for: twenty pictures and a question."""
+"""Tokens that the decoder has room for: twenty pictures and a question."""
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -39,8 +39,8 @@ CHAT_TEMPLATE = """\
 def build_tokenizer():
     """A byte-level BPE (Sennrich et al., 2016, arXiv 1508.07909) trained on the tasks' own text.
 
-    Any string tokenizes. Printed text is left out of the training text, so that a sign is always
-    read letter by letter. Deterministic: the text comes from seeded recipes.
+    It tokenizes any string. It was not trained on printed text, so it always splits the text of a
+    sign into letters. It is the same each time, because the recipes of the text are seeded.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
