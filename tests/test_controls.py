@@ -23,7 +23,7 @@ def levels(rows):
     return [[image.getpixel((0, 0))[0] for image in row["images"]] for row in rows]
 
 
-def test_a_blank_has_its_pictures_size_and_one_grey():
+def test_a_blank_has_the_size_of_its_picture_and_one_gray():
     rows = [row(1, 2)]
     (made,) = controls.blank(rows, level=77)
     assert levels([made]) == [[77, 77]] and made["images"][0].size == (4, 3)
@@ -38,13 +38,9 @@ def test_pictures_are_exchanged_within_a_kind():
     assert [r["answer"] for r in made] == [r["answer"] for r in rows]
 
 
-def test_pictures_are_exchanged_between_rows_of_as_many():
-    assert levels(controls.exchanged([row(1), row(5, 6), row(2), row(7, 8)])) == [
-        [2],
-        [7, 8],
-        [1],
-        [5, 6],
-    ]
+def test_pictures_are_exchanged_between_rows_with_the_same_number():
+    rows = [row(1), row(5, 6), row(2), row(7, 8)]
+    assert levels(controls.exchanged(rows)) == [[2], [7, 8], [1], [5, 6]]
     with pytest.raises(TaskError, match="only one row of t/b"):
         controls.exchanged([row(1), row(2), row(3, kind="b")])
 
@@ -55,7 +51,7 @@ def test_rows_need_neither_task_nor_kind():
     assert controls.most_frequent(rows).accuracy == 0.5
 
 
-def test_an_order_may_leave_out_and_repeat_and_change_the_answer():
+def test_an_order_can_leave_out_and_repeat_pictures_and_change_the_answer():
     rows = [row(1, 2, 3, answer="left"), row(4, 5, 6, answer="none")]
     made = controls.arranged(rows, [2, 2, 0], {"left": "right"})
     assert levels(made) == [[3, 3, 1], [6, 6, 4]]

@@ -1,8 +1,6 @@
 """The course: what only the chapters use. Nothing else in vlmkit knows a chapter.
 
-    vk.course.check("equal cost", 19)
-
-controls/explorer/exercises/pictures are modules of their own, imported when they are first used.
+vk.course.check("equal cost", 19)
 """
 
 import importlib

@@ -6,14 +6,15 @@
     vk.evaluate(model, processor, controls.blank(rows))             # nothing to see
     vk.evaluate(model, processor, controls.exchanged(rows))         # the wrong pictures
     vk.evaluate(model, processor, controls.arranged(rows, [3, 2, 1, 0], OPPOSITE))
-    controls.most_frequent(rows)                                    # without a model at all
+    controls.most_frequent(rows)                                    # without a model
     vk.evaluate(model, processor, controls.signs(100, letters=6))   # longer than any in training
 
-Right answers prove little where the same number comes without the picture (Goyal et al., 2017,
-arXiv 1612.00837, on visual question answering; Buch et al., 2022, arXiv 2206.01720, on video). Each
-function takes rows with images, question and answer, as `vlmkit.tasks` makes them, leaves them as
-they are, and returns a list of new ones. `charts`, `pages`, `signs` and `crowds` draw rows of their
-own: pictures with a bar painted over, or beyond what `vlmkit.tasks` draws.
+Right answers prove little if the model gives as many without the picture (Goyal et al., 2017,
+arXiv 1612.00837, on visual question answering; Buch et al., 2022, arXiv 2206.01720, on video).
+
+Functions of `rows` take dicts with images, question and answer, as `vlmkit.tasks` makes them, and
+return a list of new ones. `charts`, `pages`, `signs` and `crowds` draw their own rows: pictures
+with a bar painted over, or beyond what `vlmkit.tasks` draws.
 """
 
 from collections import Counter
@@ -26,20 +27,20 @@ from vlmkit.tasks import NONE, RECIPES, chart, drawing, generator, ocr, scenes
 
 
 def blank(rows, level=128):
-    """The rows with every picture replaced by one of its size in a single gray, 0 to 255.
+    """The rows with every picture replaced by a gray one of the same size; level: from 0 to 255.
 
-    What is right now is what can be guessed from the question. Where "none" is an honest answer,
-    that is among it.
+    A model can only guess these answers from the question. If it may answer "none", that is among
+    the right answers.
     """
-    return [_with(row, [_grey(image, level) for image in read_all(row["images"])]) for row in rows]
+    return [_with(row, [_gray(image, level) for image in read_all(row["images"])]) for row in rows]
 
 
 def exchanged(rows):
-    """Each question with the pictures of the next row of its kind, and the answer that it had.
+    """Each question with the pictures of the next row of its kind, and with its own answer.
 
-    Such pictures look as the right ones do, so that a model cannot tell that they are wrong. Kinds
-    are told apart by the columns task and kind, where there are any, and by how many pictures a row
-    has. Raises TaskError for a kind that has one row only.
+    Such pictures look like the right ones, so a model cannot tell that they are wrong. A kind is
+    the columns task and kind, if there are any, together with the number of pictures. Raises
+    TaskError for a kind with only one row.
     """
     rows, groups = list(rows), {}
     for row in rows:
@@ -48,54 +49,55 @@ def exchanged(rows):
         if len(group) == 1:
             name = "/".join(filter(None, (task, kind))) or "this kind"
             raise TaskError(
-                f"there is only one row of {name}, and so no other picture to take: give more rows"
+                f"There is only one row of {name}, so there is no other picture: give more rows."
             )
     following = {kind: iter(group[1:] + group[:1]) for kind, group in groups.items()}
     return [_with(row, next(following[_kind(row)])["images"]) for row in rows]
 
 
 def arranged(rows, order, answers=None):
-    """The rows with their pictures in another order, some left out or more than once.
+    """The rows with their pictures in another order, some left out or repeated.
 
-    order: the place, from 0 on, that each picture had before: [3, 2, 1, 0] is a video backwards,
-        [0, 0, 0, 0] one that stands still, [1, 0] swaps two pictures.
-    answers: {answer: what is right in this order}, for those that change.
+    order: for each new place the old place, from 0 on: [3, 2, 1, 0] is a video backwards,
+        [0, 0, 0, 0] one that stands still, and [1, 0] exchanges two pictures.
+    answers: {answer: what is right in this order}, for the answers that change.
 
-    Raises TaskError for a place that a row has no picture for.
+    Raises TaskError for a place at which a row has no picture.
     """
     order, answers = list(order), answers or {}
     made = []
     for number, row in enumerate(rows):
-        images = row["images"]
+        images, answer = row["images"], row["answer"]
         if not all(0 <= place < len(images) for place in order):
             raise TaskError(f"Row {number} has {len(images)} pictures, and the order is {order}.")
-        answer = answers.get(row["answer"], row["answer"])
-        made.append(_with(row, [images[place] for place in order], answer))
+        made.append(_with(row, [images[place] for place in order], answers.get(answer, answer)))
     return made
 
 
 def among(rows, before=0, after=0, level=128):
-    """The rows with blank pictures before and after their own, in the size of the first."""
+    """The rows with gray pictures before and after their own, in the size of the first one."""
     made = []
     for row in rows:
         images = read_all(row["images"])
-        empty = _grey(images[0], level)
+        empty = _gray(images[0], level)
         made.append(_with(row, [empty] * before + images + [empty] * after))
     return made
 
 
 def about(rows, others, answer=NONE):
-    """The questions of `rows` with the pictures of `others`, in pairs, and one answer to them all.
+    """The questions of `rows` with the pictures of `others`, in pairs, and one answer for all.
 
-    For questions that these pictures have no answer to, such as those about a chart with a picture
-    that is none: what a model says then and is not `answer`, it made up.
+    For questions that these pictures cannot answer, such as questions about a chart with a picture
+    of something else. A model that gives another answer has made it up.
     """
     return [_with(row, other["images"], answer) for row, other in zip(rows, others, strict=False)]
 
 
 def most_frequent(rows):
-    """`Scores` of an answer that knows the questions and no picture: of each kind the answer that
-    is right most often. It is chosen from these same rows, so with few it is a little too good."""
+    """`Scores` of giving each kind of question its most frequent right answer, without any picture.
+
+    The answers are counted in these same rows, so with few rows the scores are a little too good.
+    """
     from vlmkit.evaluation import scored
 
     rows, counts = list(rows), {}
@@ -112,18 +114,21 @@ def _with(row, images, answer=None):
     return {**row, "images": images, "answer": row["answer"] if answer is None else answer}
 
 
-def _grey(image, level):
+def _gray(image, level):
     from PIL import Image
 
     return Image.new("RGB", image.size, (level,) * 3)
 
 
-# --- pictures of its own -------------------------------------------------------------------------
+# --- rows of its own ------------------------------------------------------------------------------
 
 
 def charts(n, hide=None, seed=0):
-    """`n` questions for the value of a bar that is there; with hide="asked" it is painted over, so
-    that "none" is right, and with hide="another" some other bar is, which changes no answer."""
+    """`n` questions for the value of a bar that is there.
+
+    hide: "asked" paints over this bar, so that "none" is right; "another" paints over another bar,
+        which changes no answer.
+    """
     rows, index = [], 0
     while len(rows) < n:
         rng, index = generator("controls", seed, "chart", index), index + 1
@@ -142,28 +147,28 @@ def charts(n, hide=None, seed=0):
 
 
 def pages(n, seed=0):
-    """`n` signs of `vlmkit.tasks`, each on one quarter of an empty page with sides twice as long as
-    those of a sign; row["quarter"] is 0 to 3, row by row."""
+    """`n` signs of `vlmkit.tasks`, each on one quarter of an empty page with sides twice as long;
+    row["quarter"] is 0 to 3, in reading order."""
     rows = []
     for index in range(n):
         kind = ("word", "number", "code")[index % 3]
         rng = generator("controls", seed, "page", index)
         picture, question, answer = RECIPES["ocr"].example(kind, rng)
-        sign, quarter = picture.frames[0], rng.randrange(4)
-        page = np.full((2 * drawing.SIZE, 2 * drawing.SIZE, 3), sign[0, 0])
-        tiles = page.reshape(2, drawing.SIZE, 2, drawing.SIZE, 3).swapaxes(1, 2)  # seen in place
-        tiles[quarter // 2, quarter % 2] = sign
+        sign, (down, right) = picture.frames[0], divmod(quarter := rng.randrange(4), 2)
+        size = drawing.SIZE
+        page = np.full((2 * size, 2 * size, 3), sign[0, 0])
+        page[down * size :, right * size :][:size, :size] = sign
         rows.append(_row(page, question, answer, "ocr", kind) | {"quarter": quarter})
     return rows
 
 
 def signs(n, letters, seed=0):
-    """`n` signs of that many random capitals, spaced as those of `vlmkit.tasks`, which have two to
-    five. Six fill the picture's width."""
+    """`n` signs with that many random capitals, spaced as those of `vlmkit.tasks`, which have two
+    to five. Six fill the width of the picture."""
     step = 2 * (drawing.GLYPH_WIDTH + ocr.SPACING)
     left = (drawing.SIZE - step * letters) // 2 + 1
     if letters < 1 or left < 1:
-        raise TaskError(f"a sign has room for 1 to {drawing.SIZE // step} letters, not {letters}")
+        raise TaskError(f"A sign has room for 1 to {drawing.SIZE // step} letters, not {letters}.")
     rows = []
     for index in range(n):
         rng = generator("controls", seed, "sign", letters, index)
@@ -178,9 +183,9 @@ def signs(n, letters, seed=0):
 
 
 def crowds(n, objects, seed=0):
-    """`n` pictures of that many objects to count, 0 to 9; those of `vlmkit.tasks` have up to 6."""
+    """`n` pictures of that many objects to count, 0 to 9. Those of `vlmkit.tasks` have up to 6."""
     if objects not in range(scenes.CELLS**2 + 1):
-        raise TaskError(f"a picture has room for 0 to {scenes.CELLS**2} objects, not {objects}")
+        raise TaskError(f"A picture has room for 0 to {scenes.CELLS**2} objects, not {objects}.")
     rows = []
     for index in range(n):
         rng = generator("controls", seed, "crowd", objects, index)

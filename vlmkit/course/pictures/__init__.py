@@ -1,8 +1,8 @@
-"""Pictures to ask about before there are any of one's own.
+"""Pictures to ask about before you have pictures of your own.
 
-`vlmkit.tasks` drew them from its evaluation split, so pebble was not trained on them. They are
-among those that it answers rightly: a first example is no measurement.
-`python -m vlmkit.course.pictures` draws them anew, where a recipe has changed.
+`vlmkit.tasks` drew them in its evaluation split, so pebble was not trained on them. They are among
+those that pebble answers correctly: a first example is not a measurement. After a change of a
+recipe, `python -m vlmkit.course.pictures` draws them again.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Sample:
         return Path(__file__).parent / f"{self.name}.png"
 
     def draw(self):
-        """The row of `vlmkit.tasks` that this is: images, question, answer, task, kind."""
+        """The same as a row of `vlmkit.tasks`: images, question, answer, task, kind."""
         from vlmkit import tasks
 
         return tasks.example(self.task, self.index, seed=SEED)

@@ -1,4 +1,4 @@
-"""Draw the pictures anew and say what each is asked: `python -m vlmkit.course.pictures`."""
+"""Draw the pictures again and print their questions: `python -m vlmkit.course.pictures`."""
 
 from vlmkit.course.pictures import SAMPLES
 
