@@ -1,14 +1,14 @@
-"""What a student of a class takes on a shared machine: memory and time of whole chapters.
+"""What each student of a class needs of a shared machine: memory and time of whole chapters.
 
     python benchmarks/class.py                              # chapters 00, 04, 07: ten minutes
     python benchmarks/class.py --chapters 00 --cores 1
     python benchmarks/class.py --markdown table.md          # write the tables there too
 
-A chapter is run from top to bottom by nbconvert in a kernel of its own, held to so many cores by
-the system. Ten times a second the kernel and all that it starts are looked at: resident memory
-(RssFile, the packages' code for the most part, which students of one machine share, and RssAnon,
-which is each one's own). JupyterLab is started once, asked for its page and for a chapter, and
-looked at in the same way, without a kernel. On Linux only.
+nbconvert runs a chapter from top to bottom in its own kernel, on a limited number of cores. Ten
+times a second the benchmark reads the resident memory of the kernel and of all its children:
+RssFile, which is mostly the code of packages, so that students of one machine share it, and
+RssAnon, which each student has alone. JupyterLab is started once without a kernel, loads its page
+and a chapter, and is measured in the same way. On Linux only.
 """
 
 import argparse
@@ -33,18 +33,18 @@ TOKEN = "measured"
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Measure what a chapter takes of a machine.")
+    parser = argparse.ArgumentParser(description="Measure what a chapter needs of a machine.")
     parser.add_argument("--chapters", nargs="+", default=CHAPTERS, metavar="NN")
-    parser.add_argument("--cores", nargs="+", type=int, metavar="N", help="(1, and all there are)")
+    parser.add_argument("--cores", nargs="+", type=int, metavar="N", help="(1, and all)")
     parser.add_argument("--no-lab", action="store_true", help="leave JupyterLab out")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there too")
     args = parser.parse_args(argv)
     if sys.platform != "linux":
-        parser.error("what a process holds for itself is read as Linux shows it")
+        parser.error("the memory of a process can only be read on Linux")
     there = sorted(os.sched_getaffinity(0))
     cores = args.cores or sorted({1, len(there)})
     if max(cores) > len(there):
-        parser.error(f"--cores {max(cores)}, but there are {len(there)}")
+        parser.error(f"--cores {max(cores)}, but this machine has {len(there)}")
     lines = [
         f"{platform.system()}, {len(there)} cores, Python {platform.python_version()}, "
         f"torch {version('torch')}, JupyterLab {version('jupyterlab')}.",

@@ -4,9 +4,9 @@
     python benchmarks/pebble.py --n 100 --plan nf4          # fewer, or under another plan
     python benchmarks/pebble.py --markdown accuracy.md      # the tables for the model card
 
-The questions come from the evaluation split of `vlmkit.tasks`, whose draws the training split
-cannot give, and the answers from `vlmkit.evaluate`: exact match after greedy generation, with 95%
-Wilson intervals. Nothing is written unless asked for.
+The questions are from the evaluation split of `vlmkit.tasks`, which has no picture of the training
+split. `vk.evaluate` compares the answers: exact match after greedy generation, with 95% Wilson
+intervals. Nothing is written without --markdown.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 PLANS = ("bf16", "recommended")
-SEED = 20_260_000  # far from the small numbers that one tries by hand while a model is trained
+SEED = 20_260_000  # far from the small seeds that people try by hand
 
 
 def main(argv=None):
@@ -53,11 +53,8 @@ def _score(args, plan):
     for task in vk.tasks.TASKS:
         dataset = vk.tasks.dataset(task, args.n, seed=args.seed, split="evaluation")
         print(f"{args.model}, {plan}: {task}", file=sys.stderr)
-        progress = sys.stderr.isatty()
-        found = vk.evaluate(
-            model, processor, dataset, batch_size=args.batch_size, progress=progress
-        )
-        answers.append(found.answers)
+        options = {"batch_size": args.batch_size, "progress": sys.stderr.isatty()}
+        answers.append(vk.evaluate(model, processor, dataset, **options).answers)
     return Scores(pd.concat(answers, ignore_index=True))
 
 
@@ -89,20 +86,18 @@ def _markdown(names, tables):
     for key in first.index:
         cells = [key] if len(names) == 1 else list(key)
         cells.append(f"{first.loc[key, 'n']:,}")
-        cells += [_percent(table.loc[key]) for table in tables.values()]
+        columns = ["accuracy", "low", "high"]
+        cells += [_percent(*table.loc[key, columns]) for table in tables.values()]
         yield f"| {' | '.join(cells)} |"
 
 
-def _percent(row):
-    return f"{100 * row['accuracy']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+def _percent(accuracy, low, high):
+    return f"{100 * accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _mean_row(scores):
-    """All questions together: the families are equally large, so this is also their mean."""
-    cells = []
-    for score in scores.values():
-        low, high = score.interval
-        cells.append(f"{100 * score.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+    """All questions together. The families are equally large, so this is also their mean."""
+    cells = [_percent(score.accuracy, *score.interval) for score in scores.values()]
     return f"| all | {next(iter(scores.values())).n:,} | {' | '.join(cells)} |"
 
 

@@ -1,11 +1,11 @@
-"""Install vlmkit into an environment that is full already, such as Colab's, and downgrade nothing.
+"""Install vlmkit into an environment that has packages already, such as Colab's.
 
     !git clone --depth 1 https://github.com/OWNER/vlmkit course
     %run course/scripts/colab.py
 
-What is there stays as it is: its versions are pip's constraints while only what is missing comes.
-If what is missing cannot live with that, some of it may become newer, but never older; PyTorch and
-what was built for it stay in any case. vlmkit itself is installed without its dependencies.
+The installed packages keep their versions, which pip gets as constraints, and pip installs only
+what is missing. If that is impossible, some installed packages may become newer, but never older.
+PyTorch and the packages built for it always stay. vlmkit itself is installed without dependencies.
 """
 
 import importlib
@@ -21,8 +21,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 REPOSITORY = "OWNER/vlmkit"
-"""Where the repository is on GitHub. A placeholder: it has no public address yet. The badge in
-docs/running.md and the first cell of scripts/colab.ipynb say the same, and a test compares them."""
+"""The repository on GitHub: a placeholder, because it has no public address yet. The badge in
+docs/running.md and the first cell of scripts/colab.ipynb use the same one; a test compares them."""
 
 COURSE = Path(__file__).resolve().parent.parent
 BUILT_TOGETHER = {"torch", "torchvision", "torchaudio"}
@@ -31,7 +31,7 @@ BUILT_TOGETHER = {"torch", "torchvision", "torchaudio"}
 
 @dataclass(frozen=True)
 class Decision:
-    """What is to happen to the packages that vlmkit needs; each a list of requirements."""
+    """What to do with the packages that vlmkit needs: four lists of requirements."""
 
     fine: list
     missing: list
@@ -40,7 +40,7 @@ class Decision:
 
     @property
     def wanted(self):
-        """What pip is asked for."""
+        """What pip should install."""
         return [*self.missing, *self.too_old]
 
 
@@ -51,10 +51,10 @@ def needed():
 
 
 def installed(path=None):
-    """{name: version} of what is installed here, or in the folders `path`."""
+    """{name: version} of the packages installed here, or in the folders `path`."""
     found = metadata.distributions() if path is None else metadata.distributions(path=path)
     versions = {}
-    for distribution in found:  # of two with one name, Python imports the first
+    for distribution in found:  # if two have the same name, Python imports the first
         name = distribution.metadata["Name"]
         if name:
             versions.setdefault(canonicalize_name(name), distribution.version)
@@ -78,7 +78,7 @@ def decide(requirements, versions):
 
 
 def constraints(versions, decision, *, may_become_newer=False):
-    """Lines for pip: what is there stays, or (`may_become_newer`) does not become older."""
+    """Lines for pip: installed packages stay, or (`may_become_newer`) do not become older."""
     moving = {canonicalize_name(Requirement(text).name) for text in decision.too_old}
     lines = []
     for name, version in sorted(versions.items()):
@@ -91,15 +91,15 @@ def constraints(versions, decision, *, may_become_newer=False):
 def install(requirements=None, versions=None, *, pip=(sys.executable, "-m", "pip"), options=()):
     """Install what is missing. Returns the Decision; raises RuntimeError if pip cannot do it.
 
-    pip: how it is called, and options: what `pip install` is given beside that.
+    pip: the command. options: more arguments of `pip install`.
     """
     versions = installed() if versions is None else versions
     decision = decide(needed() if requirements is None else requirements, versions)
     for text in decision.too_old_but_kept:
         name = canonicalize_name(Requirement(text).name)
         print(
-            f"{name} {versions[name]} stays, though {text} is what vlmkit was tried with: "
-            "replacing it would break what was built for it. If something fails, this may be why."
+            f"{name} {versions[name]} stays, although vlmkit was tested with {text}: replacing it "
+            "would break the packages that were built for it. If something fails, this may be why."
         )
     ways = (False, True) if decision.wanted else ()
     for may_become_newer in ways:
@@ -107,13 +107,13 @@ def install(requirements=None, versions=None, *, pip=(sys.executable, "-m", "pip
         if _pip_install(pip, options, decision.wanted, lines):
             break
         if not may_become_newer:
-            print("Not with everything as it is. Once more, and what is here may become newer:")
+            print("Not possible with all installed versions. Trying again with newer ones allowed:")
     else:
         if ways:
             raise RuntimeError(
-                f"pip could not install {', '.join(decision.wanted)} without making something "
-                "older: its reason is above. Nothing was changed. A fresh runtime, or one with "
-                "newer packages, may do."
+                f"pip could not install {', '.join(decision.wanted)} without making something else "
+                "older: see its reason above. Nothing was changed. Try a new runtime, or one with "
+                "newer packages."
             )
     return decision
 
@@ -131,20 +131,20 @@ def main():
     decision = install(versions=before)
     command = [sys.executable, "-m", "pip", "install", "--no-deps", str(COURSE)]
     if subprocess.run(command).returncode:
-        raise RuntimeError(f"pip could not install vlmkit from {COURSE}: its reason is above.")
-    importlib.invalidate_caches()  # Python has looked into the folder of packages before
+        raise RuntimeError(f"pip could not install vlmkit from {COURSE}: see its reason above.")
+    importlib.invalidate_caches()  # Python has already listed the folder of packages
     after = installed()
     changed = [
         f"{name} {version} -> {after.get(name, 'gone')}"
         for name, version in before.items()
         if after.get(name) != version and name != "vlmkit"
     ]
-    print(f"Already here: {len(decision.fine)} of {len(needed())} packages that vlmkit needs.")
-    print(f"Installed: {', '.join(decision.missing) or 'nothing but vlmkit'}.")
-    print(f"Changed: {', '.join(changed) or 'nothing that was here'}.")
+    print(f"Already installed: {len(decision.fine)} of the {len(needed())} packages vlmkit needs.")
+    print(f"Installed: {', '.join(decision.missing) or 'only vlmkit'}.")
+    print(f"Changed: {', '.join(changed) or 'nothing'}.")
     loaded = [name for line in changed if (name := line.split()[0]) in sys.modules]
     if loaded:
-        print(f"{', '.join(loaded)} was imported before: Runtime, Restart session, then go on.")
+        print(f"{', '.join(loaded)} was imported before: choose Runtime, Restart session.")
 
 
 if __name__ == "__main__":

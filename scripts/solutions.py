@@ -1,12 +1,12 @@
-"""Make notebooks/solutions/ from the lessons: `make solutions`, or one by its number.
+"""Make notebooks/solutions/ from the chapters: `make solutions`, or one by its number.
 
     python scripts/solutions.py 07
 
-An exercise is a stub in the lesson, a cell that calls `vk.course.check`; its solution is in the
-cell's metadata, as {"code": ..., "text": ...}, and nowhere else. A notebook of solutions has the
-statements of the lesson that the exercises need, so that no training is repeated that they can do
-without, and then each exercise with its text, the stub filled in, and what there is to say of it.
-`tests/test_exercises.py` holds what is committed against what this makes.
+An exercise is a stub in a chapter: a cell that calls `vk.course.check`. Its solution is in the
+metadata of that cell, as {"code": ..., "text": ...}, and nowhere else. A notebook of solutions has
+first the statements of the chapter that the exercises need, and no training that they do not need,
+and then each exercise with its text, the solved stub, and a remark. `tests/test_exercises.py`
+compares the committed notebooks with what this script makes.
 """
 
 import ast
@@ -18,16 +18,19 @@ from pathlib import Path
 import nbformat
 from nbformat import v4
 
-LESSONS = Path(__file__).resolve().parent.parent / "notebooks"
-FOLDER = LESSONS / "solutions"
+CHAPTERS = Path(__file__).resolve().parent.parent / "notebooks"
+FOLDER = CHAPTERS / "solutions"
 CHECK = "vk.course.check("
-SHOWING = {"plt", "vk"}  # a bare call of these only shows something
+SHOWING = {"plt", "vk"}  # calls of these that are not assigned only show something
 
 
 class Names(ast.NodeVisitor):
-    """Names that code reads before it sets them (`used`), sets (`defined`), whose objects it
-    changes (`changed`) by `x[...] = `, `x.y = ` or a bare call of `x.method(...)`, and that its
-    functions read once they are called (`late`)."""
+    """Four sets of names in a piece of code.
+
+    used: read before they are set. defined: set. changed: their object changes, by `x[...] = `,
+    `x.y = ` or a call `x.method(...)` that is not assigned. late: read by functions when they are
+    called.
+    """
 
     def __init__(self, node, local=()):
         self.used, self.defined, self.changed, self.late = set(), set(local), set(), set()
@@ -40,7 +43,7 @@ class Names(ast.NodeVisitor):
             self.used.add(node.id)
 
     def visit_Assign(self, node):
-        for part in (node.value, *node.targets):  # as it is evaluated, not as it is written
+        for part in (node.value, *node.targets):  # in the order of evaluation
             self.visit(part)
 
     def visit_AugAssign(self, node):
@@ -72,7 +75,7 @@ class Names(ast.NodeVisitor):
         self.generic_visit(node)
 
     def inside(self, body, local=()):
-        """A scope of its own: what it sets is its own, what it reads is read from here."""
+        """Visit code with its own scope: its names stay inside, its reads come from here."""
         found = [Names(part, local) for part in body]
         set_there = set().union(*(each.defined for each in found))
         self.used |= set().union(*(each.used for each in found)) - set_there - self.defined
@@ -118,7 +121,7 @@ def arguments(function):
 
 
 def root(node):
-    """`x` of `x.y[z].w(...)`; None if it begins with something else."""
+    """`x` of `x.y[z].w(...)`, or None if this begins with something else than a name."""
     while not isinstance(node, ast.Name):
         node = getattr(node, "value", getattr(node, "func", None))
         if node is None:
@@ -127,7 +130,7 @@ def root(node):
 
 
 def stubs(notebook):
-    """The cells that are to be filled in."""
+    """The cells that a reader fills in."""
     return [cell for cell in notebook.cells if CHECK in cell.source and "solution" in cell.metadata]
 
 
@@ -140,15 +143,15 @@ def solved(stub):
 
 
 def setting(notebook):
-    """Sources of the lesson's cells, cut down to the statements that the solved stubs need."""
+    """The sources of a chapter's cells, with only the statements that the solved stubs need."""
     first = notebook.cells.index(stubs(notebook)[0])
-    lesson = [cell.source for cell in notebook.cells[:first] if cell.cell_type == "code"]
+    chapter = [cell.source for cell in notebook.cells[:first] if cell.cell_type == "code"]
     names = Names(ast.parse("\n".join(solved(stub) for stub in stubs(notebook))))
-    modules = set().union(*(imported(source) for source in lesson))
+    modules = set().union(*(imported(source) for source in chapter))
     wanted, known = names.used | names.late - names.defined, set(dir(builtins))
     while True:
         needed, late, cells = wanted - known, set(), []
-        for source in reversed(lesson):
+        for source in reversed(chapter):
             kept = []
             for statement in reversed(ast.parse(source).body):
                 names = Names(statement)
@@ -164,12 +167,12 @@ def setting(notebook):
             break
         wanted |= late  # a function may read what is set after it
     if needed:
-        raise ValueError(f"nothing in the lesson defines {', '.join(sorted(needed))}")
+        raise ValueError(f"nothing in the chapter defines {', '.join(sorted(needed))}")
     return cells
 
 
 def joined(source, statements):
-    """The lines of some of a cell's statements, with the empty lines that stood between them."""
+    """The lines of some statements of a cell, with the empty lines between them."""
     lines, text, end = source.splitlines(), "", None
     for statement in statements:
         begin = min(
@@ -180,40 +183,40 @@ def joined(source, statements):
             text += "\n" * (1 + max(between[:2].count(""), between[-2:].count("")))
         text += "\n".join(lines[begin - 1 : statement.end_lineno])
         end = statement.end_lineno
-    return text.replace('"data/', '"../data/')  # a path from the lesson's folder
+    return text.replace('"data/', '"../data/')  # a path from the chapter's folder
 
 
 def asked(notebook, stub):
-    """The exercise's text, from its number on, which stands above the stub, without its hint."""
+    """The text of an exercise, above its stub: from its number on, without its hint."""
     above = notebook.cells[notebook.cells.index(stub) - 1].source
     begin = re.search(r"^\*\*\d\. ", above, re.M).start()
     return re.sub(r"\n*<details>.*?</details>", "", above[begin:], flags=re.S).strip()
 
 
 def solutions(path):
-    """The notebook of solutions for the lesson at `path`, not run yet."""
-    lesson = nbformat.read(path, as_version=4)
-    title = lesson.cells[0].source.splitlines()[0].removeprefix("# ")
+    """The notebook of solutions for the chapter at `path`, not run yet."""
+    chapter = nbformat.read(path, as_version=4)
+    title = chapter.cells[0].source.splitlines()[0].removeprefix("# ")
     cells = [
         v4.new_markdown_cell(
             f"# Solutions: {title}\n\nTo the exercises of [the chapter](../{path.name}). Made from "
             "it by `make solutions`: edit it there. First what they need of it:"
         )
     ]
-    cells += [v4.new_code_cell(source) for source in setting(lesson)]
-    for stub in stubs(lesson):
-        cells += [v4.new_markdown_cell(asked(lesson, stub)), v4.new_code_cell(solved(stub))]
+    cells += [v4.new_code_cell(source) for source in setting(chapter)]
+    for stub in stubs(chapter):
+        cells += [v4.new_markdown_cell(asked(chapter, stub)), v4.new_code_cell(solved(stub))]
         cells.append(v4.new_markdown_cell(stub.metadata["solution"]["text"]))
     for number, cell in enumerate(cells):
         cell["id"] = f"solution-{number:02d}"
-    metadata = {"kernelspec": lesson.metadata["kernelspec"]}
+    metadata = {"kernelspec": chapter.metadata["kernelspec"]}
     return v4.new_notebook(cells=cells, metadata=metadata)
 
 
 def main(numbers):
     from nbclient import NotebookClient
 
-    for path in sorted(LESSONS.glob("[0-9][0-9]_*.ipynb")):
+    for path in sorted(CHAPTERS.glob("[0-9][0-9]_*.ipynb")):
         if numbers and path.name[:2] not in numbers:
             continue
         notebook = solutions(path)

@@ -1,9 +1,9 @@
-"""How long *Run All* takes in each chapter: recorded, shown, and held against what its card says.
+"""How long *Run All* takes in each chapter: recorded, shown, and compared with the chapter's card.
 
     make times                       # all chapters, one after another; some fifteen minutes
     python scripts/times.py 00 04    # these
 
-Writes `docs/data/times.csv`, from which the site's page of execution times is made.
+It writes `docs/data/times.csv`, from which the site makes its page of execution times.
 """
 
 import argparse
@@ -27,20 +27,20 @@ CARD = re.compile(
     r"\*Run All\* takes\s+(?P<how>less than|about)?\s*(?:(?:\w+) to\s+)?(?P<most>\w+)\s+minutes?\b"
 )
 HALF = 30
-"""Seconds by which a time may exceed what its card says, where that is rounded: "about a minute"
-is up to a minute and a half, "two to three minutes" up to three and a half. "Less than" is not."""
+"""Seconds by which a time may exceed its card: "about a minute" is up to a minute and a half, "two
+to three minutes" up to three and a half. "Less than" allows no more."""
 
 
 def most_by_card(text):
-    """The seconds that a chapter may take by its card, the sentence "*Run All* takes ..."."""
+    """The seconds that the sentence "*Run All* takes ..." of a card allows."""
     found = CARD.search(text)
     if not found or found["most"] not in NUMBERS:
-        raise ValueError(f"no time that can be read in: {text[:200]}")
+        raise ValueError(f"there is no time that can be read in: {text[:200]}")
     return 60 * NUMBERS[found["most"]] + (0 if found["how"] == "less than" else HALF)
 
 
 def said_by_card(text):
-    """What a card says of the time, as in "about a minute"."""
+    """The time in the words of a card, such as "about a minute"."""
     return " ".join(CARD.search(text)[0].split()).removeprefix("*Run All* takes ")
 
 
@@ -56,7 +56,7 @@ def chapters():
 
 
 def recorded():
-    """The rows of the file, in the order of the chapters; none if nothing is recorded yet."""
+    """The rows of the file, in the order of the chapters."""
     if not FILE.exists():
         return []
     with FILE.open(encoding="utf-8", newline="") as file:
@@ -64,7 +64,7 @@ def recorded():
 
 
 def run(chapter):
-    """Seconds that it takes to run a chapter in a fresh kernel, from its start to its last cell."""
+    """Seconds to run a chapter in a new kernel, from its start to its last cell."""
     import nbformat
     from nbclient import NotebookClient
 
@@ -77,7 +77,7 @@ def run(chapter):
 
 
 def processor():
-    """What the processor calls itself."""
+    """The name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(
