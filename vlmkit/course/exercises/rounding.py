@@ -88,14 +88,16 @@ def better_levels(answer, scaled, levels):
 def fewer_bits(answer, asked, scope, rival):
     """A format for `scope` that takes no more bits than `rival` and has less than half of its
     divergence; asked: (model, processor, questions)."""
-    from vlmkit.sensitivity import Swap, sweep
+    from vlmkit.sensitivity import Swap as Rounded
+    from vlmkit.sensitivity import sweep
 
     try:
-        swap = Swap(asked[0], scope, answer)
+        rounded = Rounded(asked[0], scope, answer)
     except VlmkitError as error:
         raise Hint(f"{answer!r} is not a format for weights ({brief(error)}).") from None
-    limit, bits = Swap(asked[0], scope, rival).effective_bits, swap.effective_bits
-    require(not swap.format.activations, "this rounds activations; the weights keep their bits.")
+    limit = Rounded(asked[0], scope, rival).effective_bits
+    format, bits = rounded.format, rounded.effective_bits
+    require(not format.activations, "this rounds activations; the weights keep their bits.")
     require(
         bits <= limit,
         f"{bits:.2f} bits, and the limit is {limit:.2f}. Each group has a scale of 32 bits; double "
@@ -103,9 +105,9 @@ def fewer_bits(answer, asked, scope, rival):
     )
     theirs, mine = sweep(*asked, [rival, answer], [scope], progress=False)["kl"]
     why = ""
-    if swap.format.bits < int(rival[3]):
-        why = f" {swap.format.bits} bits leave four values at most, however the rest is spent."
-    elif not swap.format.asymmetric:
+    if format.bits < int(rival[3]):
+        why = f" {format.bits} bits leave four values at most, however the rest is spent."
+    elif not format.asymmetric:
         why = " A zero point would use all codes."
     require(mine < theirs / 2, f"{mine / theirs:.2f} times the divergence of {rival}.{why}")
     return f"{mine / theirs:.2f} times the divergence in {bits:.2f} bits: their use matters."
@@ -118,12 +120,13 @@ def plan_by_hand(answer, asked, formats, rival):
     from vlmkit.planner import Planner
 
     found = Planner(*asked, formats=formats, by="layer", progress=False)
-    uniform = found.parts.uniform()[rival]
+    choices = found.parts
+    uniform = choices.uniform()[rival]
     layers = [scope for scope, format in uniform.items() if format == rival]
     known(answer, layers, "layer")
     known(answer.values(), formats, "format")
     mine = uniform | answer
-    more = found.parts.total(mine) - found.parts.total(uniform)
+    more = choices.total(mine) - choices.total(uniform)
     saved = [layer for layer in layers if mine[layer] != rival and "int2" in mine[layer]]
     hint = "" if saved else " Some layers have to give bits up."
     require(more <= 0, f"{more:,} bytes too many.{hint}")

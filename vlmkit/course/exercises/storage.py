@@ -77,7 +77,7 @@ def skip_list(answer, name, config):
     for entry in answer:
         of_type(entry, str, "a list of names, each a str")
     rows = lint(name, config | {"llm_int8_skip_modules": list(answer)}).verdicts
-    useless = ", ".join(e for e in answer if not any(e in row.kept_by for row in rows))
+    useless = ", ".join(entry for entry in answer if not any(entry in row.kept_by for row in rows))
     require(
         not useless,
         f"nothing is protected by {useless}: an entry is compared with the beginning or the end of "
@@ -91,7 +91,7 @@ def skip_list(answer, name, config):
         "the head would be in 4 bits: a list replaces the exceptions that transformers makes by "
         "itself.",
     )
-    kept = [f for f in rows if f.convertible and not f.quantized and f.kind == "linear"]
+    kept = [row for row in rows if row.convertible and not row.quantized and row.kind == "linear"]
     more = sum(row.component == "language_model" for row in kept)
     require(not more, f"this keeps {more} layers of the language model in 16 bits as well.")
     return "full names. Another family has others, and there this list would protect nothing."
