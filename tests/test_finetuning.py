@@ -214,10 +214,10 @@ def test_trainer_takes_it(loaded, tmp_path):
         ({"projector": None, "language_model": None}, "nothing is trained"),
         ({"cross_attention": vk.LoRA()}, "LlavaForCond.* has none: it has vision_encoder, proj"),
         ({"language_model": "full"}, "is quantized, and a quantized weight cannot be trained"),
-        ({"projector": vk.LoRA(modules="attention")}, "projector has no Linear layer"),
+        ({"projector": vk.LoRA(target_modules="attention")}, "projector has no Linear layer"),
         ({"vision_encoder": vk.LoRA(head=True)}, "vision_encoder has no output head"),
         (
-            {"vision_encoder": vk.LoRA(dropout=0.1), "language_model": vk.LoRA()},
+            {"vision_encoder": vk.LoRA(lora_dropout=0.1), "language_model": vk.LoRA()},
             "one dropout.*vision_encoder and language_model differ",
         ),
     ],
@@ -283,8 +283,8 @@ def test_adapters_on_adapters(loaded):
         ({"r": 0}, "rank of a LoRA is a whole number from 1 on, not 0"),
         ({"r": 8.0}, "not 8.0"),
         ({"r": True}, "not True"),
-        ({"dropout": 1}, "from 0 to below 1, not 1"),
-        ({"modules": "atention"}, "Did you mean 'attention'"),
+        ({"lora_dropout": 1}, "from 0 to below 1, not 1"),
+        ({"target_modules": "atention"}, "Did you mean 'attention'"),
     ],
 )
 def test_values_that_make_no_adapter(values, said):

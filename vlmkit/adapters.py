@@ -1,72 +1,68 @@
-"""Adapters: which modules of a component they go to, by full name, and how peft puts them there.
+"""Adapters: what each component learns, and which modules get adapters.
 
-peft matches a list of names by suffix, so that `q_proj` reaches into a CLIP tower too, and its
-"all-linear" includes vision encoder and projector. Here every module is named in full, on the meta
-device, before anything is changed.
+peft matches module names by suffix: `q_proj` also matches a CLIP tower, and "all-linear" includes
+vision encoder and projector. Here every module is named in full, on the meta device, before the
+model is changed.
 """
 
-import difflib
 import re
 import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 from vlmkit import COMPONENTS
 from vlmkit.anatomy import anatomy_of, component_finder, shape_of, unwrapped
-from vlmkit.errors import FinetuningError
+from vlmkit.backend.validation import Checked
+from vlmkit.errors import FinetuningError, did_you_mean
 from vlmkit.rows import LINEAR, kind_of
 
 FULL = "full"
-MODULES = ("attention+mlp", "attention", "mlp")
 
 
 @dataclass(frozen=True)
-class LoRA:
+class LoRA(Checked, what="a field of a LoRA"):
     """Low-rank adapters for the Linear layers of a component (Hu et al., 2021, arXiv 2106.09685).
 
-    A layer's W x becomes W x + (alpha / r) B A x, with A of shape (r, in) and B of shape (out, r).
+    A layer's W x becomes W x + (lora_alpha / r) B A x; A has shape (r, in), B has shape (out, r).
+    The fields are named as in peft.
 
     r: rank.
-    alpha: scale of the adapter; None is r, that is 1 in front of B A x.
-    dropout: share of the adapter's input that is dropped in training.
-    modules: "attention", "mlp" (every Linear layer that is not in an attention, and not the output
+    lora_alpha: scale of the adapter; None is r, so that B A x is multiplied by 1.
+    lora_dropout: share of the adapter's input that is dropped in training.
+    target_modules: "attention", "mlp" (every Linear layer outside of attention, without the output
         head), or "attention+mlp".
-    rank_stabilised: alpha / sqrt(r) in place of alpha / r (Kalajdzievski, 2023, arXiv 2312.03732).
-    head: whether the output head gets an adapter, too: for tokens that the model never had to say,
-        whose rows there may be all alike. pebble's are.
+    use_rslora: divide by sqrt(r) in place of r (Kalajdzievski, 2023, arXiv 2312.03732).
+    head: whether the output head gets an adapter too. Tokens that the model never had to produce
+        need it: their rows in the head can be all alike, as pebble's are.
 
-    Raises FinetuningError for values that make no adapter.
+    Raises FinetuningError for an unknown name and for a value that no adapter can have.
     """
 
     r: int = 16
-    alpha: float = None
-    dropout: float = 0.0
-    modules: str = "attention+mlp"
-    rank_stabilised: bool = False
+    lora_alpha: int | float | None = None
+    lora_dropout: int | float = 0.0
+    target_modules: Literal["attention+mlp", "attention", "mlp"] = "attention+mlp"
+    use_rslora: bool = False
     head: bool = False
 
     def __post_init__(self):
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise FinetuningError(f"the rank of a LoRA is a whole number from 1 on, not {self.r!r}")
-        if not 0 <= self.dropout < 1:
-            raise FinetuningError(f"dropout is a share from 0 to below 1, not {self.dropout!r}")
-        if self.modules not in MODULES:
-            near = difflib.get_close_matches(str(self.modules), MODULES, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise FinetuningError(
-                f"{self.modules!r} are not modules of a LoRA: {hint}they are {', '.join(MODULES)}"
-            )
+        super().__post_init__()
+        if self.r < 1:
+            raise FinetuningError(f"r, the rank of a LoRA, is 1 or more, not {self.r}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise FinetuningError(f"lora_dropout is from 0 to below 1, not {self.lora_dropout}.")
 
     @property
     def scale(self):
-        """alpha as peft is told it: None resolved to r."""
-        return self.r if self.alpha is None else self.alpha
+        """lora_alpha for peft: r where it is None."""
+        return self.r if self.lora_alpha is None else self.lora_alpha
 
 
 def parse(training):
     """{component: None, "full" or a LoRA} from what a user gives.
 
-    training: such a dictionary, in which components may be left out (frozen); "lora", which is
-        rank 16 on the language model's Linear layers; or "full", which is everything.
+    training: such a dictionary (components that are left out are frozen); "lora", a LoRA of rank 16
+        on the language model; or "full", everything.
 
     Raises FinetuningError, with the nearest right name, for an unknown component or word.
     """
@@ -76,28 +72,33 @@ def parse(training):
         return dict.fromkeys(COMPONENTS, FULL)
     if not isinstance(training, dict):
         raise FinetuningError(
-            f"{training!r} does not say what to train: give 'lora', 'full', or a dictionary such "
-            'as {"projector": "full", "language_model": vk.LoRA(r=16)}'
+            f"{training!r} does not say what to train. Give 'lora', 'full', or a dictionary such "
+            'as {"projector": "full", "language_model": vk.LoRA(r=16)}.'
         )
     for component, way in training.items():
-        if component not in COMPONENTS:
-            near = difflib.get_close_matches(str(component), COMPONENTS, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise FinetuningError(
-                f"{component!r} is not a component: {hint}they are {', '.join(COMPONENTS)}"
-            )
+        require_component(component)
         if not (way is None or way == FULL or isinstance(way, LoRA)):
             raise FinetuningError(
-                f"{component}: {way!r} is no way to train it: None (frozen), 'full' or a vk.LoRA"
+                f"{component}: {way!r} is not a way to train a component. The ways are None "
+                "(frozen), 'full' and a vk.LoRA."
             )
     if not any(training.values()):
         raise FinetuningError("nothing is trained: every component is frozen")
     return dict(training)
 
 
+def require_component(name):
+    """Raise FinetuningError, with the nearest right name, if no component is called `name`."""
+    if name not in COMPONENTS:
+        raise FinetuningError(
+            f"{name!r} is not a component. {did_you_mean(name, COMPONENTS, cutoff=0.4)}"
+            f"The components are {', '.join(COMPONENTS)}."
+        )
+
+
 @dataclass(frozen=True)
 class Target:
-    """What one component's training touches. `lora` is None where it is trained in full.
+    """What is trained in one component. `lora` is None where the component is trained in full.
 
     modules: full names of the Linear layers that get an adapter, or of all modules with parameters.
     """
@@ -108,29 +109,30 @@ class Target:
 
 
 def targets(model, training):
-    """The Targets of `training` (see `parse`) in `model`, on the meta device or loaded.
+    """The Targets of `training` (see `parse`) in `model`, which can be on the meta device.
 
-    Raises FinetuningError if the model lacks a component, if an adapter finds no Linear layer, or
-    if a quantized weight is to be trained in full.
+    Raises FinetuningError if the model lacks a component, if a LoRA finds no Linear layer, or if a
+    quantized weight is to be trained in full.
     """
     anatomy = anatomy_of(model)
-    whole = training == FULL
     found = []
     for component, way in parse(training).items():
-        if way is None or whole and not anatomy[component].parameters:
+        empty = not anatomy[component].parameters
+        if way is None or empty and training == FULL:
             continue
-        if not anatomy[component].parameters:
+        if empty:
             has = ", ".join(c for c, part in anatomy.parts.items() if part.parameters)
             raise FinetuningError(
                 f"{component} is to be trained, but {anatomy.architecture} has none: it has {has}."
             )
-        pick = _all_of if way == FULL else _linears_of
-        modules = pick(model, component, way)
-        found.append(Target(component, None if way == FULL else way, tuple(modules)))
+        lora = None if way == FULL else way
+        modules = _linears_of(model, component, lora) if lora else _all_of(model, component)
+        found.append(Target(component, lora, tuple(modules)))
     return found
 
 
-def _all_of(model, component, way):
+def _all_of(model, component):
+    """Full names of all modules with parameters, none of them quantized."""
     component_of = component_finder(model)
     modules = {}
     for name, parameter in model.named_parameters():
@@ -146,6 +148,7 @@ def _all_of(model, component, way):
 
 
 def _linears_of(model, component, lora):
+    """Full names of the Linear layers that `lora` gives an adapter."""
     from torch.nn import MultiheadAttention
 
     component_of = component_finder(model)
@@ -158,64 +161,58 @@ def _linears_of(model, component, lora):
         if kind_of(base, module, "weight") != LINEAR or len(shape_of(module.weight)) != 2:
             continue
         if any(name.startswith(f"{outer}.") for outer in inside):
-            continue  # is never called: its weight is read by the module around it
+            continue  # never called: the module around it reads its weight
         attention = any("attn" in part or "attention" in part for part in name.split("."))
-        if lora.modules == "attention+mlp" or attention == (lora.modules == "attention"):
+        if lora.target_modules in ("attention+mlp", "attention" if attention else "mlp"):
             names.append(name)
     if len(names) == lora.head:
         raise FinetuningError(
-            f"{component} has no Linear layer for a LoRA on {lora.modules}: choose other modules, "
-            "or train it in full."
+            f"{component} has no Linear layer for a LoRA on {lora.target_modules}. Choose other "
+            "target_modules, or train the component in full."
         )
     return names
 
 
 def _head_of(model, component, component_of):
-    """Full name of the output head. Raises FinetuningError where it is another component's, or the
-    embedding as well, which an adapter that is merged would change with it."""
+    """Full name of the output head. Raises FinetuningError if the head is another component's, or
+    is also the embedding: merging its adapter would change the embedding too."""
     head = unwrapped(model).get_output_embeddings()
     name = next((name for name, module in model.named_modules() if module is head), None)
     if head is None or component_of(name) != component:
         raise FinetuningError(f"{component} has no output head for a LoRA: leave head=True out.")
     if head.weight is unwrapped(model).get_input_embeddings().weight:
         raise FinetuningError(
-            f"{name} is one matrix with the embedding (tied), and an adapter there, once merged, "
-            "would change how words are read, too: leave head=True out."
+            f"{name} is one matrix with the embedding (tied). An adapter there would, once merged, "
+            "also change how words are read: leave head=True out."
         )
     return name
 
 
 def adapted(model, training):
-    """`model` with everything frozen but what `training` (see `parse`) names, adapters put in by
-    peft. Returns a PeftModel, or the model itself where no component gets adapters. In place.
+    """`model` with its adapters, and everything frozen that `training` (see `parse`) does not name.
 
-    Adapters are float32 whatever the model's dtype, as peft makes them.
+    Changes the model in place. Returns a PeftModel, or the model itself where no component gets a
+    LoRA. Adapters are float32 whatever the model's dtype, as peft makes them.
 
-    Raises FinetuningError as `targets` does, and where the LoRAs of several components differ in
-    what peft has one setting for: dropout and rank stabilization.
+    Raises FinetuningError as `targets` does, and where the LoRAs of two components differ in what
+    peft has one setting for: lora_dropout and use_rslora.
     """
-    chosen = targets(model, training)
-    loras = [target for target in chosen if target.lora]
-    _require_one_setting(loras)
-    in_full = {target.component for target in chosen if not target.lora}
+    found = targets(model, training)
+    loras = [target for target in found if target.lora]
+    if len({(target.lora.lora_dropout, target.lora.use_rslora) for target in loras}) > 1:
+        raise FinetuningError(
+            "peft has one lora_dropout and one use_rslora for all adapters of a model, and the "
+            f"LoRAs of {' and '.join(t.component for t in loras)} differ in them: make them equal."
+        )
+    in_full = {target.component for target in found if not target.lora}
     component_of = component_finder(model)
     trained = [p for name, p in model.named_parameters() if component_of(name) in in_full]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
     if loras:
         model = _with_adapters(model, loras)
     for parameter in trained:
         parameter.requires_grad_(True)
     return model
-
-
-def _require_one_setting(loras):
-    settings = {(t.lora.dropout, t.lora.rank_stabilised) for t in loras}
-    if len(settings) > 1:
-        raise FinetuningError(
-            "peft has one dropout and one rank stabilization for all adapters of a model, and the "
-            f"LoRAs of {' and '.join(t.component for t in loras)} differ in them: make them equal."
-        )
 
 
 def _with_adapters(model, loras):
@@ -226,8 +223,8 @@ def _with_adapters(model, loras):
     config = LoraConfig(
         r=first.r,
         lora_alpha=first.scale,
-        lora_dropout=first.dropout,
-        use_rslora=first.rank_stabilised,
+        lora_dropout=first.lora_dropout,
+        use_rslora=first.use_rslora,
         target_modules=[name for target in loras for name in target.modules],
         rank_pattern={name: lora.r for name, lora in rest if lora.r != first.r},
         alpha_pattern={name: lora.scale for name, lora in rest if lora.scale != first.scale},

@@ -1,5 +1,5 @@
-"""How a model's passes are computed: fast while it is trained, and as it was loaded when it is
-asked in between."""
+"""How a model computes its passes: fast while it is trained, and as it was loaded while it answers
+questions in between."""
 
 import contextlib
 
@@ -7,7 +7,7 @@ from vlmkit.anatomy import unwrapped
 
 
 def attention_of(model):
-    """Which attention each part of a model uses: {part of its config: kind}, "" for the whole."""
+    """The attention of each part of a model: {part of its config: name}, "" for the whole."""
     config = unwrapped(model).config
     parts = {key: getattr(config, key) for key in config.sub_configs}
     kinds = {key: part._attn_implementation for key, part in parts.items() if part is not None}
@@ -16,7 +16,7 @@ def attention_of(model):
 
 @contextlib.contextmanager
 def attending(model, kind):
-    """Within it, the model's attention is of another kind: a name, or what `attention_of` gave."""
+    """Give the model another attention for a while. kind: a name, or what `attention_of` gave."""
     model = unwrapped(model)
     before = attention_of(model)
     if kind == before or not model._can_set_attn_implementation():
@@ -31,8 +31,8 @@ def attending(model, kind):
 
 @contextlib.contextmanager
 def without_autocast(model):
-    """Within it, the model's passes run in the formats of its plan: accelerate puts autocast around
-    the forward of what it trains, and a model without adapters would answer under it too."""
+    """Let the model compute in the formats of its plan for a while: accelerate wraps the forward
+    pass of a model that it trains in autocast, and answers would be computed under it too."""
     forward = model.__dict__.get("forward")
     if "_original_forward" not in model.__dict__:
         yield
@@ -44,8 +44,23 @@ def without_autocast(model):
         model.forward = forward
 
 
+@contextlib.contextmanager
+def trainable(model):
+    """Let transformers' Trainer accept a quantized model without adapters for a while. The Trainer
+    refuses every such model; ours can have a projector in a float format that is trained in full,
+    which `add_adapters` has checked."""
+    if hasattr(model, "peft_config") or not getattr(model, "is_quantized", False):
+        yield
+        return
+    model.is_quantized = False
+    try:
+        yield
+    finally:
+        model.is_quantized = True
+
+
 def answering(model):
-    """Let a model that FSDP has parted be asked: `generate` puts its parts together as a forward
+    """Let a model that FSDP has sharded answer: `generate` then gathers its shards as a forward
     pass does."""
     from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 

@@ -1,4 +1,4 @@
-"""`vlmkit train`: a training that a file describes."""
+"""`vlmkit train`: a training that a YAML file describes."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ Examples:
   accelerate launch --num_processes 2 -m vlmkit train train.yaml
 
 docs/train.yaml is an example with every key explained; docs/training.md says how to train a real
-model. Into the folder that the file names as output come adapters (for vk.finetuning.load),
+model. The folder that the file names as output gets the adapters (for vk.finetuning.load),
 loss.csv, evaluations.csv, summary.md, and checkpoints to continue from.
 """
 
@@ -33,7 +33,7 @@ def train(
         bool,
         typer.Option(
             "--resume",
-            help="Continue the training that the output folder holds, from its last checkpoint.",
+            help="Continue the training in the output folder from its last checkpoint.",
             show_default=False,
         ),
     ] = False,
@@ -41,57 +41,57 @@ def train(
     """Train a model component by component as a YAML file says, and score it before and after."""
     from vlmkit.finetuning import configs
 
-    said = configs.read(config)
-    output = Path(said.output).expanduser()
-    # The other processes look when the first may have begun to write.
-    if _first() and output.exists() and any(output.iterdir()) and not resume:
+    config = configs.read(config)
+    output = Path(config.output).expanduser()
+    # Only the first process looks: when the others do, it can have begun to write.
+    if _is_first() and output.exists() and any(output.iterdir()) and not resume:
         raise FinetuningError(
             f"{output} is not empty. Give --resume to continue the training in it, or name another "
             "folder as output."
         )
-    _run(said, output)
+    _run(config, output)
 
 
-def _run(said, output):
-    """Everything that takes time: load, score, train, score, write."""
+def _run(config, output):
+    """Load, score, train, score again, and write the results."""
     import vlmkit as vk
     from vlmkit.finetuning import configs
 
-    rows = configs.rows(said.data, "train")
-    questions = said.evaluation and configs.rows(said.evaluation, "evaluation")
-    model, processor = vk.load(said.model, said.plan, device=_device())
-    _say(f"model      {said.model}")
-    scores = {}
+    rows = configs.rows(config.data, "train")
+    questions = config.evaluation and configs.rows(config.evaluation, "evaluation")
+    model, processor = vk.load(config.model, config.plan, device=_device())
+    _say(f"model      {config.model}")
+    scores = []
     if questions is not None:
-        scores["before"] = vk.evaluate(model, processor, questions)
-        _say(f"before     {scores['before']!r}")
-    model = vk.finetuning.add_adapters(model, **said.training)
+        scores.append(vk.evaluate(model, processor, questions))
+        _say(f"before     {scores[0]!r}")
+    model = vk.finetuning.add_adapters(model, **config.train)
     run = vk.finetuning.train(
-        model, processor, rows, output / "run", evaluation=questions, **said.settings
+        model, processor, rows, output / "run", eval_dataset=questions, **config.settings
     )
     if questions is not None:
-        scores["after"] = vk.evaluate(model, processor, questions)
+        scores.append(vk.evaluate(model, processor, questions))
     vk.finetuning.save(model, output / "adapters", overwrite=True)
-    if _first():
+    if _is_first():
         run.curve.to_csv(output / "loss.csv", index=False)
         run.evaluations.to_csv(output / "evaluations.csv", index=False)
-        summary = _summary(said, model, run, scores)
+        summary = _summary(config.model, run, scores)
         (output / "summary.md").write_text(summary, encoding="utf-8")
         _say(f"\n{summary}\nwritten to {output}")
 
 
-def _summary(said, model, run, scores):
-    """What was trained and what came of it, as text that is Markdown too."""
+def _summary(name, run, scores):
+    """What was trained and with what result, as Markdown that also reads as text."""
     from vlmkit.anatomy import component_finder
 
-    component_of, trained = component_finder(model), {}
-    for name, parameter in model.named_parameters():
+    component_of, trained = component_finder(run.model), {}
+    for parameter_name, parameter in run.model.named_parameters():
         if parameter.requires_grad:
-            component = component_of(name)
+            component = component_of(parameter_name)
             trained[component] = trained.get(component, 0) + parameter.numel()
     losses = run.curve["loss"]
     tenth = max(1, len(losses) // 10)
-    lines = [f"# {said.model}, trained", ""]
+    lines = [f"# {name}, trained", ""]
     lines += [f"- {component}: {n:,} parameters trained" for component, n in trained.items()]
     lines.append(
         f"- {len(losses):,} steps; loss {losses[:tenth].mean():.3f} at first (mean of {tenth}), "
@@ -99,13 +99,13 @@ def _summary(said, model, run, scores):
     )
     if run.skipped:
         lines.append(f"- skipped: {', '.join(f'{n} {why}' for why, n in run.skipped.items())}")
-    if run.silent is not None and len(run.silent):
-        lines.append(f"- {len(run.silent)} tensors that were to be trained got no gradient")
+    if run.no_gradient is not None and len(run.no_gradient):
+        lines.append(f"- {len(run.no_gradient)} of the trainable tensors got no gradient")
     if scores:
         lines += ["", "| task | before | after |", "|---|---|---|"]
-        tables = [scores[when].by_task for when in ("before", "after")]
-        for task in tables[0].index:
-            lines.append(f"| {task} | " + " | ".join(_share(t.loc[task]) for t in tables) + " |")
+        for task in scores[0].by_task.index:
+            shares = (_share(one.by_task.loc[task]) for one in scores)
+            lines.append(f"| {task} | {' | '.join(shares)} |")
         lines += ["", "Shares of right answers, with 95% intervals."]
     return "\n".join(lines) + "\n"
 
@@ -114,13 +114,13 @@ def _share(row):
     return f"{row['accuracy']:.1%} [{row['low']:.1%}, {row['high']:.1%}]"
 
 
-def _first():
+def _is_first():
     """Whether this is the first of several processes, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _device():
-    """The device of this process, of several on one machine; None lets `vk.load` choose."""
+    """The device of this process if there are several; None lets `vk.load` choose."""
     import torch
 
     own = os.environ.get("LOCAL_RANK")
@@ -128,5 +128,5 @@ def _device():
 
 
 def _say(text):
-    if _first():
+    if _is_first():
         print(text, flush=True)

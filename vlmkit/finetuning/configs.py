@@ -1,101 +1,173 @@
-"""A training as a file: model, plan, what each component learns, data, settings, evaluation.
+"""What a training is told: its settings, and a whole training as a YAML file for `vlmkit train`.
 
     config = read("train.yaml")
-    config.training            # for vk.finetuning.add_adapters: {"projector": "full", ...}
-    rows(config.data, "train") # for vk.finetuning.train
+    config.train                # for vk.finetuning.add_adapters: {"projector": "full", ...}
+    rows(config.data, "train")  # for vk.finetuning.train, as are the settings:
+    config.settings
 
-What the file says is checked before anything is loaded: a key that does not exist would otherwise
-be a setting that was not set. See docs/training.md and docs/train.yaml for an example.
+The file is checked before anything is loaded: an unknown key would otherwise be a setting that was
+never set. docs/train.yaml is an example, docs/training.md explains it.
 """
 
-import dataclasses
-import difflib
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
-from vlmkit.adapters import LoRA, parse
+from vlmkit.adapters import LoRA, parse, require_component
+from vlmkit.backend.optimizers import check_optimizer
+from vlmkit.backend.validation import Checked
 from vlmkit.errors import FinetuningError, VlmkitError
-from vlmkit.finetuning.settings import Settings
+from vlmkit.finetuning.collating import RAISE
 from vlmkit.plan import Plan
 
-WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-WORDS |= {dict: "a mapping", list: "a list"}
+COUNTED = (
+    "max_steps",
+    "size",
+    "accumulation_steps",
+    "eval_steps",
+    "patience",
+    "save_steps",
+    "length",
+)
+"""How the names of settings end that are at least 1."""
+
+WAYS = {None: None, "frozen": None, "full": "full", "lora": LoRA()}
+"""How a file says what a component learns, besides a mapping with the fields of a LoRA."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Where rows come from: the tasks of vlmkit, or published data.
+class Settings(Checked, what="a setting of a training", beside=("eval_dataset",)):
+    """Settings of `vk.finetuning.train`. Most have the name and the meaning that they have in
+    transformers' TrainingArguments.
 
-    task, n, seed: as in `vk.tasks.dataset`. source, schema, name, prompt, limit: as in
-    `vk.tasks.from_dataset`; a source that is a path is relative to the current directory.
-    split: of either; that of a task is "train" for training and "evaluation" for the questions.
+    max_steps: optimizer steps; None trains for `num_train_epochs` passes over the dataset.
+    per_device_train_batch_size: samples of one process and one accumulated part. A step has
+        processes x gradient_accumulation_steps times as many.
+    gradient_accumulation_steps: parts of a batch, which are computed one after another.
+    learning_rate: the highest one, as a number, or as {component: number} for every component that
+        is trained.
+    warmup_steps: steps in which the learning rate rises; a number below 1 is a share of all steps.
+    lr_scheduler_type: how it falls after that.
+    max_grad_norm: the largest norm of the gradients.
+    optim: "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit" or "paged_adamw_8bit".
+    bf16: compute in bf16 (autocast; weights in float32 stay float32); False computes in the formats
+        of the plan.
+    gradient_checkpointing: recompute activations in the backward pass, and keep fewer in memory.
+    eval_steps: steps between two evaluations on eval_dataset; None evaluates at the end alone.
+    early_stopping_patience: evaluations without a better one after which training stops. The best
+        weights come back. None never stops early.
+    save_steps: steps between two checkpoints; None is eval_steps, or the end alone.
+    max_length, too_long, unreadable: see `vk.finetuning.Collator`.
+    dataloader_num_workers: processes that read pictures during training.
+    seed: of the order of the samples and of dropout.
     """
 
-    task: str | list = None
-    n: int = 100
+    max_steps: int | None = None
+    num_train_epochs: int | float = 1
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: int | float | dict = 2e-4
+    warmup_steps: int | float = 0.05
+    lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    weight_decay: int | float = 0.0
+    max_grad_norm: int | float = 1.0
+    optim: str = "adamw_torch_fused"
+    bf16: bool = True
+    gradient_checkpointing: bool = False
+    eval_steps: int | None = None
+    early_stopping_patience: int | None = None
+    save_steps: int | None = None
+    max_length: int | None = None
+    too_long: Literal["raise", "skip"] = RAISE
+    unreadable: Literal["raise", "skip"] = RAISE
+    dataloader_num_workers: int = 0
     seed: int = 0
-    source: str = None
-    schema: str = None
-    name: str = None
-    prompt: str = None
-    limit: int = None
-    split: str = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, value in asdict(self).items():
+            if value is not None and name.endswith(COUNTED) and value < 1:
+                raise FinetuningError(f"{name} is a whole number from 1, not {value}.")
+        check_optimizer(self.optim)
+        rates = self.learning_rate
+        for component, rate in (rates if isinstance(rates, dict) else {None: rates}).items():
+            if component is not None:
+                require_component(component)
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 10:
+                raise FinetuningError(
+                    f"a learning_rate is a number between 0 and 10, not {rate!r}."
+                )
+        if self.early_stopping_patience and not self.eval_steps:
+            raise FinetuningError("early_stopping_patience counts evaluations: give eval_steps too")
 
 
 @dataclass(frozen=True)
-class Config:
-    """What a file says. model, plan: as in `vk.load`, a Plan once it is read. output: a folder.
+class Rows(Checked, what="a key"):
+    """Where rows come from: a task of vlmkit, or published data.
 
-    train: {component: "frozen", "full", "lora" or the fields of a LoRA}.
-    data, evaluation: Rows to learn from, and to ask before and after (None for no questions).
-    settings: those of `vk.finetuning.train`.
+    task, n, seed: as in `vk.tasks.dataset`. source, schema, name, prompt, limit: as in
+    `vk.tasks.from_dataset`; a path is relative to the current directory. split: of either; that of
+    a task is "train" for training and "evaluation" for the questions.
+    """
+
+    task: str | list | None = None
+    n: int = 100
+    seed: int = 0
+    source: str | None = None
+    schema: str | None = None
+    name: str | None = None
+    prompt: str | None = None
+    limit: int | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Config(Checked, what="a key"):
+    """What a file says. model, plan: as in `vk.load`. train: {component: one of WAYS, or the fields
+    of a LoRA}. data, evaluation: the fields of Rows to learn from, and to ask before and after
+    training. settings: those of Settings. output: a folder.
+
+    `read` returns it with plan as a Plan, data and evaluation as Rows, and train as
+    `vk.finetuning.add_adapters` takes it.
     """
 
     model: str = "pebble"
-    plan: str | dict = None
-    train: dict = None
-    data: dict = None
+    plan: str | dict | Plan | None = None
+    train: dict | None = None
+    data: dict | Rows | None = None
     settings: dict = field(default_factory=dict)
-    evaluation: dict = None
-    output: str = None
-
-    @property
-    def training(self):
-        """`train` as `vk.finetuning.add_adapters` takes it."""
-        return {component: _way(component, way) for component, way in self.train.items()}
+    evaluation: dict | Rows | None = None
+    output: str | None = None
 
 
 def read(path):
     """The Config in the YAML file `path`, checked.
 
-    Raises FinetuningError for a file that is missing or no YAML, for a key that does not exist
-    (with the nearest that does) or stands there twice, and for a value of another type; and the
-    errors of a Plan, a LoRA and Settings for values that cannot be.
+    Raises FinetuningError for a file that is missing or not YAML, for an unknown or repeated key
+    and for a value of a wrong type; and the errors of Plan, LoRA and Settings for other values.
     """
     path = Path(path).expanduser()
     try:
-        text = path.read_text(encoding="utf-8")
+        said = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506, a SafeLoader
     except FileNotFoundError as error:
         raise FinetuningError(
             f"There is no file {path}; the current directory is {Path.cwd()}."
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise FinetuningError(f"{path} cannot be read as text: {error}") from error
-    try:
-        said = yaml.load(text, _Loader)  # noqa: S506, a SafeLoader
     except yaml.YAMLError as error:
         raise FinetuningError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     try:
-        return _checked(said)
+        return _checked(_built(Config, said, "the file"))
     except VlmkitError as error:
         raise type(error)(f"{path}: {error}") from error
 
 
 def rows(source, split):
-    """The rows that a `Rows` means, as a `datasets.Dataset`. split: of a task without one."""
+    """The rows that a `Rows` describes, as a `datasets.Dataset`. split: for a task without one."""
     from vlmkit import tasks
 
     if source.task:
@@ -104,106 +176,74 @@ def rows(source, split):
     return tasks.from_dataset(source.source, source.schema, source.split, decode=False, **named)
 
 
-# --- checks ---------------------------------------------------------------------------------------
-
-
-def _checked(said):
-    if not isinstance(said, dict):
-        raise FinetuningError(f"the file holds no mapping of keys to values, but {said!r}")
-    config = _built(Config, said, "")
+def _checked(config):
+    """The Config with its parts read."""
     for key in ("train", "data", "output"):
         if not getattr(config, key):
-            raise FinetuningError(f"{key} is missing; needed are train, data and output")
+            raise FinetuningError(f"{key} is missing; train, data and output are needed.")
     plan = config.plan
     if isinstance(plan, dict):
         plan = ",".join(f"{component}={format}" for component, format in plan.items())
-    plan = None if plan is None else Plan.parse(plan)
-    parse(config.training)
-    Settings.of(_typed(Settings, config.settings, "settings"))
-    sources = {name: _rows(getattr(config, name), name) for name in ("data", "evaluation")}
-    if config.evaluation is None and (config.settings.get("evaluate_every") is not None):
-        raise FinetuningError("settings: evaluate_every needs questions: say which in evaluation")
-    return dataclasses.replace(config, plan=plan, **sources)
-
-
-def _rows(said, where):
-    if said is None:
-        return None
-    found = _built(Rows, said, where)
-    if bool(found.task) == bool(found.source):
-        raise FinetuningError(
-            f"{where} names either a task (of vlmkit's own) or a source (published data), and here "
-            f"it has {'both' if found.task else 'neither'}"
-        )
-    if found.source:
-        idle = [key for key in ("n", "seed") if key in said]
-    else:
-        idle = [key for key in ("schema", "name", "prompt", "limit") if key in said]
-    if idle:
-        raise FinetuningError(
-            f"{where}: {' and '.join(idle)} does nothing for a "
-            f"{'source' if found.source else 'task'}"
-        )
-    return found
-
-
-def _way(component, said):
-    """What a component learns, of what the file says."""
-    if isinstance(said, dict):
-        return _built(LoRA, said, f"train: {component}")
-    words = {"frozen": None, None: None, "full": "full", "lora": LoRA()}
-    if not (said is None or isinstance(said, str)) or said not in words:
-        raise FinetuningError(
-            f"train: {component} is frozen, full, lora, or a mapping with the fields of a LoRA; it "
-            f"is {said!r}"
-        )
-    return words[said]
+    train = {component: _way(component, said) for component, said in config.train.items()}
+    parse(train)
+    settings = _built(Settings, config.settings, "settings")
+    if settings.eval_steps and config.evaluation is None:
+        raise FinetuningError("settings: eval_steps needs questions: name them in evaluation.")
+    return replace(
+        config,
+        plan=None if plan is None else Plan.parse(plan),
+        train=train,
+        data=_source(config.data, "data"),
+        evaluation=config.evaluation and _source(config.evaluation, "evaluation"),
+    )
 
 
 def _built(kind, said, where):
-    return kind(**_typed(kind, said, where))
-
-
-def _typed(kind, said, where):
-    """`said`, if its keys are fields of the dataclass `kind` and its values of their types."""
-    place = f"{where}: " if where else ""
+    """kind(**said), with `where` in its errors."""
     if not isinstance(said, dict):
-        raise FinetuningError(f"{where} is a mapping of keys to values, not {said!r}")
-    types = {one.name: _types(one) for one in dataclasses.fields(kind)}
-    for key, value in said.items():
-        if key not in types:
-            near = difflib.get_close_matches(str(key), types, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise FinetuningError(
-                f"{place}{key!r} is no key: {hint}they are {', '.join(map(str, types))}"
-            )
-        if not any(_is(value, one) for one in types[key]):
-            wanted = " or ".join(WORDS[one] for one in types[key] if one in WORDS)
-            raise FinetuningError(f"{place}{key} is {wanted}, not {value!r}")
-    return said
+        raise FinetuningError(f"{where} is a mapping of keys to values, not {said!r}.")
+    try:
+        return kind(**{str(key): value for key, value in said.items()})
+    except FinetuningError as error:
+        raise FinetuningError(f"{where}: {error}") from error
 
 
-def _types(one):
-    """The types that a field of a dataclass may have."""
-    types = getattr(one.type, "__args__", (one.type,))
-    return (*types, type(None)) if one.default is None else types
+def _way(component, said):
+    if isinstance(said, dict):
+        return _built(LoRA, said, f"train: {component}")
+    if isinstance(said, str | None) and said in WAYS:
+        return WAYS[said]
+    raise FinetuningError(
+        f"train: {component} is frozen, full, lora, or a mapping with the fields of a LoRA, not "
+        f"{said!r}."
+    )
 
 
-def _is(value, wanted):
-    if isinstance(value, bool):
-        return wanted is bool
-    return isinstance(value, (int, float) if wanted is float else wanted)
+def _source(said, where):
+    found = _built(Rows, said, where)
+    if bool(found.task) == bool(found.source):
+        raise FinetuningError(
+            f"{where} names either a task (of vlmkit) or a source (published data), and here it "
+            f"names {'both' if found.task else 'neither'}."
+        )
+    kind, others = "task", ("schema", "name", "prompt", "limit")
+    if found.source:
+        kind, others = "source", ("n", "seed")
+    for key in others:
+        if key in said:
+            raise FinetuningError(f"{where}: {key} does nothing for a {kind}.")
+    return found
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that reads 2e-4 as a number, as YAML 1.2 does, and refuses a key said twice."""
+    """A SafeLoader that reads 2e-4 as a number, as YAML 1.2 does, and refuses a repeated key."""
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands there twice", node.start_mark
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key!r} is there twice", problem_mark=node.start_mark
                 )
         return super().construct_mapping(node, deep)
 

@@ -1,12 +1,11 @@
-"""What was trained, on disk: adapters as peft writes them, and what was trained in full beside.
+"""What was trained, on disk: adapters as peft writes them, beside them what was trained in full.
 
     vk.finetuning.save(model, "my-adapters")
     model = vk.finetuning.load(base, "my-adapters")        # base: loaded under any plan
     model, report = vk.finetuning.merge(model)             # an ordinary model again
 
-peft alone writes adapters only, and a projector that was trained in full would be lost. The folder
-also notes on which base it was trained, since adapters fit every model of the same shape and make
-sense on one.
+peft alone writes adapters only, so that a projector that was trained in full would be lost. The
+folder also notes the base, since adapters fit every model of the same shape but belong to one.
 """
 
 import json
@@ -24,11 +23,11 @@ def save(model, path, *, overwrite=False):
     """Write what is trained in `model` to the folder `path`. Returns its pathlib.Path.
 
     model: what `add_adapters` or `load` returned.
-    overwrite: whether a folder that is there and not empty is replaced.
+    overwrite: whether a folder that exists and is not empty is replaced.
 
-    The whole folder appears at once, or nothing. Of several processes all call it, and the first
-    one writes. Raises FinetuningError if nothing is trained, and CheckpointError if the folder is
-    taken or cannot be written.
+    The whole folder appears at once, or nothing. If there are several processes, all of them call
+    `save`, and the first one writes. Raises FinetuningError if nothing is trained, and
+    CheckpointError if the folder exists or cannot be written.
     """
     tensors = gathered(model)
     if os.environ.get("RANK", "0") == "0":
@@ -38,8 +37,8 @@ def save(model, path, *, overwrite=False):
 
 
 def gathered(model):
-    """{full name: tensor} of what `write` needs. Where FSDP has parted a parameter among processes
-    it is put together, and so every process has to call this."""
+    """{full name: tensor} of what `write` needs, gathered where FSDP has sharded it: every process
+    has to call this."""
     return {
         name: parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         for name, parameter in model.named_parameters()
@@ -48,10 +47,14 @@ def gathered(model):
 
 
 def write(model, folder, tensors):
-    """The files of `save`, in a folder that is there. tensors: what `gathered` gave."""
+    """Write the files of `save` to a folder that exists. tensors: what `gathered` returned."""
     from safetensors.torch import save_file
 
-    in_full = {plain_name(name): tensors[name] for name in in_full_of(model)}
+    in_full = {
+        plain_name(name): tensors[name].detach().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not is_adapter(name)
+    }
     adapters = hasattr(model, "peft_config")
     if not in_full and not adapters:
         raise FinetuningError(
@@ -60,32 +63,21 @@ def write(model, folder, tensors):
     if adapters:
         model.save_pretrained(folder, state_dict=tensors)
     if in_full:
-        save_file({n: p.detach().contiguous() for n, p in in_full.items()}, folder / IN_FULL)
-    notes = {"base": unwrapped(model).name_or_path, "fingerprint": fingerprint(model, tensors)}
+        save_file(in_full, folder / IN_FULL)
+    notes = {"base": unwrapped(model).name_or_path, "fingerprint": _fingerprint(model, tensors)}
     (folder / NOTES).write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
-
-
-def in_full_of(model):
-    """Full names of what is trained and is no adapter."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not is_adapter(name)
-    ]
 
 
 def load(model, path, *, trainable=False):
     """`model` with what was saved at `path` put into it, in place: adapters, and parameters that
     were trained in full. Returns a PeftModel, or the model itself where there are no adapters.
 
-    model: the base, under any plan in which what was trained in full is not quantized.
-    trainable: whether training may go on; otherwise all is frozen and the model in eval mode.
+    model: the base, under any plan that does not quantize what was trained in full.
+    trainable: whether training goes on; otherwise everything is frozen, in eval mode.
 
-    Raises FinetuningError if there is nothing such at `path`, if it was trained on another base, or
-    if its parameters do not fit.
+    Raises FinetuningError if `path` holds nothing that `save` wrote, if it was trained on another
+    base, or if its parameters do not fit.
     """
-    from safetensors.torch import load_file
-
     path = Path(path).expanduser()
     if hasattr(model, "peft_config"):
         raise FinetuningError("the model has adapters already: take them off with model.unload()")
@@ -94,49 +86,52 @@ def load(model, path, *, trainable=False):
             f"{path} holds nothing that vk.finetuning.save wrote: there is no {NOTES}. Adapters of "
             "peft alone load with peft.PeftModel.from_pretrained(model, path)."
         )
-    notes = json.loads((path / NOTES).read_text(encoding="utf-8"))
-    stored = load_file(path / IN_FULL) if (path / IN_FULL).exists() else {}
-    _require_base(model, notes, path)
-    _put(model, stored, path)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    _require_base(model, path)
+    in_full = _put_in_full(model, path)
+    model.requires_grad_(False)
     if (path / ADAPTERS).exists():
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, path, is_trainable=trainable)
     if trainable:
         for name, parameter in model.named_parameters():
-            if plain_name(name) in stored:
+            if plain_name(name) in in_full:
                 parameter.requires_grad_(True)
     return model.train(trainable)
 
 
 def restore(model, path):
     """Put what `write` wrote back into the model that it was written from, in place."""
-    from safetensors.torch import load_file
-
     path = Path(path)
-    if (path / IN_FULL).exists():
-        _put(model, load_file(path / IN_FULL), path)
+    _put_in_full(model, path)
     if (path / ADAPTERS).exists():
         from peft import load_peft_weights
 
-        adapter = f".{model.active_adapter}.weight"  # which peft leaves out in its files
+        adapter = f".{model.active_adapter}.weight"  # peft leaves the adapter's name out in files
         stored = load_peft_weights(str(path), device="cpu")
         stored = {f"{name.removesuffix('.weight')}{adapter}": t for name, t in stored.items()}
         _put(model, {plain_name(name): tensor for name, tensor in stored.items()}, path)
 
 
+def _put_in_full(model, path):
+    """Copy what was trained in full into `model`. Returns its names."""
+    from safetensors.torch import load_file
+
+    stored = load_file(path / IN_FULL) if (path / IN_FULL).exists() else {}
+    _put(model, stored, path)
+    return stored.keys()
+
+
 def _put(model, stored, path):
-    """Copy what was trained in full into `model`."""
+    """Copy the tensors `stored`, {plain name: tensor}, into `model`: all of them, or none."""
     import torch
 
     held = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     for name, tensor in stored.items():
         if name not in held or shape_of(held[name]) != tuple(tensor.shape):
-            there = f"has shape {shape_of(held[name])}" if name in held else "is not there"
+            found = f"has shape {shape_of(held[name])}" if name in held else "does not exist"
             raise FinetuningError(
-                f"{path} holds {name}, of shape {tuple(tensor.shape)}, and in this model it {there}"
+                f"{path} holds {name}, of shape {tuple(tensor.shape)}; in this model it {found}."
             )
         if not held[name].is_floating_point():
             raise FinetuningError(
@@ -145,11 +140,11 @@ def _put(model, stored, path):
             )
     with torch.no_grad():
         for name, tensor in stored.items():
-            held[name].copy_(_parted_as(held[name], tensor))
+            held[name].copy_(_sharded_like(held[name], tensor))
 
 
-def _parted_as(parameter, tensor):
-    """`tensor`, parted among the processes where FSDP has parted `parameter`."""
+def _sharded_like(parameter, tensor):
+    """`tensor`, sharded as `parameter` is where FSDP has sharded it."""
     if not hasattr(parameter, "placements"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -158,45 +153,28 @@ def _parted_as(parameter, tensor):
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 
-# --- on which base ------------------------------------------------------------------------------
+# --- the base -------------------------------------------------------------------------------------
 
 
-def fingerprint(model, tensors):
-    """What a base is known by under any plan: its architecture, and the mean magnitude of each of
-    its vectors (norms and biases), which are never quantized. {"architecture", "means"}.
-
-    Vectors that are trained, or of which there are more than the first 64, are left out. tensors:
-    what `gathered` gave.
-    """
+def _fingerprint(model, tensors):
+    """What identifies a base under any plan: {"architecture", "means"}, where means has the mean
+    magnitude of the first 64 frozen vectors (norms and biases), which are never quantized."""
     means = {}
     for name, parameter in model.named_parameters():
-        plain = plain_name(name)
-        if is_adapter(name) or parameter.requires_grad or parameter.dim() != 1:
-            continue
-        if len(means) == 64:
-            break
-        means[plain] = _mean_of(tensors[name])
+        trained = parameter.requires_grad or is_adapter(name)
+        if len(means) < 64 and parameter.dim() == 1 and not trained:
+            means[plain_name(name)] = _mean_of(tensors[name])
     return {"architecture": type(unwrapped(model)).__name__, "means": means}
 
 
 def _mean_of(vector):
-    """Mean magnitude of a parameter, as a number."""
     return vector.detach().float().abs().mean().item()
 
 
-def _require_base(model, notes, path):
-    held = {plain_name(name): p for name, p in model.named_parameters()}
-    told, architecture = notes["fingerprint"], type(unwrapped(model)).__name__
-    wrong = None
-    if told["architecture"] != architecture:
-        wrong = f"that is a {told['architecture']}, and this a {architecture}"
-    for name, mean in told["means"].items():
-        if wrong:
-            break
-        if name not in held:
-            wrong = f"{name} is not in this model"
-        elif abs(_mean_of(held[name]) - mean) > 0.01 * mean + 1e-6:
-            wrong = f"{name} differs"
+def _require_base(model, path):
+    """Raise FinetuningError if `model` is not the base that the notes at `path` describe."""
+    notes = json.loads((path / NOTES).read_text(encoding="utf-8"))
+    wrong = _difference(model, **notes["fingerprint"])
     if wrong:
         raise FinetuningError(
             f"{path} was trained on {notes['base'] or 'another model'}, and this model is another: "
@@ -204,17 +182,31 @@ def _require_base(model, notes, path):
         )
 
 
-# --- merging ------------------------------------------------------------------------------------
+def _difference(model, architecture, means):
+    """How `model` differs from a fingerprint, in words; None where it does not."""
+    found = type(unwrapped(model)).__name__
+    if found != architecture:
+        return f"that is a {architecture}, and this a {found}"
+    held = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    for name, mean in means.items():
+        if name not in held:
+            return f"{name} is not in this model"
+        if abs(_mean_of(held[name]) - mean) > 0.01 * mean + 1e-6:
+            return f"{name} differs"
+    return None
+
+
+# --- merging --------------------------------------------------------------------------------------
 
 
 def merge(model):
-    """The adapters worked into the weights: (the model without adapters, a report).
+    """The adapters merged into the weights: (the model without adapters, a report).
 
-    Each weight W becomes W + (alpha / r) B A, rounded to the format that W is held in. A quantized
-    weight is quantized anew, and what an adapter learnt can be finer than the steps of its format.
+    Each weight W becomes W + (lora_alpha / r) B A, rounded to W's format. A quantized weight is
+    quantized again, and the adapter's change can be smaller than the steps of its format.
     The report is a DataFrame with a row per component and format: modules, and lost, the length of
-    (merged - wanted) over the length of the adapters' change: 0 where all of it arrived, 1 where
-    rounding undid as much as was learnt. Load the base in bf16 or fp32 to lose less.
+    (merged - wanted) over the length of the adapters' change. 0 means that all of the change
+    arrived, 1 that rounding undid as much as was learnt. In bf16 or fp32 less is lost.
 
     Raises FinetuningError if the model has no adapters.
     """
@@ -231,26 +223,25 @@ def merge(model):
     for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight") and getattr(module, "lora_A", None):
             change = module.get_delta_weight(model.active_adapter).float().cpu()
+            plain = plain_name(f"{name}.base_layer.weight")
             base = _weight_of(module.get_base_layer())
-            wanted[plain_name(f"{name}.base_layer.weight")] = (base + change, change)
-    components = {name: component_of(name) for name in wanted}
+            wanted[plain] = (component_of(plain), base + change, change)
     model = model.merge_and_unload(safe_merge=True)
-    lost = {}
-    for name, (weight, change) in wanted.items():
+    rows = []
+    for name, (component, weight, change) in wanted.items():
         module = model.get_submodule(name.rpartition(".")[0])
-        squares = lost.setdefault((components[name], format_of(module, "weight")), [0, 0.0, 0.0])
-        squares[0] += 1
-        squares[1] += (_weight_of(module) - weight).square().sum().item()
-        squares[2] += change.square().sum().item()
-    rows = [
-        (*key, modules, (missed / changed) ** 0.5 if changed else 0.0)
-        for key, (modules, missed, changed) in lost.items()
-    ]
-    return model, pandas.DataFrame(rows, columns=["component", "format", "modules", "lost"])
+        missed = (_weight_of(module) - weight).square().sum().item()
+        format = format_of(module, "weight")
+        rows.append((component, format, 1, missed, change.square().sum().item()))
+    columns = ["component", "format", "modules", "missed", "changed"]
+    report = pandas.DataFrame(rows, columns=columns)
+    report = report.groupby(["component", "format"], sort=False, as_index=False).sum()
+    report["lost"] = (report["missed"] / report["changed"]).fillna(0.0) ** 0.5
+    return model, report[["component", "format", "modules", "lost"]]
 
 
 def _weight_of(layer):
-    """The weight of a Linear layer as float32, dequantized where it is quantized."""
+    """The weight of a Linear layer in float32, dequantized where it is quantized."""
     from peft.utils.integrations import dequantize_module_weight
 
     return dequantize_module_weight(layer).detach().float().cpu()
