@@ -143,8 +143,10 @@ class Bench:
             model = vk.finetuning.add_adapters(model, **training(ranks))
             parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
             data = self.drawn(name, steps * BATCH)
-            settings = {"steps": steps, "rate": RATES[name], "batch_size": BATCH}
-            vk.finetuning.train(model, processor, data, folder, **settings)
+            vk.finetuning.train(
+                model, processor, data, folder, max_steps=steps, learning_rate=RATES[name],
+                per_device_train_batch_size=BATCH,
+            )  # fmt: skip
             after = self.asked(model.eval(), processor, part, domain)
         what["parameters"] = parameters
         table = before.assign(unrounded=unrounded["correct"], after=after["correct"])

@@ -3,17 +3,17 @@
     make benchmark-finetuning
     make benchmark-finetuning BENCHMARK_ARGS="--steps=20 --repeats=7 --threads=1"
 
-All train pebble, LoRA on the language model and the projector in full, on the same batches of vqa
-with the same rates, in turns, and their losses are compared:
+All three train pebble, with LoRA on the language model and the projector in full, on the same
+batches of vqa with the same learning rates, in turns. Their losses are compared:
 
 bare loop        a DataLoader with vlmkit's Collator, bf16 autocast, the attention that `train`
                  chooses, clipping, AdamW and its schedule: the same work with nothing around it
 untuned Trainer  transformers' Trainer with default settings (no autocast, the attention that the
-                 model was loaded with) and a collator as people write it, that asks the processor a
-                 second time for where the answer begins
+                 model was loaded with) and a collator as people write it, that calls the
+                 processor a second time to find where the answer begins
 
-A step is timed from one forward pass to the next, so that making its batch counts and loading the
-model does not. Processor time is beside it, which depends less on what else the machine does.
+A step is timed from one forward pass to the next: making its batch counts, loading the model does
+not. The table also has processor time, which depends less on the machine's other work.
 """
 
 import argparse
@@ -102,11 +102,11 @@ def train(plan, rows, order, steps):
 
 def settings(steps):
     return {
-        "steps": steps,
-        "batch_size": BATCH,
-        "rate": RATE,
-        "schedule": "linear",
-        "warmup": 0.0,
+        "max_steps": steps,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": RATE,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
     }
 
 

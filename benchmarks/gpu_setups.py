@@ -182,8 +182,8 @@ def ours(folder, plan, lora, checkpointing, device, steps):
     model = vk.finetuning.add_adapters(model, language_model=lora)
     with Clock(model) as clock, tempfile.TemporaryDirectory() as runs:
         run = vk.finetuning.train(
-            model, processor, rows(model.config, steps), runs, steps=steps, batch_size=1,
-            rate=1e-4, checkpointing=checkpointing,
+            model, processor, rows(model.config, steps), runs, max_steps=steps,
+            per_device_train_batch_size=1, learning_rate=1e-4, gradient_checkpointing=checkpointing,
         )  # fmt: skip
     return clock.seconds, run.curve["loss"].mean(), _trained(model)
 

@@ -1,11 +1,12 @@
-"""The same training on one GPU, on two with a copy each, and on two with one copy parted by FSDP.
+"""The same training on one GPU, on two with a copy each, and on two that share a copy by FSDP.
 
     make benchmark-several-gpus                     # two GPUs or more, 25 GB of disk, some minutes
     python benchmarks/several_gpus.py --output two.json
 
-Llama-3.2-11B-Vision from the catalog's config, with random weights, trained with LoRA on its
-language model, a batch of two pictures a step. For each way: the losses, which are to be the same,
-seconds a step, and the peak of memory on each GPU. Launched by accelerate, as in docs/training.md.
+Llama-3.2-11B-Vision from the catalog's config, with random weights, is trained with LoRA on its
+language model, two samples a step. For each way the result has the losses, which have to be the
+same, seconds a step, and the peak of memory on each GPU. accelerate launches the processes, as in
+docs/training.md.
 """
 
 import argparse
@@ -114,8 +115,9 @@ def train(folder, label, runs, steps, output):
     torch.cuda.reset_peak_memory_stats()
     with setups.Clock(model) as clock:
         run = vk.finetuning.train(
-            model, processor, rows, runs, steps=steps, batch_size=2, rate=1e-4, save_every=steps
-        )
+            model, processor, rows, runs, max_steps=steps, save_steps=steps, learning_rate=1e-4,
+            per_device_train_batch_size=2 // int(os.environ.get("WORLD_SIZE", 1)),
+        )  # fmt: skip
     found = {
         "losses": [round(loss, 4) for loss in run.curve["loss"]],
         "seconds_a_step": round(median(clock.seconds), 3),

@@ -46,19 +46,19 @@ def test_the_example_shows_every_setting():
         max_steps=100, learning_rate=rates, eval_steps=50, save_steps=50
     )
     text = EXAMPLE.read_text()
-    for kind in (configs.Config, configs.Rows, vk.LoRA, Settings):
+    for kind in (configs.Config, configs.TaskRows, configs.SourceRows, vk.LoRA, Settings):
         assert [n for n in kind.__dataclass_fields__ if f"{n}:" not in text] == []
 
 
 def test_rows_of_tasks_and_of_files(file, tmp_path):
-    config = configs.read(file())
-    assert configs.rows(config.data, "train")[3] == vk.tasks.dataset("vqa", 16, split="train")[3]
+    data = configs.read(file()).data
+    assert data.dataset("train")[3] == vk.tasks.dataset("vqa", 16, split="train")[3]
     row = vk.tasks.dataset("vqa", 1)[0]
     row["images"][0].save(tmp_path / "1.png")
     told = {"image": "1.png", "question": row["question"], "answer": row["answer"]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(told) + "\n")
-    config = configs.read(file(data={"source": str(tmp_path / "rows.jsonl"), "limit": 1}))
-    assert configs.rows(config.data, "train")[0]["answer"] == row["answer"]
+    data = configs.read(file(data={"source": str(tmp_path / "rows.jsonl"), "limit": 1})).data
+    assert data.dataset("train")[0]["answer"] == row["answer"]
 
 
 @pytest.mark.parametrize(
@@ -81,9 +81,10 @@ def test_rows_of_tasks_and_of_files(file, tmp_path):
         ({"settings": {"eval_steps": 2}, "evaluation": None}, "eval_steps needs questions"),
         ({"data": {"n": 4}}, "data names either a task .* neither"),
         ({"data": {"task": "vqa", "source": "x"}}, "both"),
-        ({"data": {"task": "vqa", "schema": "gqa"}}, "data: schema does nothing for a task"),
-        ({"data": {"source": "x", "seed": 1}}, "data: seed does nothing for a source"),
-        ({"data": {"taks": "vqa"}}, "data: 'taks' is not a key. Did you mean 'task'"),
+        ({"data": {"task": "vqa", "schema": "gqa"}}, "data: 'schema' is not a key for a task"),
+        ({"data": {"source": "x", "seed": 1}}, "data: 'seed' is not a key for a source"),
+        ({"data": {"task": "vqa", "m": 4}}, "data: 'm' is not a key for a task. .* task, n, seed"),
+        ({"data": {"taks": "vqa"}}, "data: 'taks' is not a key for a task. Did you mean 'task'"),
         ({"data": ["vqa"]}, "data is dict"),
     ],
 )

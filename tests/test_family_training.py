@@ -14,7 +14,7 @@ from vlmkit.finetuning import Collator
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),
-    pytest.mark.filterwarnings("ignore:.*got no gradient"),  # which is what `silent` is asked for
+    pytest.mark.filterwarnings("ignore:.*got no gradient"),  # `no_gradient` has it
 ]
 QUICK = ("llava", "qwen2_vl", "mllama")  # plain; projector inside the tower; cross-attention
 NOT_BUILT = {
@@ -41,17 +41,24 @@ def test_two_steps(name, family, rows, tmp_path):
     vk.audit(model, "recommended")
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     run = vk.finetuning.train(
-        model, PROCESSORS[name](), rows, tmp_path, steps=2, batch_size=4, rate=1e-2, warmup=0.0
+        model,
+        PROCESSORS[name](),
+        rows,
+        tmp_path,
+        max_steps=2,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        warmup_steps=0,
     )
     assert run.curve["loss"].notna().all() and len(run.curve) == 2
     vk.audit(model, "recommended")
     component_of = component_finder(model)
     changed = {n for n, p in model.named_parameters() if p.ne(before[n]).any()}
     assert {component_of(n) for n in changed} == set(ways)
-    silent = set(run.silent["parameter"])
+    silent = set(run.no_gradient["parameter"])
     if name in ("llava", "llava_next"):  # vision_feature_layer=-2: the last layer feeds nothing
         assert silent and all("vision_tower.encoder.layers.1." in n for n in silent)
-        assert run.silent["why"].str.contains("vision_feature_layer is -2").all()
+        assert run.no_gradient["why"].str.contains("vision_feature_layer is -2").all()
     else:
         assert silent == set()
     # an A learns from the second step on, when its B is no longer zero

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PARTS = {
     "vision_encoder": vk.LoRA(r=4),
     "projector": "full",
-    "language_model": vk.LoRA(r=8, modules="attention"),
+    "language_model": vk.LoRA(r=8, target_modules="attention"),
 }
 PASSES = {
     "prompt": ("bf16", None, False),

@@ -65,7 +65,7 @@ def models(draw):
     }
     lora = vk.LoRA(
         r=draw(st.integers(1, 20)),
-        modules=draw(st.sampled_from(["attention+mlp", "attention", "mlp"])),
+        target_modules=draw(st.sampled_from(["attention+mlp", "attention", "mlp"])),
     )
     tokens, batch = draw(st.integers(1, 60)), draw(st.integers(1, 3))
     return config, vk.Plan(**formats), tokens, batch, lora

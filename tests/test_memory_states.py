@@ -28,14 +28,14 @@ WAYS = {
     "full, 8 bits": ("bf16", None, "adamw_8bit"),
     "two ways": (
         "recommended",
-        {"projector": "full", "language_model": vk.LoRA(r=4, modules="mlp")},
+        {"projector": "full", "language_model": vk.LoRA(r=4, target_modules="mlp")},
         "paged_adamw",
     ),
     "two LoRAs on nf4-dq": (
         "nf4-dq",
         {
-            "vision_encoder": vk.LoRA(r=8, alpha=4),
-            "language_model": vk.LoRA(2, modules="attention"),
+            "vision_encoder": vk.LoRA(r=8, lora_alpha=4),
+            "language_model": vk.LoRA(2, target_modules="attention"),
         },
         "paged_adamw_8bit",
     ),

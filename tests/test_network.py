@@ -28,7 +28,7 @@ assert cli.main(["memory", "Qwen/Qwen2.5-VL-7B-Instruct"]) == 0
 model, processor = vk.load("pebble", plan="bf16")
 model = vk.finetuning.add_adapters(model, projector="full", language_model=vk.LoRA(r=4))
 rows = vk.tasks.dataset("vqa", n=4, seed=1)
-vk.finetuning.train(model, processor, rows, "runs/first", steps=1, batch_size=2)
+vk.finetuning.train(model, processor, rows, "runs/first", max_steps=1)
 vk.finetuning.save(model, "my-adapters")
 """
 

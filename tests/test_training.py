@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
 
 import vlmkit as vk
 from vlmkit.errors import CheckpointError, FinetuningError, ImageError
@@ -96,6 +97,8 @@ def test_each_component_has_its_learning_rate(rows, tmp_path):
 def test_a_projector_alone_beside_a_quantized_language_model(rows, tmp_path):
     run = train(tmp_path, rows, training={"projector": "full"})
     assert len(run.curve) == 4 and run.model.is_quantized
+    with pytest.raises(ValueError, match="purely quantized"):
+        transformers.Trainer(run.model)
 
 
 def test_early_stopping_brings_the_best_weights_back(rows, tmp_path):

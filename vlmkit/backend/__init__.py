@@ -7,8 +7,9 @@ checkpointing.py   activations computed twice rather than kept, under both of it
 cpu.py             guards against bitsandbytes' traps on a CPU
 mixed.py           several quantized formats in one model
 optimizers.py      optimizers by name
-passes.py          the attention and the precision of a model's passes, while it is trained
+passes.py          attention, precision and checks of a model's passes while it is trained
 quantizing.py      4-bit quantization on a CPU, with bitsandbytes' bytes, in a tenth of its time
 quiet.py           no progress bars and no advice from the libraries
 storages.py        the tensors behind a quantized weight
+validation.py      dataclasses that check names, with those of other libraries, and types
 """

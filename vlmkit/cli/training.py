@@ -55,10 +55,9 @@ def train(
 def _run(config, output):
     """Load, score, train, score again, and write the results."""
     import vlmkit as vk
-    from vlmkit.finetuning import configs
 
-    rows = configs.rows(config.data, "train")
-    questions = config.evaluation and configs.rows(config.evaluation, "evaluation")
+    rows = config.data.dataset("train")
+    questions = config.evaluation and config.evaluation.dataset("evaluation")
     model, processor = vk.load(config.model, config.plan, device=_device())
     _say(f"model      {config.model}")
     scores = []

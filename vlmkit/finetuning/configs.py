@@ -2,8 +2,7 @@
 
     config = read("train.yaml")
     config.train                # for vk.finetuning.add_adapters: {"projector": "full", ...}
-    rows(config.data, "train")  # for vk.finetuning.train, as are the settings:
-    config.settings
+    config.data.dataset("train"), config.settings   # for vk.finetuning.train
 
 The file is checked before anything is loaded: an unknown key would otherwise be a setting that was
 never set. docs/train.yaml is an example, docs/training.md explains it.
@@ -16,6 +15,7 @@ from typing import Literal
 
 import yaml
 
+from vlmkit import tasks
 from vlmkit.adapters import LoRA, parse, require_component
 from vlmkit.backend.optimizers import check_optimizer
 from vlmkit.backend.validation import Checked
@@ -105,41 +105,53 @@ class Settings(Checked, what="a setting of a training", beside=("eval_dataset",)
 
 
 @dataclass(frozen=True)
-class Rows(Checked, what="a key"):
-    """Where rows come from: a task of vlmkit, or published data.
+class TaskRows(Checked, what="a key for a task"):
+    """Rows of vlmkit's own tasks, as in `vk.tasks.dataset`. split: by default "train" for training
+    and "evaluation" for the questions."""
 
-    task, n, seed: as in `vk.tasks.dataset`. source, schema, name, prompt, limit: as in
-    `vk.tasks.from_dataset`; a path is relative to the current directory. split: of either; that of
-    a task is "train" for training and "evaluation" for the questions.
-    """
-
-    task: str | list | None = None
+    task: str | list
     n: int = 100
     seed: int = 0
-    source: str | None = None
+    split: str | None = None
+
+    def dataset(self, split):
+        """The rows as a `datasets.Dataset`. split: for rows without one."""
+        return tasks.dataset(self.task, self.n, self.seed, self.split or split)
+
+
+@dataclass(frozen=True)
+class SourceRows(Checked, what="a key for a source"):
+    """Rows of published data, as in `vk.tasks.from_dataset`. source: a hub id or a path, relative
+    to the current directory."""
+
+    source: str
     schema: str | None = None
+    split: str | None = None
     name: str | None = None
     prompt: str | None = None
     limit: int | None = None
-    split: str | None = None
+
+    def dataset(self, split):
+        """The rows as a `datasets.Dataset`, with pictures that are not decoded yet."""
+        return tasks.from_dataset(**vars(self), decode=False)
 
 
 @dataclass(frozen=True)
 class Config(Checked, what="a key"):
     """What a file says. model, plan: as in `vk.load`. train: {component: one of WAYS, or the fields
-    of a LoRA}. data, evaluation: the fields of Rows to learn from, and to ask before and after
+    of a LoRA}. data, evaluation: TaskRows or SourceRows, to learn from and to ask before and after
     training. settings: those of Settings. output: a folder.
 
-    `read` returns it with plan as a Plan, data and evaluation as Rows, and train as
-    `vk.finetuning.add_adapters` takes it.
+    `read` returns it with plan as a Plan, data and evaluation as TaskRows or SourceRows, and train
+    as `vk.finetuning.add_adapters` takes it.
     """
 
     model: str = "pebble"
     plan: str | dict | Plan | None = None
     train: dict | None = None
-    data: dict | Rows | None = None
+    data: dict | TaskRows | SourceRows | None = None
     settings: dict = field(default_factory=dict)
-    evaluation: dict | Rows | None = None
+    evaluation: dict | TaskRows | SourceRows | None = None
     output: str | None = None
 
 
@@ -164,16 +176,6 @@ def read(path):
         return _checked(_built(Config, said, "the file"))
     except VlmkitError as error:
         raise type(error)(f"{path}: {error}") from error
-
-
-def rows(source, split):
-    """The rows that a `Rows` describes, as a `datasets.Dataset`. split: for a task without one."""
-    from vlmkit import tasks
-
-    if source.task:
-        return tasks.dataset(source.task, source.n, source.seed, source.split or split)
-    named = {"name": source.name, "prompt": source.prompt, "limit": source.limit}
-    return tasks.from_dataset(source.source, source.schema, source.split, decode=False, **named)
 
 
 def _checked(config):
@@ -220,19 +222,14 @@ def _way(component, said):
 
 
 def _source(said, where):
-    found = _built(Rows, said, where)
-    if bool(found.task) == bool(found.source):
+    if "source" not in said:
+        _built(TaskRows, {"task": ""} | said, where)  # names a misspelt key
+    if ("task" in said) == ("source" in said):
         raise FinetuningError(
             f"{where} names either a task (of vlmkit) or a source (published data), and here it "
-            f"names {'both' if found.task else 'neither'}."
+            f"names {'both' if 'task' in said else 'neither'}."
         )
-    kind, others = "task", ("schema", "name", "prompt", "limit")
-    if found.source:
-        kind, others = "source", ("n", "seed")
-    for key in others:
-        if key in said:
-            raise FinetuningError(f"{where}: {key} does nothing for a {kind}.")
-    return found
+    return _built(TaskRows if "task" in said else SourceRows, said, where)
 
 
 class _Loader(yaml.SafeLoader):

@@ -174,26 +174,19 @@ def _mean_of(vector):
 def _require_base(model, path):
     """Raise FinetuningError if `model` is not the base that the notes at `path` describe."""
     notes = json.loads((path / NOTES).read_text(encoding="utf-8"))
-    wrong = _difference(model, **notes["fingerprint"])
+    wanted, found = notes["fingerprint"]["architecture"], type(unwrapped(model)).__name__
+    held = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    wrong = [f"that is a {wanted}, and this a {found}"] if found != wanted else []
+    for name, mean in notes["fingerprint"]["means"].items():
+        if name not in held:
+            wrong.append(f"{name} is not in this model")
+        elif abs(_mean_of(held[name]) - mean) > 0.01 * mean + 1e-6:
+            wrong.append(f"{name} differs")
     if wrong:
         raise FinetuningError(
             f"{path} was trained on {notes['base'] or 'another model'}, and this model is another: "
-            f"{wrong}. Load that one, and give what vk.load returns."
+            f"{wrong[0]}. Load that one, and give what vk.load returns."
         )
-
-
-def _difference(model, architecture, means):
-    """How `model` differs from a fingerprint, in words; None where it does not."""
-    found = type(unwrapped(model)).__name__
-    if found != architecture:
-        return f"that is a {architecture}, and this a {found}"
-    held = {plain_name(name): parameter for name, parameter in model.named_parameters()}
-    for name, mean in means.items():
-        if name not in held:
-            return f"{name} is not in this model"
-        if abs(_mean_of(held[name]) - mean) > 0.01 * mean + 1e-6:
-            return f"{name} differs"
-    return None
 
 
 # --- merging --------------------------------------------------------------------------------------
@@ -212,12 +205,12 @@ def merge(model):
     """
     import pandas
 
+    from vlmkit.loading.audit import format_of
+
     if not hasattr(model, "peft_config"):
         raise FinetuningError(
             "the model has no adapters to merge: what is trained in full is part of it already"
         )
-    from vlmkit.loading.audit import format_of
-
     component_of = component_finder(model)
     wanted = {}
     for name, module in model.named_modules():
