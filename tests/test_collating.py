@@ -1,4 +1,4 @@
-"""Batches: the loss on the answer and nothing else, nothing cut, nothing lost without a word."""
+"""Batches: the loss counts the answer alone, nothing is cut, and what is skipped is counted."""
 
 import io
 
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def pebble():
-    return vk.load("pebble")
+def processor():
+    return vk.load("pebble")[1]
 
 
 def rows(n=6, task="all"):
@@ -31,8 +31,7 @@ def answers_in(batch, processor):
     return [processor.tokenizer.decode(row[row != IGNORED]) for row in batch["labels"]]
 
 
-def test_the_loss_sees_the_answer_and_its_end(pebble):
-    _, processor = pebble
+def test_the_loss_sees_the_answer_and_its_end(processor):
     asked = rows(12)
     batch = Collator(processor)(asked)
     assert answers_in(batch, processor) == [f" {row['answer']}<|end|>" for row in asked]
@@ -41,8 +40,8 @@ def test_the_loss_sees_the_answer_and_its_end(pebble):
     assert batch["labels"].shape == batch["input_ids"].shape
 
 
-def test_before_the_answer_stands_what_the_model_is_asked(pebble):
-    model, processor = pebble
+def test_before_the_answer_is_the_prompt_of_ask(processor):
+    model, _ = vk.load("pebble")
     row = rows(1)[0]
     batch = Collator(processor)([row])
     prompt = prepared(model, processor, [row["images"]], [row["question"]], 8)["input_ids"][0]
@@ -66,15 +65,13 @@ def test_a_template_without_an_end_gets_one(tmp_path):
     assert answers_in(Collator(processor)([row]), processor) == [f"{row['answer']}<end>"]
 
 
-def test_answers_are_data_too(pebble):
-    _, processor = pebble
+def test_answers_are_data_too(processor):
     row = rows(1)[0] | {"answer": "<|end|> red <image>"}
     batch = Collator(processor)([row])
     assert answers_in(batch, processor) == [" < |end|> red < image><|end|>"]
 
 
-def test_token_table_shows_pictures_once(pebble):
-    _, processor = pebble
+def test_token_table_shows_pictures_once(processor):
     table = token_table(processor, rows(1)[0])
     assert table.loc[table["token"] == "<image>", "repeated"].tolist() == [49]
     assert table["in_loss"].any() and not table["in_loss"].iloc[0]
@@ -84,8 +81,7 @@ def test_token_table_shows_pictures_once(pebble):
 # --- what does not fit, and what cannot be read ---------------------------------------------------
 
 
-def test_a_sample_that_is_too_long_is_an_error_or_counted(pebble):
-    _, processor = pebble
+def test_a_sample_that_is_too_long_is_an_error_or_counted(processor):
     short, long = rows(1, "vqa")[0], rows(1, "video")[0]
     with pytest.raises(FinetuningError, match="4 images.*max_length is 100.*never|cut"):
         Collator(processor, 100)([short, long])
@@ -93,56 +89,39 @@ def test_a_sample_that_is_too_long_is_an_error_or_counted(pebble):
     batch = collator([long, short, long])
     assert len(batch["input_ids"]) == 1 and collator.skipped == {"too long": 2}
     assert answers_in(batch, processor) == [f" {short['answer']}<|end|>"]
-    again = collator([long])  # nothing is left, so the last good one is asked once more
+    again = collator([long])  # nothing is left, so the last good one is used once more
     assert torch.equal(again["input_ids"], batch["input_ids"])
-
-
-def test_nothing_good_so_far(pebble):
-    _, processor = pebble
     with pytest.raises(FinetuningError, match="No sample so far could be used.*too long"):
-        Collator(processor, 100, too_long="skip")(rows(1, "video"))
+        Collator(processor, 100, too_long="skip")([long])
 
 
-def broken():
-    row = rows(1)[0]
-    file = io.BytesIO()
+def test_a_damaged_picture_is_named(processor):
+    row, file = rows(1)[0], io.BytesIO()
     row["images"][0].save(file, "PNG")
+    cut = {"bytes": file.getvalue()[:200], "path": "cut.png"}
     features = Features(images=List(Image()), question=Value("string"), answer=Value("string"))
-    return Dataset.from_dict(
-        {
-            "images": [[{"bytes": file.getvalue()[:200], "path": "cut.png"}]],
-            "question": ["Which?"],
-            "answer": ["red"],
-        },
-        features=features,
-    )
-
-
-def test_a_damaged_picture_is_named(pebble):
-    _, processor = pebble
-    data = undecoded(broken())
+    data = {"images": [[cut]], "question": ["Which?"], "answer": ["red"]}
+    bad = undecoded(Dataset.from_dict(data, features=features))[0]
     with pytest.raises(ImageError, match=r"Which\?.*cut\.png is damaged"):
-        Collator(processor)([data[0]])
+        Collator(processor)([bad])
     collator = Collator(processor, unreadable="skip")
-    collator([data[0], *rows(2)])
+    collator([bad, row])
     assert collator.skipped == {"unreadable": 1}
 
 
 @pytest.mark.parametrize("answer", ["", "  ", None])
-def test_an_empty_answer_is_an_error(pebble, answer):
-    _, processor = pebble
+def test_an_empty_answer_is_an_error(processor, answer):
     with pytest.raises(FinetuningError, match="answer to .* is empty"):
         Collator(processor)([rows(1)[0] | {"answer": answer}])
 
 
-def test_a_missing_column_is_named(pebble):
-    _, processor = pebble
+def test_a_missing_column_is_named(processor):
     picture = Pictures.new("RGB", (84, 84))
     with pytest.raises(FinetuningError, match="lacks images; it has image, question, answer"):
         Collator(processor)([{"image": picture, "question": "Which?", "answer": "red"}])
 
 
 @pytest.mark.parametrize("wrong", [{"too_long": "cut"}, {"max_length": 0}, {"unreadable": None}])
-def test_settings_that_cannot_be(pebble, wrong):
-    with pytest.raises(FinetuningError):
-        Collator(pebble[1], **wrong)
+def test_settings_that_cannot_be(processor, wrong):
+    with pytest.raises(FinetuningError, match=next(iter(wrong))):
+        Collator(processor, **wrong)

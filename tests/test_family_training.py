@@ -41,28 +41,22 @@ def test_two_steps(name, family, rows, tmp_path):
     vk.audit(model, "recommended")
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     run = vk.finetuning.train(
-        model,
-        PROCESSORS[name](),
-        rows,
-        tmp_path,
-        max_steps=2,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        warmup_steps=0,
-    )
+        model, PROCESSORS[name](), rows, tmp_path, max_steps=2, per_device_train_batch_size=4,
+        learning_rate=1e-2, warmup_steps=0,
+    )  # fmt: skip
     assert run.curve["loss"].notna().all() and len(run.curve) == 2
     vk.audit(model, "recommended")
     component_of = component_finder(model)
     changed = {n for n, p in model.named_parameters() if p.ne(before[n]).any()}
     assert {component_of(n) for n in changed} == set(ways)
-    silent = set(run.no_gradient["parameter"])
+    without = set(run.no_gradient["parameter"])
     if name in ("llava", "llava_next"):  # vision_feature_layer=-2: the last layer feeds nothing
-        assert silent and all("vision_tower.encoder.layers.1." in n for n in silent)
+        assert without and all("vision_tower.encoder.layers.1." in n for n in without)
         assert run.no_gradient["why"].str.contains("vision_feature_layer is -2").all()
     else:
-        assert silent == set()
+        assert without == set()
     # an A learns from the second step on, when its B is no longer zero
-    assert changed == {n for n, p in model.named_parameters() if p.requires_grad} - silent
+    assert changed == {n for n, p in model.named_parameters() if p.requires_grad} - without
 
 
 @pytest.mark.parametrize("name", PROCESSORS)

@@ -17,19 +17,19 @@ from vlmkit.memory.ledger import CACHE
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 OPTIMIZERS = {
-    "adamw": torch.optim.AdamW,
+    "adamw_torch_fused": torch.optim.AdamW,
     "adamw_8bit": bnb.optim.AdamW8bit,
-    "paged_adamw": bnb.optim.PagedAdamW,
+    "paged_adamw_32bit": bnb.optim.PagedAdamW,
     "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
 }
 WAYS = {
-    "LoRA on nf4": ("recommended", {"language_model": vk.LoRA()}, "adamw"),
-    "full": ("bf16", None, "adamw"),
+    "LoRA on nf4": ("recommended", {"language_model": vk.LoRA()}, "adamw_torch_fused"),
+    "full": ("bf16", None, "adamw_torch_fused"),
     "full, 8 bits": ("bf16", None, "adamw_8bit"),
     "two ways": (
         "recommended",
         {"projector": "full", "language_model": vk.LoRA(r=4, target_modules="mlp")},
-        "paged_adamw",
+        "paged_adamw_32bit",
     ),
     "two LoRAs on nf4-dq": (
         "nf4-dq",

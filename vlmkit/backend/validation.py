@@ -11,16 +11,13 @@ from typing import Literal, get_args, get_origin
 from vlmkit.errors import FinetuningError, did_you_mean
 
 RIGHT_NAMES = {
-    "max_steps": "steps num_steps total_steps max_train_steps iters",
+    "max_steps": "steps num_steps total_steps max_train_steps",
     "num_train_epochs": "epochs num_epochs n_epochs max_epochs",
-    "per_device_train_batch_size": "batch batch_size train_batch_size per_device_batch_size "
-    "micro_batch_size",
-    "gradient_accumulation_steps": "accumulation accumulation_steps gradient_accumulation "
-    "accumulate_grad_batches grad_accum",
+    "per_device_train_batch_size": "batch batch_size per_device_batch_size micro_batch_size",
+    "gradient_accumulation_steps": "accumulation gradient_accumulation accumulate_grad_batches",
     "learning_rate": "rate lr",
     "warmup_steps": "warmup warmup_ratio num_warmup_steps",
     "lr_scheduler_type": "schedule scheduler lr_scheduler lr_schedule",
-    "weight_decay": "decay wd",
     "max_grad_norm": "clip grad_clip clip_grad_norm gradient_clip_val",
     "optim": "optimizer",
     "bf16": "precision mixed_precision fp16 fp32 dtype",

@@ -164,12 +164,10 @@ def read(path):
     path = Path(path).expanduser()
     try:
         said = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506, a SafeLoader
-    except FileNotFoundError as error:
-        raise FinetuningError(
-            f"There is no file {path}; the current directory is {Path.cwd()}."
-        ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise FinetuningError(f"{path} cannot be read as text: {error}") from error
+        raise FinetuningError(
+            f"{path} cannot be read: {error}. The current directory is {Path.cwd()}."
+        ) from error
     except yaml.YAMLError as error:
         raise FinetuningError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     try:

@@ -65,6 +65,7 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
             "nothing in this model is trainable: begin with vk.finetuning.add_adapters"
         )
     dataset = _checked(dataset, settings)
+    from accelerate.utils import gather_object
     from transformers import EarlyStoppingCallback
 
     from vlmkit.finetuning import trainer as trainers
@@ -102,8 +103,8 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
         trainer.evaluate()
         curve, evaluations = _tables(trainer.state.log_history)
     _warn_about(gradients.no_gradient)
-    skipped = _on_all_processes(collator.skipped)
-    return Run(model, curve, evaluations, gradients.no_gradient, skipped)
+    skipped = sum(gather_object([collator.skipped]), start=Counter())  # on all processes
+    return Run(model, curve, evaluations, gradients.no_gradient, dict(skipped))
 
 
 def _checked(dataset, settings):
@@ -122,8 +123,8 @@ def _checked(dataset, settings):
 
 
 def _require_same(settings, folder, last):
-    """Raise FinetuningError if `folder` holds a checkpoint, `last`, of other settings. If it holds
-    none, note the settings in it."""
+    """Raise FinetuningError if `last`, the checkpoint in `folder`, has other settings. If there is
+    none, note the settings in the folder."""
     notes = folder / SETTINGS
     asked = json.loads(json.dumps(asdict(settings) | {"processes": _processes()}))
     if notes.exists() and last:
@@ -190,28 +191,15 @@ def _arguments(settings, model, output_dir, evaluates):
     return arguments
 
 
-def _on_all_processes(counts):
-    """The sum of the Counters of all processes, as a dictionary."""
-    from accelerate.utils import gather_object
-
-    return dict(sum(gather_object([counts]), start=Counter()))
-
-
 def _tables(history):
     """(curve, evaluations) from a Trainer's log, as DataFrames."""
     import pandas
 
-    steps = ["step", "loss", "learning_rate", "grad_norm"]
-    asked = {"step": "step", "accuracy": "eval_accuracy", "low": "eval_low", "high": "eval_high"}
-    return (
-        pandas.DataFrame(
-            [{n: e.get(n) for n in steps} for e in history if "loss" in e], columns=steps
-        ),
-        pandas.DataFrame(
-            [{n: e[key] for n, key in asked.items()} for e in history if "eval_accuracy" in e],
-            columns=list(asked),
-        ),
-    )
+    log = pandas.DataFrame(history).rename(columns=lambda name: name.removeprefix("eval_"))
+    curve = log.reindex(columns=["step", "loss", "learning_rate", "grad_norm"])
+    asked = log.reindex(columns=["step", "accuracy", "low", "high"])
+    curve, asked = curve.dropna(subset="loss"), asked.dropna(subset="accuracy")
+    return curve.reset_index(drop=True), asked.reset_index(drop=True)
 
 
 def _warn_about(no_gradient):

@@ -32,7 +32,7 @@ def predict(
     batch=1,
     training=None,
     checkpointing=False,
-    optimizer="adamw",
+    optimizer="adamw_torch_fused",
     prepare_kbit=False,
     allocator=None,
 ):
@@ -58,7 +58,7 @@ def predict(
     checkpointing: whether layers are run once more going backward, in place of keeping everything,
         as `model.activation_checkpointing_enable()` has it. That gives gradients to the input of
         every part, so that a frozen vision encoder is gone through backward as well.
-    optimizer: "adamw", "adamw_8bit", "paged_adamw" or "paged_adamw_8bit".
+    optimizer: "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit" or "paged_adamw_8bit".
     prepare_kbit: whether `peft.prepare_model_for_kbit_training` makes float32 of what is not
         quantized.
     allocator: "cuda" for a GPU: what bitsandbytes' kernels need there, and what PyTorch's caching

@@ -42,14 +42,14 @@ def gradient_entries(learnt, component_of):
 
 
 def optimizer_entries(optimizer, parameters, component_of):
-    """Entries of the states of `optimizer`, one of `vlmkit.finetuning.settings.OPTIMIZERS`.
+    """Entries of the states of `optimizer`, one of `vlmkit.backend.optimizers.OPTIMIZERS`.
 
     parameters: {name: (elements, bytes of an element)} of those that get a gradient, in the model's
         order. The others get no states.
     """
     tables = [STATE_CODE, STATE_CODE] if optimizer.endswith("8bit") else []
     for name, (elements, width) in parameters.items():
-        if optimizer == "adamw":
+        if optimizer == "adamw_torch_fused":
             sizes = [elements * width] * 2 + [4]  # moments in the parameter's dtype, and the step
         elif optimizer.endswith("8bit") and elements >= SMALLEST_8BIT:
             sizes = [elements] * 2 + [4 * ceil(elements / STATE_BLOCK)] * 2 + tables
@@ -74,7 +74,7 @@ def step_bytes(optimizer, parameters):
     PyTorch's AdamW goes through the parameters one by one: for each it makes two tensors of its
     size, while the one that it was left with before is still there. bitsandbytes' makes none.
     """
-    if optimizer != "adamw":
+    if optimizer != "adamw_torch_fused":
         return 0
     sizes = [elements * width for elements, width in parameters.values()]
     return max((before + 2 * size for before, size in pairwise([0, *sizes])), default=0)
