@@ -257,7 +257,7 @@ def test_adapters_on_adapters(loaded):
 @pytest.mark.parametrize(
     "values, said",
     [
-        ({"r": 0}, "r, the rank of a LoRA, is 1 or more, not 0"),
+        ({"r": 0}, "r is a whole number from 1, not 0"),
         ({"r": 8.0}, "r is int, not 8.0"),
         ({"r": True}, "r is int, not True"),
         ({"lora_dropout": 1}, "from 0 to below 1, not 1"),

@@ -47,8 +47,6 @@ class LoRA(Checked, what="a field of a LoRA"):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.r < 1:
-            raise FinetuningError(f"r, the rank of a LoRA, is 1 or more, not {self.r}.")
         if not 0 <= self.lora_dropout < 1:
             raise FinetuningError(f"lora_dropout is from 0 to below 1, not {self.lora_dropout}.")
 

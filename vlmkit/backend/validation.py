@@ -54,8 +54,8 @@ class Checked:
     what: what a field is, for errors, such as "a setting of a training".
     beside: names that are right elsewhere in the same call.
 
-    Raises FinetuningError for an unknown name, with the right or the nearest one, and for a value
-    of another type than its field's.
+    Raises FinetuningError for an unknown name, with the right or the nearest one, for a value of
+    another type than its field's, and for a whole number below 1 if the default is not 0.
     """
 
     def __init_subclass__(cls, what, beside=()):
@@ -82,8 +82,13 @@ class Checked:
             try:
                 type_validator(field.name, value, field.type)
             except TypeError:
-                kind = getattr(field.type, "__name__", str(field.type)).replace(" | ", " or ")
-                raise FinetuningError(f"{field.name} is {kind}, not {value!r}.") from None
+                kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+                raise FinetuningError(
+                    f"{field.name} is {kind.replace(' | ', ' or ')}, not {value!r}."
+                ) from None
+            counts = field.type in (int, int | None) and field.default != 0
+            if counts and value is not None and value < 1:
+                raise FinetuningError(f"{field.name} is a whole number from 1, not {value}.")
 
 
 def require_among(name, value, known):

@@ -9,7 +9,7 @@ never set. docs/train.yaml is an example, docs/training.md explains it.
 """
 
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,17 +22,6 @@ from vlmkit.backend.validation import Checked
 from vlmkit.errors import FinetuningError, VlmkitError
 from vlmkit.finetuning.collating import RAISE
 from vlmkit.plan import Plan
-
-COUNTED = (
-    "max_steps",
-    "size",
-    "accumulation_steps",
-    "eval_steps",
-    "patience",
-    "save_steps",
-    "length",
-)
-"""How the names of settings end that are at least 1."""
 
 WAYS = {None: None, "frozen": None, "full": "full", "lora": LoRA()}
 """How a file says what a component learns, besides a mapping with the fields of a LoRA."""
@@ -88,9 +77,6 @@ class Settings(Checked, what="a setting of a training", beside=("eval_dataset",)
 
     def __post_init__(self):
         super().__post_init__()
-        for name, value in asdict(self).items():
-            if value is not None and name.endswith(COUNTED) and value < 1:
-                raise FinetuningError(f"{name} is a whole number from 1, not {value}.")
         check_optimizer(self.optim)
         rates = self.learning_rate
         for component, rate in (rates if isinstance(rates, dict) else {None: rates}).items():
