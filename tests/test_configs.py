@@ -12,7 +12,7 @@ from test_training import TWO_CPUS, launched
 import vlmkit as vk
 from vlmkit import cli
 from vlmkit.errors import FinetuningError, PlanError
-from vlmkit.finetuning import Settings, configs
+from vlmkit.finetuning import Settings, settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLE = Path(__file__).parent.parent / "docs" / "train.yaml"
@@ -37,7 +37,7 @@ def file(tmp_path):
 
 
 def test_the_example_shows_every_setting():
-    config = configs.read(EXAMPLE)
+    config = settings.read(EXAMPLE)
     lora = vk.LoRA(r=16, lora_alpha=16)
     assert config.train == {"vision_encoder": None, "projector": "full", "language_model": lora}
     assert config.plan == vk.Plan(vision_encoder="bf16", projector="bf16", language_model="nf4")
@@ -46,18 +46,18 @@ def test_the_example_shows_every_setting():
         max_steps=100, learning_rate=rates, eval_steps=50, save_steps=50
     )
     text = EXAMPLE.read_text()
-    for kind in (configs.Config, configs.TaskRows, configs.SourceRows, vk.LoRA, Settings):
+    for kind in (settings.Config, settings.TaskRows, settings.SourceRows, vk.LoRA, Settings):
         assert [n for n in kind.__dataclass_fields__ if f"{n}:" not in text] == []
 
 
 def test_rows_of_tasks_and_of_files(file, tmp_path):
-    data = configs.read(file()).data
+    data = settings.read(file()).data
     assert data.dataset("train")[3] == vk.tasks.dataset("vqa", 16, split="train")[3]
     row = vk.tasks.dataset("vqa", 1)[0]
     row["images"][0].save(tmp_path / "1.png")
     told = {"image": "1.png", "question": row["question"], "answer": row["answer"]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(told) + "\n")
-    data = configs.read(file(data={"source": str(tmp_path / "rows.jsonl"), "limit": 1})).data
+    data = settings.read(file(data={"source": str(tmp_path / "rows.jsonl"), "limit": 1})).data
     assert data.dataset("train")[0]["answer"] == row["answer"]
 
 
@@ -90,22 +90,22 @@ def test_rows_of_tasks_and_of_files(file, tmp_path):
 )
 def test_what_is_wrong_is_named(changes, message, file):
     with pytest.raises(FinetuningError, match=f"train.yaml: .*{message}"):
-        configs.read(file(**changes))
+        settings.read(file(**changes))
 
 
 def test_what_is_no_config(file, tmp_path):
     with pytest.raises(PlanError, match="train.yaml: .*'nf4'"):
-        configs.read(file(plan={"language_model": "nf5"}))
+        settings.read(file(plan={"language_model": "nf5"}))
     with pytest.raises(
         FinetuningError, match="nowhere.yaml cannot be read: .*No such file.* current dir"
     ):
-        configs.read(tmp_path / "nowhere.yaml")
+        settings.read(tmp_path / "nowhere.yaml")
     with pytest.raises(FinetuningError, match="a mapping of keys to values"):
-        configs.read(file(text="- a list"))
+        settings.read(file(text="- a list"))
     with pytest.raises(FinetuningError, match="is not YAML: .*line 2"):
-        configs.read(file(text="model: [pebble\ntrain: }"))
+        settings.read(file(text="model: [pebble\ntrain: }"))
     with pytest.raises(FinetuningError, match="'model' is there twice.*line 1"):
-        configs.read(file(text="model: pebble\nmodel: other\n"))
+        settings.read(file(text="model: pebble\nmodel: other\n"))
 
 
 def test_a_training_from_a_file(file, tmp_path, capsys):
@@ -140,11 +140,11 @@ def test_mistakes_are_told_in_a_sentence(file, capsys):
 
 @pytest.mark.slow
 def test_two_processes_train_from_a_file(file, tmp_path):
-    def settings(size):
+    def of(size):
         return {"max_steps": 2, "per_device_train_batch_size": size, "bf16": False}
 
-    assert cli.main(["train", str(file(plan="fp32", settings=settings(4)))]) == 0
-    path = file(plan="fp32", settings=settings(2), output=str(tmp_path / "two"))
+    assert cli.main(["train", str(file(plan="fp32", settings=of(4)))]) == 0
+    path = file(plan="fp32", settings=of(2), output=str(tmp_path / "two"))
     assert launched(TWO_CPUS, "-m", "vlmkit", "train", path).count("written to") == 1
     alone, two = (pd.read_csv(tmp_path / name / "loss.csv")["loss"] for name in ("out", "two"))
     assert two.tolist() == pytest.approx(alone.tolist(), rel=2e-3)
@@ -154,7 +154,7 @@ def test_the_configs_of_the_page_on_training_are_read(tmp_path):
     page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
     ours, fsdp = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     (tmp_path / "train.yaml").write_text(ours)
-    said = configs.read(tmp_path / "train.yaml")
+    said = settings.read(tmp_path / "train.yaml")
     assert said.model == "Qwen/Qwen2.5-VL-7B-Instruct"
     assert said.settings["gradient_accumulation_steps"] == 16
     tried = yaml.safe_load((Path(__file__).parent / "data" / "fsdp.yaml").read_text())

@@ -39,9 +39,9 @@ def train(
     ] = False,
 ):
     """Train a model component by component as a YAML file says, and score it before and after."""
-    from vlmkit.finetuning import configs
+    from vlmkit.finetuning.settings import read
 
-    config = configs.read(config)
+    config = read(config)
     output = Path(config.output).expanduser()
     # Only the first process looks: when the others do, it can have begun to write.
     if _is_first() and output.exists() and any(output.iterdir()) and not resume:

@@ -8,19 +8,19 @@ Each component is frozen (None, or left out), trained in full ("full"), or given
 (a `vk.LoRA`; see vlmkit.adapters).
 
 collating.py   rows to batches, with labels on the answers
-configs.py     settings, and a training as a YAML file for `vlmkit train`
-training.py, trainer.py   the training, on transformers' Trainer
+settings.py    settings, and a training as a YAML file for `vlmkit train`
+runs.py, trainer.py   the training, on transformers' Trainer
 gradients.py   which trainable tensors get no gradient, and why
-saving.py      what was trained, to disk and back, and merged into the weights
+saved.py       what was trained, to disk and back, and merged into the weights
 """
 
 from vlmkit.adapters import LoRA, Target, adapted, parse, targets
 from vlmkit.errors import FinetuningError
 from vlmkit.finetuning.collating import Collator, token_table
-from vlmkit.finetuning.configs import Settings
 from vlmkit.finetuning.gradients import gradient_report
-from vlmkit.finetuning.saving import load, merge, save
-from vlmkit.finetuning.training import Run, train
+from vlmkit.finetuning.runs import Run, train
+from vlmkit.finetuning.saved import load, merge, save
+from vlmkit.finetuning.settings import Settings
 
 __all__ = [
     "Collator",

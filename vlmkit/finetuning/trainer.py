@@ -15,7 +15,7 @@ from vlmkit.anatomy import component_finder
 from vlmkit.backend import passes
 from vlmkit.errors import FinetuningError, brief
 from vlmkit.evaluation import evaluate
-from vlmkit.finetuning import saving
+from vlmkit.finetuning import saved
 from vlmkit.finetuning.gradients import gradient_report
 
 COMPLETE = "trainer_state.json"
@@ -107,11 +107,11 @@ class Trainer(transformers.Trainer):
 
     def save_model(self, output_dir=None, _internal_call=False):
         model = self.accelerator.unwrap_model(self.model)
-        tensors = saving.gathered(model)
+        tensors = saved.gathered(model)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            saving.write(model, folder, tensors)
+            saved.write(model, folder, tensors)
 
     def _save_checkpoint(self, model, trial):
         try:
@@ -127,7 +127,7 @@ class Trainer(transformers.Trainer):
             ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        saving.restore(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+        saved.restore(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)

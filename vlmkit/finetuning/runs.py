@@ -19,7 +19,7 @@ from vlmkit.backend import checkpointing
 from vlmkit.errors import FinetuningError
 from vlmkit.evaluation import COLUMNS, lacking_columns
 from vlmkit.finetuning.collating import Collator, undecoded
-from vlmkit.finetuning.configs import Settings
+from vlmkit.finetuning.settings import Settings
 
 SETTINGS = "settings.json"
 
