@@ -8,9 +8,8 @@ import torch
 from families import FAMILIES, differing, inputs, state
 
 import vlmkit as vk
-from vlmkit.anatomy import on_meta
-from vlmkit.checkpoints import read_config
 from vlmkit.formats import dequantize, quantize
+from vlmkit.layout import layout_of
 from vlmkit.memory import compare, measure, predict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,14 +67,14 @@ def check(folder, plan):
     preview = vk.preview(folder, plan)
     model, _ = vk.load(folder, plan, processor=False)
     audit = vk.audit(model, plan)
-    assert audit.held == preview.held  # every parameter: format, count and bytes
+    assert audit.rows == preview.rows  # every parameter: format, count and bytes
     predicted = compare(predict(folder, plan), measure(model))
     assert not predicted["difference"].any(), predicted
     before = state(model)
     assert generate(model) == generate(model)
     assert differing(before, state(model)) == []
     assert vk.audit(model, plan) == audit
-    layout = plan.resolve(on_meta(read_config(folder)))
+    layout = layout_of(folder, plan)
     # LLM.int8 rounds the activations as well, which the reference does not
     least = 0.998 if "int8" in layout.quantized.values() else 0.9999
     assert agreement(logits(model), references_logits(folder, layout)) > least

@@ -12,9 +12,9 @@ import torch
 from families import FAMILIES, differing, inputs, state
 
 import vlmkit as vk
-from vlmkit.anatomy import on_meta
 from vlmkit.checkpoints import read_config
 from vlmkit.errors import AuditError, CheckpointError, PlanError
+from vlmkit.layout import layout_of
 from vlmkit.loading import plan_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,7 +100,7 @@ def test_ledger_and_preview_of_what_is_stored(family, tmp_path):
     vk.save(load(family("llava"), TWO), None, tmp_path / "saved")
     again = load(tmp_path / "saved")
     assert vk.memory.predict(tmp_path / "saved").by_kind == vk.memory.measure(again).by_kind
-    assert vk.preview(tmp_path / "saved").held == vk.audit(again, TWO).held
+    assert vk.preview(tmp_path / "saved").rows == vk.audit(again, TWO).rows
     # what another plan would cost may be asked, if not loaded
     bf16 = vk.memory.predict(family("llava"), "bf16").total
     assert vk.memory.predict(tmp_path / "saved", "bf16").total == bf16
@@ -204,9 +204,8 @@ def test_short_names_become_full_ones(family, tmp_path):
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "mllama"])
 def test_plan_of_a_model(name, plan, family):
     model = load(family(name), PLANS[plan])
-    meta = on_meta(model.config)
     asked, implied = (
-        {row.name: row.format for row in p.resolve(meta).rows}
+        {row.name: row.format for row in layout_of(model, p).rows}
         for p in (PLANS[plan], plan_of(model))
     )
     assert implied == asked

@@ -21,11 +21,12 @@ from pathlib import Path
 
 from vlmkit.anatomy import on_meta
 from vlmkit.backend.quiet import quiet
+from vlmkit.checkpoints import stored_formats
 from vlmkit.errors import CheckpointError
 from vlmkit.folders import whole_folder
 from vlmkit.formats import FORMATS, torch_dtype
+from vlmkit.layout import layout_of
 from vlmkit.loading.audit import audit_layout, plan_of
-from vlmkit.stored import stored_formats
 from vlmkit.units import MEGABYTE
 
 
@@ -50,7 +51,7 @@ def save(model, processor, path, *, overwrite=False):
             "vk.save(model.merge_and_unload(), ...). Or use model.save_pretrained(path), "
             "which leaves out a component trained in full; vk.save(model.unload(), ...) keeps that."
         )
-    layout = plan_of(model).resolve(on_meta(model.config, trust_remote_code=True))
+    layout = layout_of(model, plan_of(model))
     size = audit_layout(model, layout).total
     need = f"The model takes {size / MEGABYTE:,.2f} MB."
     with whole_folder(path, overwrite=overwrite, size=size, need=need) as folder:
