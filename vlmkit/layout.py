@@ -4,7 +4,7 @@
     layout.rows                        # what each parameter is, was asked for, and gets
     layout.quantization_config()       # transformers' own BitsAndBytesConfig
 
-Loading, auditing, the memory ledger, linting and the planner all use the same Layout, so they cannot
+Loading, the audit, the memory ledger, lint and the planner all use the same Layout, so they cannot
 disagree.
 """
 

@@ -43,12 +43,10 @@ def quantization_config(linears, quantized, class_skips=()):
     Returns a BitsAndBytesConfig for one format, a `vlmkit.backend.mixed.MixedConfig` for several,
     and None for none. Raises PlanError for what a skip list cannot express.
     """
-    configs = [
-        _config_of(
-            name, linears, {m for m, given in quantized.items() if given == name}, class_skips
-        )
-        for name in sorted(set(quantized.values()))
-    ]
+    configs = []
+    for name in sorted(set(quantized.values())):
+        modules = {module for module, given in quantized.items() if given == name}
+        configs.append(_config_of(name, linears, modules, class_skips))
     if len(configs) < 2:
         return configs[0] if configs else None
     from vlmkit.backend.mixed import MixedConfig

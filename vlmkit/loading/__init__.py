@@ -1,4 +1,4 @@
-"""Loading: a model and its processor under a plan, and the audit that proves that the plan was kept.
+"""Loading: a model and its processor under a plan, and the audit that proves what was loaded.
 
     vk.preview("pebble", plan)                        # what a load would give
     model, processor = vk.load("pebble", plan)        # a transformers model, an AutoProcessor
