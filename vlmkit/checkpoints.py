@@ -59,12 +59,6 @@ def find(name, *, revision=None, weights=True, trust_remote_code=False):
 
 def _from_hub(name, revision, weights, trust_remote_code):
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     wanted = ["*.json", "*.jinja", "*.txt", "*.model"]
     wanted += ["model*.safetensors"] * weights + ["*.py"] * trust_remote_code
@@ -77,27 +71,25 @@ def _from_hub(name, revision, weights, trust_remote_code):
         pass
     try:
         return Path(snapshot_download(name, **kwargs))
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{name} asks its users to accept a license. Accept it on the model's page of the hub, "
-            f"then log in with `hf auth login`. {OFFLINE}"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(f"{name} has no revision {revision!r} on the hub.") from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"There is no checkpoint {name!r}. It is not a folder here, and the hub has no public "
-            f"model of that id. {OFFLINE}"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{name} is not a folder here and not in the hub's cache, and the hub cannot be "
-            f"reached. Check the network (or HF_HUB_OFFLINE), or use the bundled model. {OFFLINE}"
-        ) from error
-    except Exception as error:  # httpx, disk and proxy errors of many kinds
-        raise CheckpointError(
-            f"{name} could not be fetched from the hub: {brief(error)}. {OFFLINE}"
-        ) from error
+    except Exception as error:  # the hub's, httpx's, a proxy's and the disk's
+        raise CheckpointError(_why_not_fetched(name, revision, error)) from error
+
+
+def _why_not_fetched(name, revision, error):
+    from huggingface_hub import errors
+
+    reasons = {
+        errors.GatedRepoError: f"{name} asks its users to accept a license. Accept it on the "
+        "model's page of the hub, then log in with `hf auth login`.",
+        errors.RevisionNotFoundError: f"{name} has no revision {revision!r} on the hub. Leave "
+        "revision out to get the newest.",
+        errors.RepositoryNotFoundError: f"There is no checkpoint {name!r}. It is not a folder "
+        "here, and the hub has no public model of that id.",
+        errors.LocalEntryNotFoundError: f"{name} is not a folder here and not in the hub's cache, "
+        "and the hub cannot be reached. Check the network (or HF_HUB_OFFLINE).",
+        Exception: f"{name} could not be fetched from the hub: {brief(error)}.",
+    }
+    return next(text for kind, text in reasons.items() if isinstance(error, kind)) + f" {OFFLINE}"
 
 
 def read_config(folder, *, trust_remote_code=False):

@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all."""
+"""Folders that are written completely or not at all."""
 
 import contextlib
 import os
@@ -12,14 +12,14 @@ from vlmkit.units import MEGABYTE
 
 @contextlib.contextmanager
 def whole_folder(path, *, overwrite=False, size=0, need=""):
-    """A new folder beside `path`, to be filled, that gets its name at the end.
+    """A new folder beside `path` to write to. It gets the name `path` at the end of the block.
 
-    overwrite: whether a folder that is there and not empty is replaced. It stays until the new one
-        is complete, and comes back if that cannot take its place.
+    overwrite: whether a folder at `path` that is not empty is replaced. It stays until the new one
+        is complete, and comes back if the new one cannot take its place.
     size: bytes that must be free before anything is written. need: a sentence for the error.
 
-    Raises CheckpointError if `path` is taken or cannot be written. If anything fails, a full disk
-    for one, nothing is left at `path` that was not there.
+    If anything fails (a full disk, an interrupt), `path` and the folders around it stay as before.
+    Raises CheckpointError if `path` is taken or cannot be written.
     """
     path = Path(path).expanduser().resolve()
     _require_free(path, overwrite)
@@ -32,25 +32,20 @@ def whole_folder(path, *, overwrite=False, size=0, need=""):
             raise OSError(f"{room / MEGABYTE:,.2f} MB are free there")
         beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         yield beside
-        _swap(beside, path)
-    except Exception as error:  # OSError, and what safetensors and tokenizers make of one
-        _remove(beside, made)
+        _rename_over(beside, path)
+    except BaseException as error:
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if not isinstance(error, Exception):  # an interrupt
+            raise
+        # safetensors and tokenizers have errors of their own for a full disk
         raise CheckpointError(
             f"{path} could not be written: {brief(error)}. {need}".rstrip()
             + " Nothing was left there that was not there before."
         ) from error
-    except BaseException:  # interrupted
-        _remove(beside, made)
-        raise
-
-
-def _remove(beside, made):
-    """Remove what was written, and the folders that were made for it."""
-    if beside is not None:
-        shutil.rmtree(beside, ignore_errors=True)
-    for folder in made:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
 
 
 def _require_free(path, overwrite):
@@ -63,9 +58,9 @@ def _require_free(path, overwrite):
         raise CheckpointError(f"{path} is not a folder. Choose another name.")
 
 
-def _swap(beside, path):
+def _rename_over(beside, path):
     """Give the folder `beside` the name `path`."""
-    beside.chmod(0o777 & ~_umask())  # mkdtemp's is for one's own eyes
+    beside.chmod(0o777 & ~_umask())  # only its owner can read what mkdtemp makes
     old = None
     if path.exists():
         old = path.with_name(f"{beside.name}.old")
@@ -78,7 +73,7 @@ def _swap(beside, path):
         raise
     if old:
         shutil.rmtree(old, ignore_errors=True)
-    with contextlib.suppress(OSError):  # so that the name outlives a power cut, where that is known
+    with contextlib.suppress(OSError):  # so that the new name survives a power cut
         handle = os.open(path.parent, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)

@@ -1,6 +1,7 @@
 """Preview and audit: what a load under a plan will give, and what a loaded model really holds."""
 
 import textwrap
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from vlmkit import COMPONENTS
@@ -47,15 +48,15 @@ class Formats(Table):
         kind does not say it."""
         import pandas as pd
 
-        totals = {}
-        for row in self.rows:
-            if FORMATS[row.asked].quantized and row.format != row.asked:
-                key = (row.component, row.kind, row.note, row.format)
-                count, size = totals.get(key, (0, 0))
-                totals[key] = (count + row.parameters, size + row.bytes)
         columns = ["component", "kind", "why", "format", "parameters", "bytes"]
-        rows = [(*key, *totals[key]) for key in sorted(totals, key=lambda key: -totals[key][1])]
-        return pd.DataFrame(rows, columns=columns).set_index("component")
+        rows = [
+            (row.component, row.kind, row.note, row.format, row.parameters, row.bytes)
+            for row in self.rows
+            if FORMATS[row.asked].quantized and row.format != row.asked
+        ]
+        table = pd.DataFrame(rows, columns=columns).groupby(columns[:4], sort=False).sum()
+        table = table.sort_values("bytes", ascending=False, kind="stable")
+        return table.reset_index(columns[1:4])
 
     def _text_table(self):
         table = self.table().drop(columns="kept")
@@ -86,12 +87,11 @@ class Audit(Formats):
 def _summary(asked, rows):
     """A component's line of `Formats.table`."""
     formats = sorted(dict.fromkeys(row.format for row in rows), key=lambda f: f != asked)
-    others = {name: {} for name in dict.fromkeys(row.format for row in rows) if name != asked}
+    others = {name: Counter() for name in formats if name != asked}
     for row in rows:
         if row.format != asked:
             what = f"{row.kind} ({row.note})" if row.note else row.kind
-            sizes = others[row.format]
-            sizes[what] = sizes.get(what, 0) + row.bytes
+            others[row.format][what] += row.bytes
     return (
         asked,
         " + ".join(formats),
@@ -103,15 +103,15 @@ def _summary(asked, rows):
 
 
 def _in_megabytes(sizes):
-    """{what: bytes} as "what MB, what MB", most first."""
+    """A Counter of bytes as "what MB, what MB", most first."""
 
     def megabytes(size):
         if size < MEGABYTE / 2000:
             return "<0.001"
-        return f"{size / MEGABYTE:.3f}" if size < MEGABYTE / 10 else f"{size / MEGABYTE:.2f}"
+        digits = 3 if size < MEGABYTE / 10 else 2
+        return f"{size / MEGABYTE:.{digits}f}"
 
-    most_first = sorted(sizes.items(), key=lambda item: -item[1])
-    return ", ".join(f"{what} {megabytes(size)}" for what, size in most_first)
+    return ", ".join(f"{what} {megabytes(size)}" for what, size in sizes.most_common())
 
 
 def preview(name, plan=None, *, revision=None, trust_remote_code=False):
