@@ -1,7 +1,7 @@
-"""No network is needed, and nothing is written but where one works and in one cache folder.
+"""No network is needed, and only the working folder and one cache folder are written to.
 
-tests/data/offline holds what keeps a Python, and all that it starts, off the network. The variables
-that would tell Hugging Face's libraries to stay offline are not set: what is asked here is whether
+tests/data/offline keeps a Python, and everything that it starts, off the network. The variables
+that tell Hugging Face's libraries to stay offline are not set, because the question here is whether
 they would have called anybody.
 """
 
@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = ROOT / "tests" / "data" / "offline"
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="the folders are told by POSIX variables")
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="it sets POSIX variables")
 
 JOBS = """
 import vlmkit as vk
@@ -53,7 +53,7 @@ class Machine:
         self.log = folder / "calls.log"
 
     def run(self, *words):
-        """Run Python with `words`; what it must not do, it does not do."""
+        """Run Python with `words`, off the network."""
         environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(self.home),
@@ -68,11 +68,11 @@ class Machine:
 
     @property
     def calls(self):
-        """What was tried to reach, and by which code."""
+        """Which addresses were called, and by which code."""
         return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
 
     def written(self, folder):
-        """What was written to `folder`, by its top folders; in .local, by the next ones."""
+        """The top folders of `folder` that hold files, for .local those one level below."""
         files = [path.relative_to(folder).parts for path in folder.rglob("*") if path.is_file()]
         return {"/".join(parts[: 2 if parts[0] == ".local" else 1]) for parts in files}
 
@@ -91,12 +91,12 @@ def machine(tmp_path):
         "import httpx; httpx.get('https://192.0.2.1', timeout=1)",
     ],
 )
-def test_who_calls_is_stopped_and_noted(machine, code):
+def test_a_call_is_stopped_and_noted(machine, code):
     assert machine.run("-c", code).returncode != 0
     assert machine.calls
 
 
-def test_this_machine_may_be_called(machine):
+def test_this_machine_can_be_called(machine):
     code = "import socket; s = socket.create_server(('127.0.0.1', 0)); "
     code += "socket.create_connection(('localhost', s.getsockname()[1]))"
     done = machine.run("-c", code)

@@ -156,7 +156,6 @@ def test_any_number_of_threads(threads, small_chunks):
         for n in (127, 128, 129, 256, 1000):
             check(torch.randn(n), "nf4")
             check(torch.randn(n), "fp4", 32)
-        assert torch.get_num_threads() == threads
         with pytest.raises(CheckpointError, match="infinity or NaN"):
             quantize_4bit(torch.full((1000,), torch.inf), "nf4")
         assert torch.get_num_threads() == threads
@@ -175,32 +174,31 @@ def test_any_number_of_threads(threads, small_chunks):
 
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
-@pytest.mark.parametrize("place", [0, 64, 639, 640, 649])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_infinities_are_refused(bad, place, dtype, small_chunks):
-    weight = torch.randn(650).to(dtype)
-    weight[place] = bad
-    with pytest.raises(CheckpointError, match="infinity or NaN"):
-        quantize_4bit(weight, "nf4")
+def test_infinities_are_refused(bad, dtype, small_chunks):
+    for place in (0, 64, 639, 640, 649):
+        weight = torch.randn(650).to(dtype)
+        weight[place] = bad
+        with pytest.raises(CheckpointError, match="infinity or NaN"):
+            quantize_4bit(weight, "nf4")
 
 
 @pytest.mark.parametrize("plan", ["nf4", "nf4-dq", "fp4", "int8"])
-@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
-def test_load_names_the_parameters_that_hold_infinities(llava, copy, plan, bad):
+def test_load_names_the_parameters_that_hold_infinities(llava, copy, plan):
     folder = copy(llava)
     weights = load_file(folder / "model.safetensors")
     name = next(key for key in weights if key.endswith("layers.1.mlp.up_proj.weight"))
-    weights[name][3, 5] = bad
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"infinities or NaN.*language_model.*1.mlp.up_proj"):
-        vk.load(folder, f"language_model={plan}", processor=False)
-    model, _ = vk.load(folder, "bf16", processor=False)  # as it is: nothing is lost in a float
-    assert (
-        not model.get_parameter("model.language_model.layers.1.mlp.up_proj.weight").isfinite().all()
-    )
+    for bad in (torch.inf, torch.nan):
+        weights[name][3, 5] = bad
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match="infinities or NaN.*language_model.*1.mlp.up_pr"):
+            vk.load(folder, f"language_model={plan}", processor=False)
+    model, _ = vk.load(folder, "bf16", processor=False)  # a float format loses nothing
+    weight = model.get_parameter("model.language_model.layers.1.mlp.up_proj.weight")
+    assert not weight.isfinite().all()
 
 
-# --- in bitsandbytes' place -----------------------------------------------------------------------
+# --- in place of bitsandbytes ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -295,7 +293,7 @@ def test_load_uses_it_and_gives_the_same_model(llava, plan, calls, monkeypatch):
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def test_float_plans_need_no_quantizer(llava, calls):
+def test_other_plans_do_not_use_it(llava, calls):
     vk.load(llava, "bf16", processor=False)
     vk.load(llava, "int8", processor=False)
     assert not calls

@@ -81,7 +81,7 @@ def save_model(config, folder, dtype=torch.bfloat16, seed=0):
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     with torch.no_grad():
-        for parameter in model.parameters():  # no zero biases: every weight must be loaded to match
+        for parameter in model.parameters():  # no bias is zero: a match proves that it was loaded
             parameter.add_(torch.randn_like(parameter) * 0.02)
     model.save_pretrained(folder)
     return Path(folder)
