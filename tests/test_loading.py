@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from families import differing, state
 
 import vlmkit as vk
 from vlmkit.anatomy import on_meta
@@ -18,12 +17,10 @@ from vlmkit.errors import AuditError, CheckpointError, PlanError
 from vlmkit.formats import dequantize, quantize
 from vlmkit.layout import layout_of
 
-MIXED = [
+MIXED = [  # quantized formats beside several float formats; test_families.py has the float formats
     "vision_encoder=fp32,language_model=nf4",
-    "vision_encoder=fp32,projector=fp16",
     "language_model=fp32,vision_encoder=nf4",
     vk.Plan.recommended().override(r"(language|text)_model\.layers\.1\.", "fp32"),
-    vk.Plan().override(r"norm", "fp32"),
 ]
 
 
@@ -104,16 +101,11 @@ def test_quantized_weights_are_the_references(llava, name):
 
 @pytest.mark.parametrize("plan", MIXED, ids=repr)
 @pytest.mark.parametrize("family", ["llava", "other_family"])
-@torch.no_grad()
 def test_components_in_different_dtypes_work_together(family, plan, request):
-    folder = request.getfixturevalue(family)
-    model, processor = vk.load(folder, plan)
+    model, processor = vk.load(request.getfixturevalue(family), plan)
     batch = inputs(processor)
     out = model.generate(**batch, max_new_tokens=3, do_sample=False)
     assert out.shape[1] > batch["input_ids"].shape[1]
-    logits, wanted = model(**batch).logits, load(folder, "fp32")(**batch).logits
-    if "nf4" not in repr(plan):  # the same function, but for rounding
-        assert torch.nn.functional.cosine_similarity(logits.float(), wanted, -1).min() > 0.99
 
 
 def test_fp32_everywhere_but_one_place_is_joined_there(qwen2_vl):
@@ -223,16 +215,6 @@ def test_audit_looks_through_peft(llava):
 
 
 # --- bitsandbytes on a CPU ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("plan", ["nf4", "nf4-dq", "fp4", "int8"])
-def test_bytes_are_unchanged_after_any_number_of_forward_passes(llava, plan):
-    model, processor = vk.load(llava, plan)
-    before = state(model)
-    for images in (1, 2):
-        model.generate(**inputs(processor, images=images), max_new_tokens=3)
-    assert differing(before, state(model)) == []
-    vk.audit(model, plan)
 
 
 SHAPES = [(128, 96), (192, 64), (96, 64), (4304, 8), (3420, 8), (100, 30), (33, 7)]

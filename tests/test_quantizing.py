@@ -96,13 +96,6 @@ def test_every_16_bit_number(dtype, kind):
         check(weight[torch.randperm(len(weight))], kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_cell_holds_two_midpoints(kind):
-    below, midpoint, _ = quantizing._tables(kind)
-    assert midpoint.isfinite().sum() == 15 and below[-1] == 15
-    assert len(midpoint) == 2 * quantizing.CELLS + 1
-
-
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nested_state(kind, nested):

@@ -30,13 +30,11 @@ class Layout:
     plan: the Plan. config: the model's transformers config.
     rows: a `vlmkit.rows.Row` for each parameter.
     linears: full names of all modules that transformers would quantize without a skip list.
-    class_skips: names that the model's class adds to any skip list.
     """
 
     plan: Plan
     rows: tuple
     linears: tuple
-    class_skips: tuple = ()
     config: object = field(default=None, repr=False, compare=False)
 
     @cached_property
@@ -63,7 +61,7 @@ class Layout:
     def quantization_config(self):
         """transformers' config for this layout, or None where nothing is quantized. See
         `vlmkit.backend.converting.quantization_config`."""
-        return converting.quantization_config(self.linears, self.quantized, self.class_skips)
+        return converting.quantization_config(self.linears, self.quantized)
 
 
 def layout_of(x, plan=None, *, loadable=True, revision=None, trust_remote_code=False):
@@ -125,10 +123,10 @@ def _layout_of_config(config, plan, trust_remote_code):
 
     kind = type(config)
     model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(kind, None)
-    # A notebook can change what a class keeps in fp32, and the code that comes with a checkpoint.
+    # A notebook can change what a class keeps in fp32.
     keeps = [tuple(getattr(model_class, name, None) or ()) for name in _KEEPS]
     key = (kind, model_class, *keeps, config.to_json_string(use_diff=False), plan)
-    remote = trust_remote_code and hasattr(config, "auto_map")
+    remote = trust_remote_code and hasattr(config, "auto_map")  # such code can change, too
     if remote or key not in _KEPT:
         if len(_KEPT) >= _MOST:
             _KEPT.clear()
@@ -167,7 +165,7 @@ def _resolve(plan, model):
         shape = tuple(parameter.shape)
         size = FORMATS[given].nbytes(shape)
         rows.append(Row(name, component, kind, size, shape, asked, given, can, note))
-    layout = Layout(plan, tuple(rows), linears, converting.class_skips(model))
+    layout = Layout(plan, tuple(rows), linears)
     _require_overrides(overrides, layout)
     _require_components(found, layout)
     return layout

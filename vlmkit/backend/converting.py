@@ -33,12 +33,11 @@ def skip_list(linears, quantized):
     return list(found)
 
 
-def quantization_config(linears, quantized, class_skips=()):
+def quantization_config(linears, quantized):
     """transformers' config for a model in which `quantized` and nothing else is quantized.
 
     linears: full names of all modules that transformers would quantize without a skip list.
     quantized: {full name of a module: format}.
-    class_skips: names that the model's class adds to any skip list.
 
     Returns a BitsAndBytesConfig for one format, a `vlmkit.backend.mixed.MixedConfig` for several,
     and None for none. Raises PlanError for what a skip list cannot express.
@@ -46,7 +45,7 @@ def quantization_config(linears, quantized, class_skips=()):
     configs = []
     for name in sorted(set(quantized.values())):
         modules = {module for module, given in quantized.items() if given == name}
-        configs.append(_config_of(name, linears, modules, class_skips))
+        configs.append(_config_of(name, linears, modules))
     if len(configs) < 2:
         return configs[0] if configs else None
     from vlmkit.backend.mixed import MixedConfig
@@ -54,12 +53,12 @@ def quantization_config(linears, quantized, class_skips=()):
     return MixedConfig(configs)
 
 
-def _config_of(name, linears, modules, class_skips):
+def _config_of(name, linears, modules):
     """The BitsAndBytesConfig that gives `modules` the format `name`, and quantizes nothing else."""
     from transformers import BitsAndBytesConfig
 
     skip = skip_list(linears, modules)
-    _require_exact(skip, linears, modules, class_skips)
+    _require_exact(skip, linears, modules)
     if name == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     return BitsAndBytesConfig(
@@ -71,23 +70,17 @@ def _config_of(name, linears, modules, class_skips):
     )
 
 
-def _require_exact(skip, linears, modules, class_skips):
+def _require_exact(skip, linears, modules):
     """Ask transformers' own function what it does with this skip list."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    listed = [*skip, *class_skips]
-    wrong = [n for n in linears if should_convert_module(n, listed) != (n in modules)]
+    wrong = [n for n in linears if should_convert_module(n, skip) != (n in modules)]
     if wrong:
         raise PlanError(
             f"transformers' skip list cannot express this plan: it would treat {wrong[0]} "
             f"(and {len(wrong) - 1} more modules) differently. Give them the format of their "
             "neighbors."
         )
-
-
-def class_skips(model):
-    """The names that the class of `model` adds to any skip list."""
-    return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
 def never_converted(model):
@@ -98,7 +91,7 @@ def never_converted(model):
     """
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    skips = list(class_skips(model))
+    skips = list(getattr(model, "_keep_in_fp32_modules", None) or ())
     listed = (name for name, _ in model.named_modules() if not should_convert_module(name, skips))
     tied = {**model.all_tied_weights_keys}
     names = (key.removesuffix(".weight") for key in (*tied, *tied.values()))
