@@ -55,26 +55,26 @@ def quantize_4bit(weight, kind, block=BLOCK):
     step = max(CHUNK // block, 1) * block
 
     def some_chunks(starts):
-        room = _Room(flat, min(step, whole))
+        buffers = _Buffers(flat, min(step, whole))
         for start in starts:
             stop = min(start + step, whole)
-            values = room.values[: stop - start]
+            values = buffers.values[: stop - start]
             blocks = values.copy_(flat[start:stop]).view(-1, block)
-            sizes = torch.abs(values, out=room.other[: stop - start]).view_as(blocks)
+            sizes = torch.abs(values, out=buffers.other[: stop - start]).view_as(blocks)
             largest = torch.amax(sizes, dim=1, out=absmax[start // block : stop // block])
             blocks *= (1 / _finite(largest).clamp(min=TINY))[:, None]
-            _pack(values, kind, room, out=packed[start // 2 : stop // 2])
+            _pack(values, kind, buffers, out=packed[start // 2 : stop // 2])
 
     _in_threads(some_chunks, range(0, whole, step))
-    if whole < n:  # by the scale of a last, shorter block bitsandbytes divides, which rounds once
+    if whole < n:  # bitsandbytes multiplies blocks by 1 / scale, but divides a shorter last one
         values = flat[whole:].float()
         absmax[-1] = largest = _finite(values.abs().max()).clamp(min=TINY)
         values = torch.nn.functional.pad(values / largest, (0, n % 2))
-        _pack(values, kind, _Room(flat, len(values)), out=packed[whole // 2 :])
+        _pack(values, kind, _Buffers(flat, len(values)), out=packed[whole // 2 :])
     return packed[:, None], absmax
 
 
-class _Room:
+class _Buffers:
     """Memory for intermediate results, which every chunk reuses. Freed memory can go back to the
     system, and getting it again, page by page, takes longer than the work."""
 
@@ -86,15 +86,15 @@ class _Room:
         self.above = like.new_empty(n, dtype=torch.bool)
 
 
-def _pack(values, kind, room, out):
+def _pack(values, kind, buffers, out):
     """Write two codes a byte to `out`, for an even number of values from -1 to 1."""
     below, midpoint, pairs = _tables(kind)
     n = len(values)
-    cell = _cell_of(values, room.cell[:n], room.other[:n])
+    cell = _cell_of(values, buffers.cell[:n], buffers.other[:n])
     # The place of the nearest value, in order of size, is the number of midpoints less than it.
-    place = torch.index_select(below, 0, cell, out=room.place[:n])
-    own = torch.index_select(midpoint, 0, cell, out=room.other[:n])
-    place += torch.gt(values, own, out=room.above[:n])
+    place = torch.index_select(below, 0, cell, out=buffers.place[:n])
+    own = torch.index_select(midpoint, 0, cell, out=buffers.other[:n])
+    place += torch.gt(values, own, out=buffers.above[:n])
     torch.add(place[1::2], place[::2], alpha=16, out=out)
     if pairs is not None:
         out.copy_(pairs.index_select(0, out.int()))
@@ -119,8 +119,8 @@ def _tables(kind):
         order = torch.argsort(code, stable=True)
         ordered = code[order]
         midpoints = (ordered[:-1] + ordered[1:]) / 2
-        room = _Room(midpoints, len(midpoints))
-        cells = _cell_of(midpoints, room.cell, room.other).long()
+        buffers = _Buffers(midpoints, len(midpoints))
+        cells = _cell_of(midpoints, buffers.cell, buffers.other).long()
         below = torch.bucketize(torch.arange(2 * CELLS + 1), cells).to(torch.uint8)
         midpoint = torch.full(below.shape, torch.inf, dtype=torch.float32)
         midpoint[cells] = midpoints
