@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check(weight, kind, block=64):
-    """That `quantize_4bit` gives the bytes of bitsandbytes' own path on a CPU."""
+    """`quantize_4bit` gives bitsandbytes' bytes, and leaves `weight` alone."""
     before = weight.clone()
     packed, absmax = quantize_4bit(weight, kind, block)
     own_packed, own_absmax = torch.ops.bitsandbytes.quantize_4bit(weight, block, kind, torch.uint8)
@@ -32,7 +32,7 @@ def check(weight, kind, block=64):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Several chunks, and so several threads, for tensors of a few hundred weights."""
+    """Several chunks, and so several threads, for tensors of only a few hundred weights."""
     monkeypatch.setattr(quantizing, "CHUNK", 128)
 
 
@@ -64,12 +64,12 @@ def test_any_values(n, seed, scale, zeros, kind, dtype, block):
     weight = torch.randn(n, generator=generator).clamp(-3, 3) * scale
     weight *= torch.rand(n, generator=generator) >= zeros
     weight = weight.to(dtype)
-    check(weight.nan_to_num(posinf=1.0, neginf=-1.0), kind, block)  # too large for fp16
+    check(weight.nan_to_num(posinf=1.0, neginf=-1.0), kind, block)  # infinite in fp16
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_and_beside_every_midpoint(kind):
-    """Where rounding turns: the 15 midpoints and the floats next to them, 40 to each side."""
+    """Where the rounding changes: the 15 midpoints, and 40 floats on each side of them."""
     values = torch.tensor(sorted({"nf4": NF4, "fp4": FP4}[kind]))
     middle = (values[1:] + values[:-1]) / 2
     points = [middle, torch.tensor([-0.0, 1e-45, -1e-45, 1.0, -1.0])]
@@ -79,7 +79,7 @@ def test_at_and_beside_every_midpoint(kind):
             near = torch.nextafter(near, torch.tensor(direction))
             points.append(near)
     blocks = torch.nn.functional.pad(torch.cat(points), (0, 62)).unfold(0, 63, 63)
-    blocks = torch.cat([blocks, torch.ones(len(blocks), 1)], dim=1)  # so that the scale is 1
+    blocks = torch.cat([blocks, torch.ones(len(blocks), 1)], dim=1)  # so the scale is 1
     check(blocks, kind)
     for scale in (0.02, 3.0, 1.7e-38, 1e38):
         check(blocks * scale, kind)
@@ -99,7 +99,7 @@ def test_every_16_bit_number(dtype, kind):
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nested_state(kind, nested):
-    """Through bitsandbytes' own function, which quantizes the scales once more."""
+    """Through bitsandbytes' own function, which also quantizes the scales."""
 
     def quantized():
         packed, state = bitsandbytes.functional.quantize_4bit(
@@ -158,7 +158,7 @@ def test_any_number_of_threads(threads, small_chunks):
         thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
         thread.start()
         thread.join()
-        assert seen[-1] == threads  # what later threads begin with
+        assert seen[-1] == threads  # later threads start with this number
     finally:
         torch.set_num_threads(before)
 
@@ -196,7 +196,7 @@ def test_load_names_the_parameters_that_hold_infinities(llava, copy, plan):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The sizes of the tensors that the fast quantizer was given."""
+    """The sizes of the tensors that the fast quantizer quantized."""
     seen = []
 
     def counting(weight, *args):
@@ -212,8 +212,8 @@ def own(weight=None, storage=torch.uint8):
     return torch.ops.bitsandbytes.quantize_4bit(weight, 64, "nf4", storage)
 
 
-def test_bitsandbytes_has_no_kernel_of_its_own_and_gets_its_default_back(calls):
-    """If a release brings one, this fails, and whether it is faster has to be measured."""
+def test_bitsandbytes_has_no_kernel_of_its_own_and_its_default_comes_back(calls):
+    """If a release adds a kernel, this fails. Then measure whether that kernel is faster."""
 
     def registered():
         return torch._C._dispatch_has_kernel_for_dispatch_key(quantizing.OPERATOR, "CPU")
@@ -227,7 +227,7 @@ def test_bitsandbytes_has_no_kernel_of_its_own_and_gets_its_default_back(calls):
     assert calls == [128]
 
 
-def test_blocks_may_overlap(calls):
+def test_with_blocks_can_overlap(calls):
     first, second = fast_quantizer(), fast_quantizer()
     first.__enter__()
     second.__enter__()
@@ -241,7 +241,7 @@ def test_blocks_may_overlap(calls):
     assert calls == [128]
 
 
-def test_threads_may_come_and_go():
+def test_several_threads_can_use_it():
     weight = torch.randn(333, 65)
     wanted = own(weight)
     wrong = []
@@ -261,7 +261,7 @@ def test_threads_may_come_and_go():
     assert not wrong and quantizing._users == 0 and quantizing._library is None
 
 
-def test_what_the_quantizer_does_not_do_is_left_to_bitsandbytes():
+def test_bitsandbytes_does_what_the_quantizer_does_not():
     weight = torch.randn(4, 64)
     bad = weight.clone()
     bad[1, 2] = torch.nan
