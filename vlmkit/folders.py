@@ -2,8 +2,8 @@
 
 import contextlib
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
 from vlmkit.errors import CheckpointError, brief
@@ -24,18 +24,17 @@ def whole_folder(path, *, overwrite=False, size=0, need=""):
     path = Path(path).expanduser().resolve()
     _require_free(path, overwrite)
     made = [folder for folder in path.parents if not folder.exists()]
-    beside = None
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         room = shutil.disk_usage(path.parent).free
         if room < size:
             raise OSError(f"{room / MEGABYTE:,.2f} MB are free there")
-        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        beside.mkdir()
         yield beside
         _rename_over(beside, path)
     except BaseException as error:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -60,7 +59,6 @@ def _require_free(path, overwrite):
 
 def _rename_over(beside, path):
     """Give the folder `beside` the name `path`."""
-    beside.chmod(0o777 & ~_umask())  # only its owner can read what mkdtemp makes
     old = None
     if path.exists():
         old = path.with_name(f"{beside.name}.old")
@@ -77,9 +75,3 @@ def _rename_over(beside, path):
         handle = os.open(path.parent, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -143,36 +143,38 @@ def audit(model, plan):
 
 def audit_layout(model, layout):
     """Compare every parameter of `model` with its row in `layout`. See `audit`."""
-    modules = dict(model.named_modules())
-    parameters = {}
-    for full, parameter in model.named_parameters():
-        module, _, leaf = full.rpartition(".")
-        if not is_adapter(full):
-            parameters[plain_name(full)] = modules[module], leaf, parameter
-    rows = {row.name: row for row in layout.rows}
-    problems = [f"{name}: not in the loaded model" for name in rows.keys() - parameters.keys()]
-    extra = parameters.keys() - rows.keys()
-    problems += [f"{name}: loaded, and not in the architecture" for name in extra]
+    places = _places(model)
+    extra = places.keys() - {row.name for row in layout.rows}
+    problems = [f"{name}: loaded, and not in the architecture" for name in extra]
     storages, held = Storages(), []
     for row in layout.rows:
-        if row.name not in parameters:
+        if row.name not in places:
+            problems.append(f"{row.name}: not in the loaded model")
             continue
-        module, leaf, parameter = parameters[row.name]
-        found, shape = format_of(module, leaf), shape_of(parameter)
+        module, leaf = places[row.name]
+        parameter, found = getattr(module, leaf), format_of(module, leaf)
         tensors = (parameter, *state_tensors(module, parameter))
         held.append(replace(row, format=found, bytes=sum(map(storages.nbytes, tensors))))
-        wrong = _difference(row, found, shape, module)
+        wrong = _difference(row, found, shape_of(parameter), module)
         if wrong:
             problems.append(f"{row.name}: {wrong}")
     if problems:
         problems.sort()
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise AuditError(
-            f"what was loaded is not what the plan asked for, in {len(problems)} of {len(rows)} "
-            "parameters:\n  " + "\n  ".join(problems[:8]) + more + "\n"
+            f"what was loaded is not what the plan asked for, in {len(problems)} of "
+            f"{len(layout.rows)} parameters:\n  " + "\n  ".join(problems[:8]) + more + "\n"
             "vk.loading.plan_of(model) is the plan that it satisfies."
         )
     return Audit(layout.plan, tuple(held))
+
+
+def _places(model):
+    """{full name of a parameter: (its module, its name there)}, without PEFT's adapters."""
+    modules = dict(model.named_modules())
+    names = [name for name, _ in model.named_parameters() if not is_adapter(name)]
+    split = {plain_name(name): name.rpartition(".") for name in names}
+    return {name: (modules[module], leaf) for name, (module, _, leaf) in split.items()}
 
 
 def _difference(row, found, shape, module):
@@ -200,11 +202,7 @@ def plan_of(model):
     model.
     """
     model = unwrapped(model)
-    formats = {}
-    for name, _ in model.named_parameters():
-        module, _, leaf = name.rpartition(".")
-        if not is_adapter(name):
-            formats[plain_name(name)] = format_of(model.get_submodule(module), leaf)
+    formats = {name: format_of(*place) for name, place in _places(model).items()}
     strange = [f"{name}: {given}" for name, given in formats.items() if given not in FORMATS]
     if strange:
         raise AuditError(

@@ -4,15 +4,8 @@
     model, processor = vk.load("my-model")
 
 The folder is an ordinary checkpoint. config.json lists the full names of the modules that are not
-quantized, so that transformers alone loads it under the same plan:
-
-    AutoModelForImageTextToText.from_pretrained("my-model")
-
-A model with int8 and a 4-bit format needs one more line before that, `import
-vlmkit.backend.mixed`. Without it transformers stops at weights that it cannot place. Several 4-bit
-formats do not need this line, because the scales of each layer say which format it has. Where
-components are in different float formats, vlmkit loads each in its own, and transformers alone
-loads all of them in the one that config.json names.
+quantized, so transformers alone loads it under the same plan. A model with int8 and a 4-bit format
+needs `import vlmkit.backend.mixed` before that. docs/loading.md has the details.
 """
 
 import contextlib
