@@ -49,15 +49,12 @@ class _Rows:
         return output.reshape(*shape[:-1], output.shape[-1]) if len(shape) > 3 else output
 
 
-@cache  # once a process, when the first layer needs it
+@cache  # once a process, when the first layer needs it; the cache keeps the registration
 def dequantize_in_whole_blocks():
     """Register a CPU kernel for bitsandbytes' dequantize_4bit that is right for every shape."""
     import torch
 
-    name = "bitsandbytes::dequantize_4bit"
-    original = torch.library.get_kernel(name, "CPU")
-
-    def kernel(keys, packed, absmax, blocksize, quant_type, shape, dtype):
+    def kernel(original, keys, packed, absmax, blocksize, quant_type, shape, dtype):
         if shape[-1] % blocksize == 0:
             return original.call_boxed(keys, packed, absmax, blocksize, quant_type, shape, dtype)
         n = prod(shape)
@@ -68,8 +65,21 @@ def dequantize_in_whole_blocks():
         flat = original.call_boxed(keys, packed, absmax, blocksize, quant_type, rows, dtype)
         return flat.reshape(-1)[:n].reshape(*shape)
 
+    return register_cpu_kernel("dequantize_4bit", kernel)
+
+
+def register_cpu_kernel(name, kernel):
+    """Let bitsandbytes' operator `name` call `kernel(original, keys, *arguments)` on a CPU.
+
+    original: the kernel that bitsandbytes has, called by `original.call_boxed(keys, *arguments)`.
+    Returns an object. The registration lasts as long as this object.
+    """
+    import bitsandbytes  # noqa: F401  (it defines the operators)
+    import torch
+
+    original = torch.library.get_kernel(f"bitsandbytes::{name}", "CPU")
     library = torch.library.Library("bitsandbytes", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that a kernel is replaced, as intended
-        library.impl("dequantize_4bit", kernel, "CPU", with_keyset=True)
-    return library  # the registration ends when this object is deleted, so the cache keeps it
+        library.impl(name, lambda *args: kernel(original, *args), "CPU", with_keyset=True)
+    return library

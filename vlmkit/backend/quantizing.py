@@ -18,17 +18,16 @@ fails then).
 
 import contextlib
 import threading
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from math import ceil
 
 import torch
 
+from vlmkit.backend.cpu import register_cpu_kernel
 from vlmkit.errors import CheckpointError
 from vlmkit.formats import BLOCK, FP4, NF4
 
-OPERATOR = "bitsandbytes::quantize_4bit"
 CELLS = 1024  # from 0 to 1; FP4's closest midpoints are 1/384 apart. A power of two: see _cell_of
 CHUNK = 2**18  # weights at a time, few enough that intermediate results stay in the CPU's cache
 TINY = 1e-38  # bitsandbytes divides by no less, for blocks of zeros
@@ -172,7 +171,7 @@ def fast_quantizer():
     """
     global _users, _library
     with _lock:
-        _library = _library or _registered()
+        _library = _library or register_cpu_kernel("quantize_4bit", _kernel)
         _users += 1
     try:
         yield
@@ -183,21 +182,10 @@ def fast_quantizer():
                 _library = None  # this ends the registration
 
 
-def _registered():
-    import bitsandbytes  # noqa: F401  (it defines the operator)
-
-    original = torch.library.get_kernel(OPERATOR, "CPU")
-
-    def kernel(keys, weight, block, kind, storage):
-        if storage == torch.uint8:
-            # For an infinity the call falls through to bitsandbytes. `load` raises afterwards, when
-            # it knows the parameter's name.
-            with contextlib.suppress(CheckpointError):
-                return quantize_4bit(weight, kind, block)
-        return original.call_boxed(keys, weight, block, kind, storage)
-
-    library = torch.library.Library("bitsandbytes", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that a kernel is replaced, as intended
-        library.impl(OPERATOR.partition("::")[2], kernel, "CPU", with_keyset=True)
-    return library
+def _kernel(original, keys, weight, block, kind, storage):
+    if storage == torch.uint8:
+        # For an infinity the call falls through to bitsandbytes. `load` raises afterwards, when it
+        # knows the parameter's name.
+        with contextlib.suppress(CheckpointError):
+            return quantize_4bit(weight, kind, block)
+    return original.call_boxed(keys, weight, block, kind, storage)

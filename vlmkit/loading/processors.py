@@ -4,6 +4,7 @@ from vlmkit.errors import CheckpointError, brief
 
 ANY_OF = ("processor_config.json", "preprocessor_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+REMEDY = "Copy or download it, or load the model alone: processor=False."
 
 
 def load_processor(folder, trust_remote_code=False):
@@ -19,8 +20,7 @@ def load_processor(folder, trust_remote_code=False):
         if not any((folder / file).exists() for file in files):
             raise CheckpointError(
                 f"{folder} lacks {what}: none of {', '.join(files)} is there. The model needs it "
-                "for pictures and questions. Copy or download the file, or load the model alone: "
-                "processor=False."
+                f"for pictures and questions. {REMEDY}"
             )
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -36,13 +36,11 @@ def load_processor(folder, trust_remote_code=False):
     except Exception as error:  # for a missing file it can be a TypeError
         raise CheckpointError(
             f"{folder}: the processor cannot be loaded, because one of its files is missing or "
-            f"damaged ({brief(error)}). Copy or download it, or load the model alone: "
-            "processor=False."
+            f"damaged ({brief(error)}). {REMEDY}"
         ) from error
     if not isinstance(processor, ProcessorMixin):  # a tokenizer alone
         raise CheckpointError(
             f"{folder}: transformers finds only a {type(processor).__name__} there, which reads no "
-            "images. processor_config.json is missing or incomplete. Copy or download it, or load "
-            "the model alone: processor=False."
+            f"images. processor_config.json is missing or incomplete. {REMEDY}"
         )
     return processor
