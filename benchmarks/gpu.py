@@ -39,10 +39,10 @@ import vlmkit as vk
 from vlmkit.anatomy import on_meta
 from vlmkit.backend.quiet import quiet
 from vlmkit.formats import torch_dtype
+from vlmkit.layout import layout_of
 from vlmkit.memory.demand import demand_of
 from vlmkit.memory.measuring import measure_peak
 from vlmkit.memory.steps import rehearsed
-from vlmkit.stored import planned
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = (
@@ -137,7 +137,7 @@ def run(configs, device, output=None, scratch=None, trained=TRAINED, pictures=PI
 def model_under(name, folder, label, device, results, pictures):
     """Load the model in `folder` with its language model in `label`; measure load and passes."""
     plan = vk.Plan(language_model=label)
-    layout = planned(folder, plan)[1]
+    layout = layout_of(folder, plan)
     if label == FORMATS[0]:  # what only the first load of a model pays for is nobody's
         setups.plain(folder, layout, device)
         _free()
@@ -183,7 +183,8 @@ def model_under(name, folder, label, device, results, pictures):
 
 def passes(model, folder, plan, count, device):
     """What a prompt of `count` pictures holds at most, and one token after it."""
-    config, layout = planned(folder, plan)
+    layout = layout_of(folder, plan)
+    config = layout.config
     sizes = {"tokens": TOKENS, "images": count, "batch": 1}
     try:
         demand_of(config, folder, **sizes)

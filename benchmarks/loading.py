@@ -5,12 +5,12 @@
     python benchmarks/loading.py --model FOLDER             # another checkpoint
     python benchmarks/loading.py --markdown table.md        # write the tables there too
 
-The checkpoint is a LLaVA of 970 M parameters with random weights, in bf16, made for the occasion.
-The "plain call" is `from_pretrained(quantization_config=BitsAndBytesConfig(...))` with the very
-config that vlmkit makes of the plan. Each measurement is a process of its own, which imports the
-packages, loads the model, and loads it again; they take turns, and the median is shown with the
-least and the most. Memory is the peak of what a process holds in its first load beyond the imports
-and no file backs (RssAnon: on Linux only).
+The checkpoint is a LLaVA of 970 M parameters with random bf16 weights, which this script makes. The
+"plain call" is `from_pretrained(quantization_config=BitsAndBytesConfig(...))` with the config that
+vlmkit makes from the plan. Each measurement is a process of its own, which imports the packages,
+loads the model, and loads it again. The variants take turns. Tables show the median, the least and
+the most. Memory is the peak in the first load, beyond the imports, of what no file backs (RssAnon,
+on Linux only).
 """
 
 import argparse
@@ -29,20 +29,13 @@ from pathlib import Path
 from statistics import median
 
 PLAN = "recommended"
-READ, FILLING = "reading the files", "vlmkit, filling its cache"
-PLAIN, VLMKIT, CACHED = "plain call", "vlmkit", "vlmkit, from its cache"
-LOADS = (
-    ("bf16", PLAIN),
-    ("bf16", VLMKIT),
-    (PLAN, PLAIN),
-    (PLAN, VLMKIT),
-    (PLAN, CACHED),
-)
+READ, PLAIN, VLMKIT = "reading the files", "plain call", "vlmkit"
+LOADS = tuple((plan, load) for plan in ("bf16", PLAN) for load in (PLAIN, VLMKIT))
 BESIDE = {
     "seconds": "the first of a process",
     "again": "the next",
     "anew": "the next, its plan resolved anew",
-    "touched": "the next, and every page of the weights read",
+    "touched": "the next, with every page of the weights read",
 }
 SIDE = 4096  # of the square weight for the quantizer alone
 MEGABYTE, GIGABYTE = 10**6, 10**9
@@ -53,14 +46,13 @@ def main(argv=None):
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a checkpoint in bf16")
     parser.add_argument("--repeats", type=int, default=5, help="of every measurement (5)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there too")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)  # what a process of its own is to do
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # for a process of its own
     parser.add_argument("--config", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.measure:
         print(json.dumps(MEASURES[args.measure](args.model, args.config)))
         return 0
     with tempfile.TemporaryDirectory() as scratch:
-        os.environ["VLMKIT_CACHE"] = str(Path(scratch, "cache"))
         folder = args.model or Path(scratch, "model")
         if not args.model:
             print("making the checkpoint", file=sys.stderr)
@@ -74,7 +66,6 @@ def main(argv=None):
 
 def _report(folder, repeats):
     config = _measured("config", folder)
-    filling = _measured(f"{PLAN}/{FILLING}", folder)
     cases = [READ, *("/".join(load) for load in LOADS)]
     found = {case: [] for case in cases}
     rates = []
@@ -88,7 +79,7 @@ def _report(folder, repeats):
     lines = [
         _machine(),
         "",
-        f"A checkpoint of {size / GIGABYTE:.2f} GB, in memory already; to read its files takes "
+        f"A checkpoint of {size / GIGABYTE:.2f} GB, in memory already. Reading its files takes "
         f"{_spread(run['seconds'] for run in found[READ])} s.",
         "",
         "| plan | load | seconds | to the plain call | to reading the files | again | to the plain "
@@ -113,9 +104,6 @@ def _report(folder, repeats):
             f"| {_spread((run[what] for run in ours), '.3f')} | {_ratio(ours, plain, what)} |"
         )
     lines += [
-        "",
-        f"The load that filled the cache took {filling['seconds']:.1f} s, and at its peak "
-        f"{filling['peak']:.0f} MB.",
         "",
         f"| quantizer, {SIDE} × {SIDE} bf16 | threads | bitsandbytes, s per GB | vlmkit, s per GB "
         "| times faster |",
@@ -211,11 +199,9 @@ def _read(folder, _):
 
 def _config(folder, _):
     """The BitsAndBytesConfig of the plan, as a dictionary."""
-    import vlmkit as vk
-    from vlmkit.anatomy import on_meta
-    from vlmkit.checkpoints import read_config
+    from vlmkit.layout import layout_of
 
-    return vk.Plan.parse(PLAN).resolve(on_meta(read_config(folder))).quantization_config().to_dict()
+    return layout_of(folder, PLAN).quantization_config().to_dict()
 
 
 def _load(folder, config, plan, load):
@@ -229,8 +215,6 @@ def _load(folder, config, plan, load):
     kwargs = {}
     if plan == PLAN and load == PLAIN:
         kwargs = {"quantization_config": BitsAndBytesConfig.from_dict(config)}
-    if load != CACHED and load != FILLING:
-        os.environ.pop("VLMKIT_CACHE", None)
 
     def work():
         if load == PLAIN:
@@ -258,7 +242,7 @@ def _next(work):
 
 
 def _touch(model):
-    """Read a byte of every page of the weights: from a file that is only mapped, all come now."""
+    """Read a byte of every page of the weights, so that a mapped file is read completely."""
     import torch
 
     for parameter in model.parameters():
@@ -294,7 +278,7 @@ def _quantizers(*_):
 
 
 def _time(work, times=3):
-    """Seconds that `work` takes: the median of three, after a first time that is not counted."""
+    """Seconds that `work` takes: the median of three calls, after one that does not count."""
     work()
     return median(_timed(work)[1] for _ in range(times))
 
@@ -326,7 +310,7 @@ def _anonymous():
 
 
 MEASURES = {"make": _make, READ: _read, "config": _config, "quantizers": _quantizers}
-for _plan, _how in (*LOADS, (PLAN, FILLING)):
+for _plan, _how in LOADS:
     MEASURES[f"{_plan}/{_how}"] = partial(_load, plan=_plan, load=_how)
 
 

@@ -6,8 +6,8 @@
     state(model)                                          # all that it holds, to compare
 
 There are no processor files: load with processor=False. The weights are random, so the answers mean
-nothing. The widths are awkward on purpose: 96, 100 and 160 are no multiples of 64, which is where
-bitsandbytes' kernels for the CPU go wrong (see vlmkit/backend/cpu.py).
+nothing. The widths 96, 100 and 160 are no multiples of 64 on purpose: this is where bitsandbytes'
+kernels for the CPU are wrong (see vlmkit/backend/cpu.py).
 """
 
 from dataclasses import dataclass
@@ -98,14 +98,14 @@ def _several(tokens):
 
 
 def _grid(config):
-    """4 × 4 patches, flattened, which the merger makes 2 × 2."""
+    """4 × 4 patches, flattened. The merger turns them into 2 × 2."""
     vision = config.vision_config
     width = 3 * vision.temporal_patch_size * vision.patch_size**2
     return 4, {"pixel_values": _pixels(16, width), "image_grid_thw": torch.tensor([[1, 4, 4]])}
 
 
 def _attended(config):
-    """Llama 3.2 Vision: one image token, and cross-attention from all that follows it."""
+    """Llama 3.2 Vision: one image token, and cross-attention from all tokens after it."""
     return 1, {
         "pixel_values": _pixels(1, 1, 4, 3, SIDE, SIDE),
         "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
@@ -133,8 +133,8 @@ def inputs(model):
 
 
 def state(model):
-    """{name: copies of what `model` holds there}: each parameter with its quantization state (its
-    tensors, and what else it knows), and each buffer."""
+    """{name: copies of what `model` holds}: each parameter with its quantization state (tensors and
+    other values), and each buffer."""
     from vlmkit.backend.storages import state_tensors
 
     held = {}
@@ -168,255 +168,125 @@ def differing(one, other):
 
 # --- families -------------------------------------------------------------------------------------
 
-_TEXT_OF = {name: {**TEXT, "model_type": name} for name in ("llama", "mistral", "qwen2", "gemma")}
+
+def _family(model_type, text, vision, picture, tied=False, **fields):
+    config = {"text_config": text, "vision_config": vision, **fields}
+    return Family(model_type, config, picture, tied)
+
+
+def _without(fields, *names):
+    return {name: value for name, value in fields.items() if name not in names}
+
+
+_LLAMA, _MISTRAL, _QWEN2, _GEMMA = (
+    {**TEXT, "model_type": name} for name in ("llama", "mistral", "qwen2", "gemma")
+)
 _CLIP = {**VISION, "model_type": "clip_vision_model"}
 _SIGLIP = {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False}
-_FINE_SIGLIP = {**_SIGLIP, "patch_size": 6}
+_INDEX, _ID, _SHUFFLED = (
+    {"image_token_index": IMAGE},
+    {"image_token_id": IMAGE},
+    {"image_token_id": IMAGE, "scale_factor": 2},
+)
 _QWEN_IDS = {
-    "image_token_id": IMAGE,
+    **_ID,
     "video_token_id": VIDEO,
     "vision_start_token_id": START,
     "vision_end_token_id": END,
 }
-_QWEN_TEXT = {**TEXT, "rope_parameters": MROPE}
-del _QWEN_TEXT["head_dim"]
+_QWEN_TEXT = {**_without(TEXT, "head_dim"), "rope_parameters": MROPE}
 _QWEN3_TEXT = {**_QWEN_TEXT, "head_dim": 48}
-_QWEN3_VISION = {
-    **GRID,
-    "intermediate_size": 100,
-    "out_hidden_size": 96,
-    "num_position_embeddings": 16,
-    "deepstack_visual_indexes": [0],
+_QWEN2_VISION = {  # its `hidden_size` is the width of what it hands on
+    **GRID, "embed_dim": 64, "hidden_size": 96, "mlp_ratio": 2,
+}  # fmt: skip
+_GRID = {**GRID, "intermediate_size": 100, "out_hidden_size": 96}
+_QWEN3_VISION = {**_GRID, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+_PINPOINTS = {"image_grid_pinpoints": [[SIDE, SIDE]]}
+_OPT = {
+    **_without(TEXT, "intermediate_size", "num_key_value_heads", "head_dim"),
+    "model_type": "opt",
+    "word_embed_proj_dim": 96,
+    "ffn_dim": 160,
+}
+_MLLAMA_VISION = {
+    **_without(VISION, "num_attention_heads"),
+    "attention_heads": 2,
+    "num_global_layers": 1,
+    "intermediate_layers_indices": [0],
+    "vision_output_dim": 128,
+}
+_RESAMPLER = {
+    "hidden_size": 96,
+    "resampler_n_latents": 3,
+    "resampler_depth": 1,
+    "resampler_n_heads": 2,
+    "resampler_head_dim": 48,
+    "num_key_value_heads": 1,
+}
+_QFORMER = {
+    **_without(VISION, "image_size", "patch_size"),
+    "hidden_size": 96,
+    "encoder_hidden_size": 64,
+    "vocab_size": VOCABULARY,
 }
 
 _FAMILIES = {
-    "llava": Family(
-        "llava",
-        {
-            "text_config": _TEXT_OF["llama"],
-            "vision_config": _CLIP,
-            "image_token_index": IMAGE,
-            "image_seq_length": 4,
-        },
-        _plain(4),
+    "llava": _family("llava", _LLAMA, _CLIP, _plain(4), **_INDEX, image_seq_length=4),
+    "llava_next": _family("llava_next", _MISTRAL, _CLIP, _tiles, **_INDEX, **_PINPOINTS),
+    "llava_onevision": _family(
+        "llava_onevision", _QWEN2, _SIGLIP, _tiles, **_INDEX, video_token_index=VIDEO, **_PINPOINTS
     ),
-    "llava_next": Family(
-        "llava_next",
-        {
-            "text_config": _TEXT_OF["mistral"],
-            "vision_config": _CLIP,
-            "image_token_index": IMAGE,
-            "image_grid_pinpoints": [[SIDE, SIDE]],
-        },
-        _tiles,
-    ),
-    "llava_onevision": Family(
-        "llava_onevision",
-        {
-            "text_config": _TEXT_OF["qwen2"],
-            "vision_config": _SIGLIP,
-            "image_token_index": IMAGE,
-            "video_token_index": VIDEO,
-            "image_grid_pinpoints": [[SIDE, SIDE]],
-        },
-        _tiles,
-    ),
-    "qwen2_vl": Family(
-        "qwen2_vl",
-        {
-            "text_config": _QWEN_TEXT,
-            "vision_config": {
-                **{k: v for k, v in GRID.items() if k != "hidden_size"},
-                "embed_dim": 64,
-                "hidden_size": 96,  # of what it hands on
-                "mlp_ratio": 2,
-            },
-            **_QWEN_IDS,
-        },
-        _grid,
-        tied=True,
-    ),
-    "qwen2_5_vl": Family(
+    "qwen2_vl": _family("qwen2_vl", _QWEN_TEXT, _QWEN2_VISION, _grid, tied=True, **_QWEN_IDS),
+    "qwen2_5_vl": _family(
         "qwen2_5_vl",
-        {
-            "text_config": _QWEN_TEXT,
-            "vision_config": {
-                **GRID,
-                "intermediate_size": 100,
-                "out_hidden_size": 96,
-                "window_size": 16,
-                "fullatt_block_indexes": [1],
-            },
-            **_QWEN_IDS,
-        },
+        _QWEN_TEXT,
+        {**_GRID, "window_size": 16, "fullatt_block_indexes": [1]},
         _grid,
+        **_QWEN_IDS,
     ),
-    "qwen3_vl": Family(
-        "qwen3_vl",
-        {"text_config": _QWEN3_TEXT, "vision_config": _QWEN3_VISION, **_QWEN_IDS},
-        _grid,
-        tied=True,
-    ),
-    "qwen3_vl_moe": Family(
+    "qwen3_vl": _family("qwen3_vl", _QWEN3_TEXT, _QWEN3_VISION, _grid, tied=True, **_QWEN_IDS),
+    "qwen3_vl_moe": _family(
         "qwen3_vl_moe",
-        {
-            "text_config": {**_QWEN3_TEXT, **EXPERTS, "mlp_only_layers": [0]},
-            "vision_config": _QWEN3_VISION,
-            **_QWEN_IDS,
-        },
+        {**_QWEN3_TEXT, **EXPERTS, "mlp_only_layers": [0]},
+        _QWEN3_VISION,
         _grid,
+        **_QWEN_IDS,
     ),
-    "mllama": Family(
+    "mllama": _family(
         "mllama",
-        {
-            "text_config": {
-                **{k: v for k, v in TEXT.items() if k != "head_dim"},
-                "cross_attention_layers": [1],
-            },
-            "vision_config": {
-                **{k: v for k, v in VISION.items() if k != "num_attention_heads"},
-                "attention_heads": 2,
-                "num_global_layers": 1,
-                "intermediate_layers_indices": [0],
-                "vision_output_dim": 128,
-            },
-            "image_token_index": IMAGE,
-        },
+        {**_without(TEXT, "head_dim"), "cross_attention_layers": [1]},
+        _MLLAMA_VISION,
         _attended,
+        **_INDEX,
     ),
-    "idefics2": Family(
-        "idefics2",
-        {
-            "text_config": _TEXT_OF["mistral"],
-            "vision_config": VISION,
-            "perceiver_config": {
-                "hidden_size": 96,
-                "resampler_n_latents": 3,
-                "resampler_depth": 1,
-                "resampler_n_heads": 2,
-                "resampler_head_dim": 48,
-                "num_key_value_heads": 1,
-            },
-            "image_token_id": IMAGE,
-        },
-        _several(3),
+    "idefics2": _family(
+        "idefics2", _MISTRAL, VISION, _several(3), **_ID, perceiver_config=_RESAMPLER
     ),
-    "idefics3": Family(
-        "idefics3",
-        {
-            "text_config": _TEXT_OF["llama"],
-            "vision_config": FINE,
-            "image_token_id": IMAGE,
-            "scale_factor": 2,
-        },
-        _several(4),
+    "idefics3": _family("idefics3", _LLAMA, FINE, _several(4), **_SHUFFLED),
+    "smolvlm": _family("smolvlm", _LLAMA, FINE, _several(4), tied=True, **_SHUFFLED),
+    "paligemma": _family(
+        "paligemma", _GEMMA, _SIGLIP, _plain(4), tied=True, **_INDEX,
+        projection_dim=96, hidden_size=96, vocab_size=VOCABULARY,
     ),
-    "smolvlm": Family(
-        "smolvlm",
-        {
-            "text_config": _TEXT_OF["llama"],
-            "vision_config": FINE,
-            "image_token_id": IMAGE,
-            "scale_factor": 2,
-        },
-        _several(4),
-        tied=True,
+    "gemma3": _family(
+        "gemma3", {**TEXT, "sliding_window": 16, "query_pre_attn_scalar": 48},
+        {**_SIGLIP, "patch_size": 6}, _plain(4), tied=True, **_INDEX,
+        boi_token_index=START, eoi_token_index=END, mm_tokens_per_image=4,
     ),
-    "paligemma": Family(
-        "paligemma",
-        {
-            "text_config": _TEXT_OF["gemma"],
-            "vision_config": _SIGLIP,
-            "image_token_index": IMAGE,
-            "projection_dim": 96,
-            "hidden_size": 96,
-            "vocab_size": VOCABULARY,
-        },
-        _plain(4),
-        tied=True,
+    "internvl": _family("internvl", _QWEN2, FINE, _plain(4), **_ID, image_seq_length=4),
+    "blip2": _family(
+        "blip-2", _OPT, VISION, _plain(3), tied=True, **_INDEX,
+        qformer_config=_QFORMER, num_query_tokens=3,
     ),
-    "gemma3": Family(
-        "gemma3",
-        {
-            "text_config": {**TEXT, "sliding_window": 16, "query_pre_attn_scalar": 48},
-            "vision_config": _FINE_SIGLIP,
-            "image_token_index": IMAGE,
-            "boi_token_index": START,
-            "eoi_token_index": END,
-            "mm_tokens_per_image": 4,
-        },
-        _plain(4),
-        tied=True,
+    "mistral3": _family(
+        "mistral3", _MISTRAL, {**FINE, "model_type": "pixtral"}, _sized, **_INDEX,
+        spatial_merge_size=2,
     ),
-    "internvl": Family(
-        "internvl",
-        {
-            "text_config": _TEXT_OF["qwen2"],
-            "vision_config": FINE,
-            "image_token_id": IMAGE,
-            "image_seq_length": 4,
-        },
-        _plain(4),
+    "glm4v": _family(
+        "glm4v", _QWEN_TEXT, {**_GRID, "image_size": 16}, _grid, **_ID,
+        video_token_id=VIDEO, image_start_token_id=START, image_end_token_id=END,
     ),
-    "blip2": Family(
-        "blip-2",
-        {
-            "text_config": {
-                "model_type": "opt",
-                "vocab_size": VOCABULARY,
-                "hidden_size": 96,
-                "word_embed_proj_dim": 96,
-                "ffn_dim": 160,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "max_position_embeddings": 256,
-                "pad_token_id": 0,
-                "bos_token_id": 1,
-                "eos_token_id": 2,
-            },
-            "vision_config": VISION,
-            "qformer_config": {
-                "hidden_size": 96,
-                "intermediate_size": 100,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "encoder_hidden_size": 64,
-                "vocab_size": VOCABULARY,
-            },
-            "num_query_tokens": 3,
-            "image_token_index": IMAGE,
-        },
-        _plain(3),
-        tied=True,
-    ),
-    "mistral3": Family(
-        "mistral3",
-        {
-            "text_config": _TEXT_OF["mistral"],
-            "vision_config": {**FINE, "model_type": "pixtral"},
-            "image_token_index": IMAGE,
-            "spatial_merge_size": 2,
-        },
-        _sized,
-    ),
-    "glm4v": Family(
-        "glm4v",
-        {
-            "text_config": _QWEN_TEXT,
-            "vision_config": {
-                **GRID,
-                "intermediate_size": 100,
-                "out_hidden_size": 96,
-                "image_size": 16,
-            },
-            "image_token_id": IMAGE,
-            "video_token_id": VIDEO,
-            "image_start_token_id": START,
-            "image_end_token_id": END,
-        },
-        _grid,
-    ),
-}
+}  # fmt: skip
 
 
 def _make(name, folder, *, tie=None, shards=False, dtype=torch.bfloat16, seed=0):
@@ -433,8 +303,9 @@ def _make(name, folder, *, tie=None, shards=False, dtype=torch.bfloat16, seed=0)
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     with torch.no_grad():
-        for parameter in model.parameters():  # no zero biases: every weight must be loaded to match
-            # and no gate that is shut: what it lets through must matter
+        # No bias is zero, so a match proves that it was loaded. No gate is shut, so what it lets
+        # through matters.
+        for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.02 if parameter.numel() > 1 else 1))
     model.save_pretrained(folder, max_shard_size="100KB" if shards else "1GB")
     return Path(folder)

@@ -12,9 +12,7 @@ from vlmkit.errors import AnatomyError, CheckpointError
 
 def test_not_a_checkpoint(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(
-        CheckpointError, match="is not a checkpoint: it has no config.json.*notes.txt"
-    ):
+    with pytest.raises(CheckpointError, match="it has no config.json.*notes.txt"):
         vk.load(tmp_path)
     with pytest.raises(CheckpointError, match="is a file, and a checkpoint is a folder"):
         vk.load(tmp_path / "notes.txt")
@@ -38,11 +36,17 @@ def test_a_config_that_cannot_be_used(tmp_path, text):
         vk.load(tmp_path)
 
 
-def test_long_messages_of_libraries_are_cut(llava, copy):
-    folder = copy(llava)
+def edited(folder, change):
+    """`folder`, with its config changed by a function of the dictionary."""
     config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["model_type"] = "nonesuch"  # transformers lists all that it knows
+    change(config)
     (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_long_messages_of_libraries_are_cut(llava, copy):
+    # transformers' message lists every model_type that it knows
+    folder = edited(copy(llava), lambda c: c["text_config"].update(model_type="nonesuch"))
     with pytest.raises(CheckpointError, match="nonesuch.* …") as caught:
         vk.load(folder)
     assert len(str(caught.value)) < 500
@@ -82,13 +86,13 @@ def rewrite(folder, change):
     save_file(weights, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("plan", ["recommended", "bf16"])
 @pytest.mark.parametrize("leaf", ["down_proj.weight", "layer_norm1.bias", "linear_1.weight"])
-def test_missing_weights(llava, copy, leaf, plan):
+def test_missing_weights(llava, copy, leaf):
     folder = copy(llava)
     rewrite(folder, lambda w: w.pop(next(name for name in w if name.endswith(leaf))))
-    with pytest.raises(CheckpointError, match=f"lacks weights that the model has: .*{leaf}"):
-        vk.load(folder, plan)
+    for plan in ("recommended", "bf16"):
+        with pytest.raises(CheckpointError, match=f"lacks weights that the model has: .*{leaf}"):
+            vk.load(folder, plan)
 
 
 def test_unexpected_weights_and_shapes(llava, copy):
@@ -101,12 +105,7 @@ def test_unexpected_weights_and_shapes(llava, copy):
 @pytest.mark.parametrize("leaf", ["lm_head.weight", "down_proj.weight"])
 def test_weights_of_another_shape(llava, copy, leaf):
     folder = copy(llava)
-
-    def change(weights):
-        name = next(name for name in weights if name.endswith(leaf))
-        weights[name] = torch.ones(2, 2)
-
-    rewrite(folder, change)
+    rewrite(folder, lambda w: w.update({n: torch.ones(2, 2) for n in w if n.endswith(leaf)}))
     for plan in ("recommended", "bf16"):
         with pytest.raises(CheckpointError, match=leaf):
             vk.load(folder, plan)
@@ -133,27 +132,21 @@ def test_a_missing_shard(llava, copy):
         vk.load(folder)
 
 
-@pytest.mark.parametrize(
-    "files, message",
-    [
-        (["processor_config.json"], "lacks a processor config"),
-        (["tokenizer.json", "tokenizer_config.json"], "lacks a tokenizer"),
-        (["tokenizer.json"], "processor cannot be loaded|lacks"),
-    ],
-)
-def test_a_missing_processor_file(llava, copy, files, message):
+def test_processor_files(llava, copy):
     folder = copy(llava)
-    for file in files:
+    for file, message in (("processor_config.json", "lacks a processor config"),
+                          ("tokenizer.json", "processor cannot be loaded|lacks")):  # fmt: skip
+        whole = (folder / file).read_text()
+        (folder / file).write_text("{")
+        with pytest.raises(CheckpointError, match="processor cannot be loaded"):
+            vk.load(folder)
         (folder / file).unlink()
-    with pytest.raises(CheckpointError, match=message):
-        vk.load(folder)
-
-
-@pytest.mark.parametrize("file", ["processor_config.json", "tokenizer.json"])
-def test_a_damaged_processor_file(llava, copy, file):
-    folder = copy(llava)
-    (folder / file).write_text("{")
-    with pytest.raises(CheckpointError, match="processor cannot be loaded"):
+        with pytest.raises(CheckpointError, match=message):
+            vk.load(folder)
+        (folder / file).write_text(whole)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    with pytest.raises(CheckpointError, match="lacks a tokenizer"):
         vk.load(folder)
 
 
@@ -184,21 +177,13 @@ def offline(monkeypatch, tmp_path):
 
 
 def test_a_hub_id_without_a_network(offline):
-    with pytest.raises(
-        CheckpointError, match=r'owner/name-7b .*cannot be reached.*vk.load\("pebble"\)'
-    ):
+    with pytest.raises(CheckpointError, match="owner/name-7b .*cannot be reached.*pebble"):
         vk.load("owner/name-7b")
 
 
 def test_remote_code_only_by_name(llava, copy):
-    folder = copy(llava)
-    config = json.loads((folder / "config.json").read_text())
-    config["model_type"] = "their_own"
-    config["auto_map"] = {
-        "AutoConfig": "theirs.Config",
-        "AutoModelForImageTextToText": "theirs.Model",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    code = {"AutoConfig": "theirs.Config", "AutoModelForImageTextToText": "theirs.Model"}
+    folder = edited(copy(llava), lambda c: c.update(model_type="their_own", auto_map=code))
     (folder / "theirs.py").write_text("raise SystemExit('their code ran')")
     with pytest.raises(CheckpointError, match="trust_remote_code=True"):
         vk.load(folder)

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 import vlmkit as vk
 from vlmkit.backend.quiet import quiet
 from vlmkit.errors import CheckpointError, ConfigError
+from vlmkit.layout import layout_of
 from vlmkit.linting import Verdict
 from vlmkit.linting.context import Context
 from vlmkit.linting.rules import findings as found_by_rules
@@ -246,14 +247,10 @@ def test_components_that_were_perhaps_not_meant(folders):
                "model.language_model.layers.1.cross_attn"]  # fmt: skip
     for entry in entries:
         assert any(repr(entry) in finding.remedy for finding in found.values())
-    config = vk.Plan(language_model="nf4").resolve(_meta(folder)).quantization_config()
+    config = layout_of(folder, "language_model=nf4").quantization_config()
     wanted = vk.lint(folder, config).modules()["format"]
     assert vk.lint(folder, bits(entries)).modules()["format"].equals(wanted)
     assert codes(vk.lint(folder, config), "error") == []
-
-
-def _meta(folder):
-    return vk.anatomy.on_meta(vk.checkpoints.read_config(folder))
 
 
 @pytest.mark.parametrize("skip", [None, ["visual", "vision_tower", "cross_attn", "lm_head"]])
@@ -264,9 +261,8 @@ def test_the_plans_in_the_remedies_keep_what_they_say(name, skip):
         (f, re.search(r"vk\.Plan\(.*\)", f.remedy)[0]) for f in findings if "vk.Plan(" in f.remedy
     ]
     assert plans
-    meta = vk.anatomy.on_meta(vk.checkpoints.read_config(vk.catalog.folder_of(name)))
     for finding, code in plans:
-        quantized = eval(code, {"vk": vk}).resolve(meta).quantized
+        quantized = layout_of(name, eval(code, {"vk": vk})).quantized
         assert quantized and set(quantized.values()) == {"nf4-dq"}
         assert not set(finding.modules) & set(quantized)
 

@@ -12,8 +12,8 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 import vlmkit as vk
 from vlmkit.finetuning import adapted
 from vlmkit.formats import FORMATS, torch_dtype
+from vlmkit.layout import layout_of
 from vlmkit.memory import compare, measure, predict
-from vlmkit.stored import planned
 
 MODELS, MANY, SOME = 300, 100, 20
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,7 +75,7 @@ def made(config, plan):
     """The real model, with bitsandbytes' own layers, as a load gives it."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    _, layout = planned(config, plan)
+    layout = layout_of(config, plan)
     model = AutoModelForImageTextToText.from_config(
         copy.deepcopy(config), dtype=torch_dtype(layout.load_dtype)
     )

@@ -1,4 +1,4 @@
-"""Plans, and what becomes of them on a model."""
+"""Plans, and what a plan does to a model."""
 
 import copy
 import pickle
@@ -9,8 +9,10 @@ import pytest
 
 import vlmkit as vk
 from vlmkit.anatomy import on_meta
+from vlmkit.backend.mixed import MixedConfig
 from vlmkit.checkpoints import read_config
 from vlmkit.errors import PlanError
+from vlmkit.layout import layout_of
 from vlmkit.rows import EMBEDDING, HEAD, LINEAR
 
 Plan = vk.Plan
@@ -67,10 +69,7 @@ def test_compares_prints_copies_and_does_not_change():
         (lambda: Plan(vision="bf16"), "'vision' is not a component. Did you mean 'vision_encoder'"),
         (lambda: Plan(projector="bf61"), "'bf61' is not a number format. Did you mean 'bf16'"),
         (lambda: Plan.parse("nf5"), "Did you mean 'nf4'"),
-        (
-            lambda: Plan.parse("projector=nf4,vision_encoder"),
-            "'vision_encoder' .* component=format",
-        ),
+        (lambda: Plan.parse("projector=nf4,vision_encoder"), "vision_encoder.* component=format"),
         (lambda: Plan.parse("projector=nf4,projector=bf16"), "names projector twice"),
         (lambda: Plan.parse(4), "4 is not a plan"),
         (lambda: Plan.uniform("16"), "not a number format"),
@@ -85,47 +84,44 @@ def test_mistakes(make, message):
 
 
 def test_resolved_to_full_module_names(model):
-    layout = Plan.recommended().resolve(model)
+    layout = layout_of(model, Plan.recommended())
     inside = [n for n in layout.linears if n.startswith("model.language_model.layers.")]
     assert layout.quantized == dict.fromkeys(inside, "nf4") and len(inside) == 14
     assert layout.skipped == ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
     config = layout.quantization_config()
     assert config.llm_int8_skip_modules == layout.skipped
-    assert (
-        config.quantization_method() == "nf4"
-        and str(config.bnb_4bit_compute_dtype) == "torch.bfloat16"
-    )
+    assert config.quantization_method() == "nf4"
+    assert str(config.bnb_4bit_compute_dtype) == "torch.bfloat16"
 
 
 def test_what_is_no_linear_layer_stays_in_16_bits(model):
-    for row in Plan.uniform("nf4").resolve(model).rows:
+    for row in layout_of(model, Plan.uniform("nf4")).rows:
         assert row.asked == "nf4"
         assert row.format == ("nf4" if row.kind == LINEAR else "bf16"), row
 
 
 def test_the_skip_list_replaces_the_automatic_one_even_when_it_is_empty(model):
-    layout = Plan.uniform("nf4").override("lm_head", "nf4").resolve(model)
+    layout = layout_of(model, Plan.uniform("nf4").override("lm_head", "nf4"))
     assert layout.quantized["lm_head"] == "nf4"
     assert layout.quantization_config().llm_int8_skip_modules == []
 
 
 def test_a_tied_head_is_never_quantized(tied):
-    layout = Plan.uniform("nf4").resolve(tied)
+    layout = layout_of(tied, Plan.uniform("nf4"))
     assert "lm_head" in layout.skipped and "lm_head" not in layout.quantized
-    assert HEAD not in {row.kind for row in layout.rows} and EMBEDDING in {
-        r.kind for r in layout.rows
-    }
+    kinds = {row.kind for row in layout.rows}
+    assert HEAD not in kinds and EMBEDDING in kinds
     with pytest.raises(PlanError, match="matches only lm_head, whose weight is tied"):
-        Plan().override("lm_head", "nf4").resolve(tied)
+        layout_of(tied, Plan().override("lm_head", "nf4"))
 
 
 def test_overrides(model):
     plan = Plan.recommended().override(r"language_model\.layers\.1\.", "bf16")
     plan = plan.override(r"vision_tower.*fc1$", "nf4")
-    quantized = plan.resolve(model).quantized
+    layout = layout_of(model, plan)
+    quantized, skipped = layout.quantized, layout.skipped
     assert not any(".layers.1." in name for name in quantized if "language_model" in name)
     assert sum("fc1" in name for name in quantized) == 2 and len(quantized) == 7 + 2
-    skipped = plan.resolve(model).skipped
     assert "model.vision_tower" not in skipped and "model.language_model.layers.1" in skipped
 
 
@@ -133,7 +129,7 @@ def test_layer_1_is_not_layer_11():
     from transformers import CONFIG_MAPPING
 
     big = on_meta(CONFIG_MAPPING["llava"]())
-    layout = Plan.recommended().override(r"language_model\.layers\.1\.", "bf16").resolve(big)
+    layout = layout_of(big, Plan.recommended().override(r"language_model\.layers\.1\.", "bf16"))
     assert len(layout.quantized) == 31 * 7
     layout.quantization_config()  # which asks transformers what it will make of the list
 
@@ -154,17 +150,15 @@ def test_layer_1_is_not_layer_11():
 )
 def test_a_plan_that_does_nothing_or_contradicts_itself(model, plan, message):
     with pytest.raises(PlanError, match=message):
-        plan.resolve(model)
+        layout_of(model, plan)
 
 
 def test_uniform_says_nothing_about_components_that_are_not_there(model):
-    assert Plan.uniform("nf4").resolve(model).quantized
+    assert layout_of(model, Plan.uniform("nf4")).quantized
 
 
 def test_two_quantized_formats_are_two_of_transformers_configs(model):
-    from vlmkit.backend.mixed import MixedConfig
-
-    layout = Plan(vision_encoder="int8", language_model="nf4-dq").resolve(model)
+    layout = layout_of(model, Plan(vision_encoder="int8", language_model="nf4-dq"))
     config = layout.quantization_config()
     assert isinstance(config, MixedConfig)
     eight, four = config.configs

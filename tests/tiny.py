@@ -11,6 +11,7 @@ Each returns the folder, as a pathlib.Path. The weights are random: the answers 
 from pathlib import Path
 
 import torch
+from families import _FAMILIES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
@@ -81,7 +82,7 @@ def save_model(config, folder, dtype=torch.bfloat16, seed=0):
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     with torch.no_grad():
-        for parameter in model.parameters():  # no zero biases: every weight must be loaded to match
+        for parameter in model.parameters():  # no bias is zero: a match proves that it was loaded
             parameter.add_(torch.randn_like(parameter) * 0.02)
     model.save_pretrained(folder)
     return Path(folder)
@@ -148,28 +149,11 @@ def other_family(folder):
 
 
 def qwen2_vl(folder, dtype=torch.bfloat16):
-    """A Qwen2-VL: the projector inside the vision module, tied embeddings, no processor."""
-    config = Qwen2VLConfig(
-        vision_config={
-            "depth": 2,
-            "embed_dim": 64,
-            "hidden_size": 128,
-            "num_heads": 2,
-            "mlp_ratio": 2,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-        },
-        text_config={
-            **TEXT,
-            "bos_token_id": 2,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12]},
-            "tie_word_embeddings": True,
-        },
-        image_token_id=5,
-        video_token_id=6,
-        vision_start_token_id=7,
-        vision_end_token_id=8,
-        tie_word_embeddings=True,
-    )
-    return save_model(config, folder, dtype)
+    """The Qwen2-VL of families.py in widths that are multiples of 64: the projector is inside the
+    vision module, the embeddings are tied, and there is no processor."""
+    fields = dict(_FAMILIES["qwen2_vl"].config)
+    rope = {"rope_type": "default", "mrope_section": [8, 12, 12]}
+    text = {**TEXT, "bos_token_id": 2, "rope_parameters": rope, "tie_word_embeddings": True}
+    vision = {**fields["vision_config"], "hidden_size": TEXT["hidden_size"]}
+    fields |= {"text_config": text, "vision_config": vision, "tie_word_embeddings": True}
+    return save_model(Qwen2VLConfig(**fields), folder, dtype)

@@ -2,18 +2,30 @@
 
     import vlmkit as vk
 
+    vk.anatomy("pebble")                          # which parameter belongs to which component
     plan = vk.Plan(vision_encoder="bf16", projector="bf16", language_model="nf4")
-    model, processor = vk.load("pebble", plan=plan)
+    model, processor = vk.load("pebble", plan)    # a transformers model, an AutoProcessor
+    vk.audit(model, plan)                         # what each component got; raises where it differs
     vk.ask(model, processor, image, "What color is the circle?")
+    vk.memory.predict("pebble", plan)             # what it needs: no weights, no network
+    vk.evaluate(model, processor, dataset)        # accuracy with its interval, by task
+    vk.sensitivity.sweep(model, processor, dataset, formats=[...], scopes=[...])
+    vk.planner.best_plan(model, processor, dataset, budget="3 MB")
+    model = vk.finetuning.add_adapters(model, projector="full", language_model=vk.LoRA(r=16))
+    vk.finetuning.train(model, processor, dataset, "runs/first", max_steps=200)
 
-Importing this package imports nothing heavy: every name below is looked up when it is first used.
+A model is a short table of components (`COMPONENTS`, `architectures`, `anatomy`). A plan gives
+each component a number format (`formats`, `plan`, `layout`). Everything else is a question about
+that pair.
+
+`import vlmkit` imports no torch: each name below is looked up when it is first used.
 """
 
 import importlib
 import warnings
 
-# Imported in a notebook without ipywidgets, tqdm (and so transformers) warns that its bars will be
-# text. They may be: it would be the first thing that a reader of the course sees, in red.
+# tqdm, which transformers imports, warns in a notebook without ipywidgets that its bars are text.
+# This warning would be the first thing that a reader of the course sees, in red.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 __version__ = "0.1.0"
@@ -28,38 +40,37 @@ _HOME_OF = {
     "audit": "loading",
     "save": "loading",
     "default_model": "loading",
-    "trace": "tracing",
-    "lint": "linting",
-    "fit": "memory.fitting",
     "ask": "evaluation",
     "evaluate": "evaluation",
+    "fit": "memory.fitting",
+    "lint": "linting",
+    "trace": "tracing",
     "LoRA": "adapters",
     "VlmkitError": "errors",
 }
-# `anatomy` is both a module and a question to ask: the module is callable (see its last lines).
 _MODULES = (
-    "adapters",
-    "anatomy",
     "architectures",
-    "attention",
-    "catalog",
+    "anatomy",  # a module that can be called, see its last lines
+    "formats",
+    "plan",
+    "adapters",
     "checkpoints",
+    "catalog",
+    "loading",
+    "memory",
+    "evaluation",
+    "sensitivity",
+    "planner",
+    "finetuning",
+    "linting",
+    "tasks",
+    "attention",
+    "images",
+    "figures",
+    "models",
     "course",
     "environment",
     "errors",
-    "evaluation",
-    "figures",
-    "finetuning",
-    "formats",
-    "images",
-    "linting",
-    "loading",
-    "memory",
-    "models",
-    "plan",
-    "planner",
-    "sensitivity",
-    "tasks",
 )
 
 __all__ = ["COMPONENTS", *_HOME_OF, *_MODULES]
@@ -70,7 +81,7 @@ def __getattr__(name):
         return getattr(importlib.import_module(f"vlmkit.{_HOME_OF[name]}"), name)
     if name in _MODULES:
         return importlib.import_module(f"vlmkit.{name}")
-    raise AttributeError(f"module 'vlmkit' has no attribute {name!r}; it has {', '.join(__all__)}")
+    raise AttributeError(f"module 'vlmkit' has no attribute {name!r}. It has {', '.join(__all__)}.")
 
 
 def __dir__():

@@ -1,8 +1,7 @@
-"""Checkpoints: from a name to a folder whose config and weights can be trusted to be there.
+"""Checkpoints: from a name to a folder, and what its files hold.
 
-A name is "pebble", a folder, or a hub id (`owner/name`). Whatever it is, everything after
-`find` works on a folder, so that a checkpoint from the hub and one on disk meet the same checks.
-Where no weights are wanted, `vlmkit.catalog` answers for the models that it has.
+A name is "pebble", a folder, or a hub id (`owner/name`). `find` turns it into a folder. Everything
+else here works on a folder, so a checkpoint from the hub and one on disk pass the same checks.
 """
 
 import json
@@ -17,25 +16,25 @@ BUNDLED = Path(__file__).parent / "models" / "pebble" / "checkpoint"
 OFFLINE = 'vk.load("pebble") works without a network.'
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# Buffers that older releases of transformers saved and that models now compute for themselves.
-NO_LONGER_SAVED = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
+_FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # safetensors' names and ours
+_STATE = re.compile(r"\.quant_state\.bitsandbytes__(nf4|fp4)$")
 
 
 def find(name, *, revision=None, weights=True, trust_remote_code=False):
     """The folder of the checkpoint that `name` means, as a pathlib.Path.
 
-    A hub id is looked for in the local cache first; only what is not there is downloaded.
-    weights: whether the weights are wanted too, or the config files are enough. If they are, and no
-    revision is asked for, a model of `vlmkit.catalog` needs neither cache nor network.
+    A hub id is looked up in the local cache first. Only what is missing there is downloaded.
+    weights: whether the weights are wanted too. Without weights and without a revision, a model of
+        `vlmkit.catalog` needs neither cache nor network.
 
-    Raises CheckpointError, which names the id and offers pebble, if there is no such checkpoint.
+    Raises CheckpointError if there is no such checkpoint.
     """
     text = str(name)
     if text == PEBBLE:
         if not BUNDLED.is_dir():
             raise CheckpointError(
-                f"{PEBBLE!r} is bundled with vlmkit, but {BUNDLED} is not there: this installation "
-                "is incomplete. Install vlmkit again, or make pebble: "
+                f"{PEBBLE!r} is bundled with vlmkit, but {BUNDLED} is not there. This installation "
+                "is incomplete. Install vlmkit again, or train pebble: "
                 "python -m vlmkit.models.pebble.train"
             )
         return BUNDLED
@@ -44,13 +43,13 @@ def find(name, *, revision=None, weights=True, trust_remote_code=False):
         return folder
     if folder.is_file():
         raise CheckpointError(
-            f"{text} is a file, and a checkpoint is a folder: give the folder that holds "
+            f"{text} is a file, and a checkpoint is a folder. Give the folder that holds "
             "config.json, the weights and the processor's files."
         )
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
         short = {name.split("/")[-1]: name for name in (PEBBLE, *catalog.NAMES)}
         raise CheckpointError(
-            f"There is no checkpoint {text!r}: it is not a folder here, and a hub id has the form "
+            f"There is no checkpoint {text!r}. It is not a folder here, and a hub id has the form "
             f"'owner/name'. {did_you_mean(text, short, 0.6, short)}{OFFLINE}"
         )
     if not weights and revision is None and catalog.folder_of(text):
@@ -60,17 +59,11 @@ def find(name, *, revision=None, weights=True, trust_remote_code=False):
 
 def _from_hub(name, revision, weights, trust_remote_code):
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     wanted = ["*.json", "*.jinja", "*.txt", "*.model"]
     wanted += ["model*.safetensors"] * weights + ["*.py"] * trust_remote_code
     kwargs = {"revision": revision, "allow_patterns": wanted, "ignore_patterns": ["*/*"]}
-    try:  # a cached copy is used as it is: no waiting for a network that may not be there
+    try:  # first without the network, which may be slow or missing
         folder = Path(snapshot_download(name, local_files_only=True, **kwargs))
         if (folder / "config.json").exists() and (not weights or weight_files(folder)):
             return folder
@@ -78,34 +71,32 @@ def _from_hub(name, revision, weights, trust_remote_code):
         pass
     try:
         return Path(snapshot_download(name, **kwargs))
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{name} asks its users to accept a licence: accept it on the model's page of the hub, "
-            f"then log in with `hf auth login`. {OFFLINE}"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(f"{name} has no revision {revision!r} on the hub.") from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"There is no checkpoint {name!r}: it is not a folder here, and the hub has no public "
-            f"model of that id. {OFFLINE}"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{name} is not a folder here and not in the hub's cache, and the hub cannot be "
-            f"reached. Check the network (or HF_HUB_OFFLINE), or use the bundled model: {OFFLINE}"
-        ) from error
-    except Exception as error:  # httpx, disk and proxy errors of many kinds
-        raise CheckpointError(
-            f"{name} could not be fetched from the hub: {brief(error)}. {OFFLINE}"
-        ) from error
+    except Exception as error:  # the hub's, httpx's, a proxy's and the disk's
+        raise CheckpointError(_why_not_fetched(name, revision, error)) from error
+
+
+def _why_not_fetched(name, revision, error):
+    from huggingface_hub import errors
+
+    reasons = {
+        errors.GatedRepoError: f"{name} asks its users to accept a license. Accept it on the "
+        "model's page of the hub, then log in with `hf auth login`.",
+        errors.RevisionNotFoundError: f"{name} has no revision {revision!r} on the hub. Leave "
+        "revision out to get the newest.",
+        errors.RepositoryNotFoundError: f"There is no checkpoint {name!r}. It is not a folder "
+        "here, and the hub has no public model of that id.",
+        errors.LocalEntryNotFoundError: f"{name} is not a folder here and not in the hub's cache, "
+        "and the hub cannot be reached. Check the network (or HF_HUB_OFFLINE).",
+        Exception: f"{name} could not be fetched from the hub: {brief(error)}.",
+    }
+    return next(text for kind, text in reasons.items() if isinstance(error, kind)) + f" {OFFLINE}"
 
 
 def read_config(folder, *, trust_remote_code=False):
     """The transformers config of the checkpoint in `folder`.
 
-    Raises CheckpointError if there is none, if it cannot be read, or if it needs Python code of
-    its own and `trust_remote_code` does not allow that.
+    Raises CheckpointError if there is no config, if it cannot be read, or if the model needs Python
+    code of its own and `trust_remote_code` does not allow that.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -115,7 +106,7 @@ def read_config(folder, *, trust_remote_code=False):
         if "auto_map" not in raw:
             raise CheckpointError(
                 f"{folder}: config.json says model_type {kind!r}, which this release of "
-                "transformers does not know."
+                "transformers does not know. A newer one may: pip install -U transformers"
             )
         if not trust_remote_code:
             raise CheckpointError(
@@ -124,7 +115,7 @@ def read_config(folder, *, trust_remote_code=False):
             )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a config with wrong fields fails in the config class's own ways
+    except Exception as error:  # every config class fails in its own way on a wrong field
         raise CheckpointError(f"{folder}: config.json cannot be used: {brief(error)}") from error
 
 
@@ -134,12 +125,13 @@ def _read_json(folder, file):
     except FileNotFoundError as error:
         if (folder / "adapter_config.json").exists():
             raise CheckpointError(
-                f"{folder} holds a PEFT adapter, not a checkpoint: load the model that the adapter "
+                f"{folder} holds a PEFT adapter, not a checkpoint. Load the model that the adapter "
                 "was trained on, then the adapter: peft.PeftModel.from_pretrained(model, folder)."
             ) from error
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
         raise CheckpointError(
-            f"{folder} is not a checkpoint: it has no {file}. It holds {found}."
+            f"{folder} is not a checkpoint: it has no {file}. It holds {found}. Give the folder "
+            "that holds config.json, the weights and the processor's files."
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{folder}: {file} is not valid JSON: {error}") from error
@@ -148,31 +140,22 @@ def _read_json(folder, file):
     return raw
 
 
-def check_weights(folder):
-    """Open every weight file in `folder` and read its header.
-
-    Raises CheckpointError if there is no safetensors file, if one is missing or was cut short, or
-    if there are only pickled weights, which can run code when they are opened and are refused.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{file} is damaged or was cut short ({file.stat().st_size:,} bytes): "
-                f"{brief(error)}. Copy or download it again."
-            ) from error
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {brief(error)}") from error
+def quantization_method(config):
+    """What the weights of a checkpoint are quantized by, "bitsandbytes" for example, according to
+    its config. None where they are not quantized."""
+    said = getattr(config, "quantization_config", None)
+    if not said:
+        return None
+    said = said if isinstance(said, dict) else said.to_dict()
+    method = said.get("quant_method", "bitsandbytes")  # old files do not say it
+    return str(getattr(method, "value", method))
 
 
 def weight_files(folder):
     """Paths of the safetensors files of the checkpoint in `folder`.
 
-    Raises CheckpointError if there are none, or if one that the index names is missing.
+    Raises CheckpointError if there are none, if one that the index names is missing, or if there
+    are only pickled weights, which can run code when they are opened.
     """
     if (folder / SAFETENSORS).exists():
         return [folder / SAFETENSORS]
@@ -193,4 +176,75 @@ def weight_files(folder):
             "any code when it is opened, so vlmkit reads safetensors only. If you trust it, "
             "convert it with model.save_pretrained(folder)."
         )
-    raise CheckpointError(f"{folder} has a config but no weights: there is no {SAFETENSORS}.")
+    raise CheckpointError(
+        f"{folder} has a config but no weights: there is no {SAFETENSORS}. Copy or download it."
+    )
+
+
+def weight_dtypes(folder):
+    """{name of a tensor: its dtype, as safetensors spells it} of the checkpoint in `folder`, from
+    the headers of its files.
+
+    Raises CheckpointError as `weight_files` does, and if a file is damaged or cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    dtypes = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for key in weights.keys():  # noqa: SIM118 (it has no other way)
+                    dtypes[key] = weights.get_slice(key).get_dtype()
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{file} is damaged or was cut short ({file.stat().st_size:,} bytes): "
+                f"{brief(error)}. Copy or download it again."
+            ) from error
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {brief(error)}") from error
+    return dtypes
+
+
+def stored_formats(folder, model):
+    """{full name of a parameter: name of the format that it is stored in}.
+
+    config.json only says what was requested. The weight files say what was stored, so their headers
+    are read. A quantized weight is recognized by the scales beside it.
+
+    model: the checkpoint's, on the meta device. Raises CheckpointError as `weight_dtypes` does.
+    """
+    dtypes = weight_dtypes(folder)
+    rename = _renamer(model)
+    floats, quantized = {}, {}
+    for key, dtype in dtypes.items():
+        if four_bits := _STATE.search(key):
+            key = key[: four_bits.start()]
+            quantized[rename(key)] = four_bits[1] + "-dq" * (f"{key}.nested_absmax" in dtypes)
+        elif key.endswith(".SCB"):
+            quantized[rename(f"{key.removesuffix('.SCB')}.weight")] = "int8"
+        elif dtype in _FLOATS:
+            floats.setdefault(rename(key), _FLOATS[dtype])
+    formats = floats | quantized
+    return {n: formats[n] for n, _ in model.named_parameters() if n in formats}
+
+
+def _renamer(model):
+    """A function from a name in a checkpoint to the name in `model`.
+
+    They differ for many families, and transformers renames on loading. Since 5.21, and for as long
+    as transformers has no public function for it, this calls the functions that it uses itself. A
+    mistake would be found: the audit compares what was loaded with what is read by these names.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if not isinstance(entry, WeightRenaming)]
+    names = model.state_dict()
+
+    def rename(key):
+        new, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
+        return key if new not in names and key in names else new
+
+    return rename

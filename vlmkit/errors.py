@@ -1,8 +1,7 @@
-"""The errors vlmkit raises.
+"""The errors that vlmkit raises. Each message says what was asked, what was found, what to do next.
 
-Each message says what was asked, what was found and what to do next. All derive from
-`VlmkitError`, so that a program (or the command line) can tell a mistake of the user's, which has
-a remedy, from a defect of ours, which needs a traceback.
+All derive from `VlmkitError`. So a program (or the command line) can tell a user's mistake, which
+the message helps to correct, from a bug in vlmkit, which needs a traceback.
 """
 
 import difflib
@@ -13,11 +12,11 @@ class VlmkitError(Exception):
 
 
 class PlanError(VlmkitError, ValueError):
-    """A plan names something that does not exist, or asks for what cannot be done."""
+    """A plan names something that does not exist, or asks for something impossible."""
 
 
 class AnatomyError(VlmkitError, ValueError):
-    """A model or config is not a vision-language model, or has parts that no rule knows."""
+    """A model or config is not a vision-language model, or has parameters of unknown component."""
 
 
 class CheckpointError(VlmkitError, OSError):
@@ -33,7 +32,7 @@ class AuditError(VlmkitError, RuntimeError):
 
 
 class SizeError(VlmkitError, ValueError):
-    """A number of tokens, images or bytes that cannot be, or that a model has no room for."""
+    """A number of tokens, images or bytes is impossible, or more than the model has room for."""
 
 
 class FinetuningError(VlmkitError, ValueError):
@@ -41,11 +40,11 @@ class FinetuningError(VlmkitError, ValueError):
 
 
 class SensitivityError(VlmkitError, ValueError):
-    """What is to be quantized in an experiment is not there, or the experiment can show nothing."""
+    """What an experiment is to quantize does not exist, or the experiment cannot show anything."""
 
 
 class DependencyError(VlmkitError, ImportError):
-    """A package that something needs, and the rest of vlmkit does not, is not installed."""
+    """An optional package is needed and not installed."""
 
 
 class ImageError(VlmkitError, ValueError):
@@ -53,15 +52,15 @@ class ImageError(VlmkitError, ValueError):
 
 
 class QuestionError(VlmkitError, ValueError):
-    """A question is empty, or does not fit the model's context together with its images."""
+    """A question is empty, or is too long for the model's context together with its images."""
 
 
 class TaskError(VlmkitError, ValueError):
-    """A task, a split or a size that no dataset can be made from."""
+    """No dataset can be made from this task, split or size."""
 
 
 class ExerciseError(VlmkitError, ValueError):
-    """A check is asked for that no exercise has, or is given data that it does not take."""
+    """No exercise has this check, or the check does not take this data."""
 
 
 def brief(error, length=200):

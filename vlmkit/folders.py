@@ -1,9 +1,9 @@
-"""Folders that are written whole or not at all."""
+"""Folders that are written completely or not at all."""
 
 import contextlib
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
 from vlmkit.errors import CheckpointError, brief
@@ -12,45 +12,39 @@ from vlmkit.units import MEGABYTE
 
 @contextlib.contextmanager
 def whole_folder(path, *, overwrite=False, size=0, need=""):
-    """A new folder beside `path`, to be filled, that gets its name at the end.
+    """A new folder beside `path` to write to. It gets the name `path` at the end of the block.
 
-    overwrite: whether a folder that is there and not empty is replaced. It stays until the new one
-        is complete, and comes back if that cannot take its place.
+    overwrite: whether a folder at `path` that is not empty is replaced. It stays until the new one
+        is complete, and comes back if the new one cannot take its place.
     size: bytes that must be free before anything is written. need: a sentence for the error.
 
-    Raises CheckpointError if `path` is taken or cannot be written. If anything fails, a full disk
-    for one, nothing is left at `path` that was not there.
+    If anything fails (a full disk, an interrupt), `path` and the folders around it stay as before.
+    Raises CheckpointError if `path` is taken or cannot be written.
     """
     path = Path(path).expanduser().resolve()
     _require_free(path, overwrite)
     made = [folder for folder in path.parents if not folder.exists()]
-    beside = None
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         room = shutil.disk_usage(path.parent).free
         if room < size:
             raise OSError(f"{room / MEGABYTE:,.2f} MB are free there")
-        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        beside.mkdir()
         yield beside
-        _swap(beside, path)
-    except Exception as error:  # OSError, and what safetensors and tokenizers make of one
-        _remove(beside, made)
+        _rename_over(beside, path)
+    except BaseException as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if not isinstance(error, Exception):  # an interrupt
+            raise
+        # safetensors and tokenizers have errors of their own for a full disk
         raise CheckpointError(
             f"{path} could not be written: {brief(error)}. {need}".rstrip()
             + " Nothing was left there that was not there before."
         ) from error
-    except BaseException:  # interrupted
-        _remove(beside, made)
-        raise
-
-
-def _remove(beside, made):
-    """Remove what was written, and the folders that were made for it."""
-    if beside is not None:
-        shutil.rmtree(beside, ignore_errors=True)
-    for folder in made:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
 
 
 def _require_free(path, overwrite):
@@ -63,9 +57,8 @@ def _require_free(path, overwrite):
         raise CheckpointError(f"{path} is not a folder. Choose another name.")
 
 
-def _swap(beside, path):
+def _rename_over(beside, path):
     """Give the folder `beside` the name `path`."""
-    beside.chmod(0o777 & ~_umask())  # mkdtemp's is for one's own eyes
     old = None
     if path.exists():
         old = path.with_name(f"{beside.name}.old")
@@ -78,13 +71,7 @@ def _swap(beside, path):
         raise
     if old:
         shutil.rmtree(old, ignore_errors=True)
-    with contextlib.suppress(OSError):  # so that the name outlives a power cut, where that is known
+    with contextlib.suppress(OSError):  # so that the new name survives a power cut
         handle = os.open(path.parent, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,29 +1,45 @@
-"""Layouts: a plan resolved against one model, with a row for each of its parameters.
+"""Layouts: a plan on one model, with a row for each parameter.
 
-Loading, auditing and the memory ledger all read the same Layout, so they cannot disagree.
+    layout = layout_of("pebble", "language_model=nf4")
+    layout.rows                        # what each parameter is, was asked for, and gets
+    layout.quantization_config()       # transformers' own BitsAndBytesConfig
+
+Loading, the audit, the memory ledger, lint and the planner all use the same Layout, so they cannot
+disagree.
 """
 
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from vlmkit.anatomy import anatomy_of, on_meta
-from vlmkit.errors import PlanError, did_you_mean
-from vlmkit.formats import DEFAULT, FORMATS, torch_dtype
+from vlmkit import COMPONENTS
+from vlmkit.anatomy import anatomy_of, on_meta, unwrapped
+from vlmkit.backend import converting
+from vlmkit.checkpoints import find, quantization_method, read_config, stored_formats
+from vlmkit.errors import CheckpointError, PlanError, did_you_mean
+from vlmkit.formats import DEFAULT, FORMATS
+from vlmkit.plan import Plan
 from vlmkit.rows import BIAS, LINEAR, Row, is_linear, kind_of
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A plan on a model. `rows`, `quantized` (module name to format), `quantization_config()`."""
+    """A plan on a model.
 
-    plan: object
+    plan: the Plan. config: the model's transformers config.
+    rows: a `vlmkit.rows.Row` for each parameter.
+    linears: full names of all modules that transformers would quantize without a skip list.
+    """
+
+    plan: Plan
     rows: tuple
-    linears: tuple  # full names of all modules that transformers would convert if it were let
-    always_skipped: tuple = ()  # names that transformers adds to any skip list by itself
+    linears: tuple
+    config: object = field(default=None, repr=False, compare=False)
 
     @cached_property
     def quantized(self):
+        """{full name of a module: its quantized format}."""
         return {row.module: row.format for row in self.rows if FORMATS[row.format].quantized}
 
     @cached_property
@@ -34,234 +50,271 @@ class Layout:
     @property
     def load_dtype(self):
         """Name of the float format to read the checkpoint in: the plan's own if it has only one.
-        Otherwise fp32, from which each parameter is rounded once, to the format that it gets."""
+        Otherwise fp32, so that each parameter is rounded only once."""
         return next(iter(self.floats)) if len(self.floats) == 1 else "fp32"
 
     @property
     def skipped(self):
-        """Full names of the modules to leave out of quantization: the outermost modules in which
-        nothing is quantized."""
-        return self._outside(self.quantized)
-
-    def _outside(self, inside):
-        """The outermost modules that hold Linear layers and none of those in `inside`."""
-        return outermost(self.linears, inside)
+        """Full names of the outermost modules in which nothing is quantized."""
+        return converting.skip_list(self.linears, self.quantized)
 
     def quantization_config(self):
-        """transformers' config for this layout, or None where nothing is quantized: its own
-        BitsAndBytesConfig for one quantized format, `vlmkit.backend.mixed.MixedConfig` for several.
+        """transformers' config for this layout, or None where nothing is quantized. See
+        `vlmkit.backend.converting.quantization_config`."""
+        return converting.quantization_config(self.linears, self.quantized)
 
-        Raises PlanError for what a skip list cannot express.
-        """
-        formats = sorted(set(self.quantized.values()))
-        configs = [self._config_of(name) for name in formats]
-        if len(configs) < 2:
-            return configs[0] if configs else None
-        from vlmkit.backend.mixed import MixedConfig
 
-        return MixedConfig(configs)
+def layout_of(x, plan=None, *, loadable=True, revision=None, trust_remote_code=False):
+    """The Layout of `x` under `plan`. No weight is read, and no network is needed for a checkpoint
+    that is on this machine or in the catalog.
 
-    def _config_of(self, name):
-        """The BitsAndBytesConfig that quantizes what has the format `name`, and nothing else."""
-        from transformers import BitsAndBytesConfig
+    x: "pebble", a folder, a hub id, a transformers config, or a model (for its config).
+    plan: a Plan or anything that `Plan.parse` takes. None is the recommended plan, or the formats
+        that `x` holds if `x` is a checkpoint that is quantized already.
+    loadable: whether `x` has to be loadable under `plan`. A quantized checkpoint can be loaded only
+        in the quantized formats that it holds.
 
-        # A list always, even an empty one: None would bring transformers' automatic exceptions
-        # back, and any list replaces them. That is why the head is named here like the rest.
-        inside = {module for module, given in self.quantized.items() if given == name}
-        skip = self._outside(inside)
-        self._check(skip, inside)
-        if name == "int8":
-            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=name.removesuffix("-dq"),
-            bnb_4bit_use_double_quant=name.endswith("-dq"),
-            bnb_4bit_compute_dtype=torch_dtype(name),
-            llm_int8_skip_modules=skip,
+    Raises CheckpointError if there is no such checkpoint, or if it is quantized by something other
+    than bitsandbytes. Raises AnatomyError if the model has parameters of unknown component. Raises
+    PlanError if a part of the plan matches nothing, changes nothing, contradicts another part, or
+    asks for other quantized formats than a quantized checkpoint holds.
+    """
+    config = getattr(unwrapped(x), "config", x)
+    if hasattr(config, "model_type"):
+        known = trust_remote_code or hasattr(x, "named_parameters")  # its code has run already
+        return _layout_of_config(config, Plan.parse(plan), known)
+    folder = find(x, revision=revision, weights=False)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    method = quantization_method(config)
+    if method is None or plan is not None and not loadable:
+        return _layout_of_config(config, Plan.parse(plan), trust_remote_code)
+    if method not in ("bitsandbytes", "vlmkit"):
+        raise CheckpointError(
+            f"{folder} holds weights quantized by {method}, which vlmkit does not read. Load the "
+            "checkpoint that they were made from, under a plan."
         )
-
-    def _check(self, skip, inside):
-        # transformers reads an entry as a regular expression from the start of a name, and also
-        # as a suffix of it. Ask its own function what it will make of this list.
-        from transformers.quantizers.quantizers_utils import should_convert_module
-
-        wrong = [
-            name
-            for name in self.linears
-            if should_convert_module(name, [*skip, *self.always_skipped]) != (name in inside)
-        ]
-        if wrong:
-            raise PlanError(
-                f"transformers' skip list cannot express this plan: it would treat {wrong[0]} "
-                f"(and {len(wrong) - 1} more modules) differently. Plan them like their neighbors."
-            )
+    if not list(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{x} is quantized already. Its formats are read from its weight files, and they are "
+            f"not here ({folder}). vk.memory.predict(name, plan) predicts what it costs under a "
+            "plan without them."
+        )
+    model = on_meta(config, trust_remote_code=trust_remote_code)
+    stored = stored_formats(folder, model)
+    if plan is None:
+        plan = plan_of_formats(stored, model)
+    layout = _resolve(Plan.parse(plan), model)
+    _require_stored(folder, layout, stored)
+    return replace(layout, config=config)
 
 
-def outermost(names, besides):
-    """The outermost modules that hold some of `names` and none of `besides` (full names both)."""
-    busy = {name.rsplit(".", i)[0] for name in besides for i in range(name.count(".") + 1)}
-    found = {}
-    for name in names:
-        parts = name.split(".")
-        prefixes = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
-        idle = next((prefix for prefix in prefixes if prefix not in busy), None)
-        if idle is not None:
-            found[idle] = True
-    return list(found)
-
-
-_KEPT = {}  # the last layouts that layout_for has made
+_KEPT = {}  # the last layouts that _layout_of_config has made
 _MOST = 32
 _KEEPS = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")  # transformers' own names
 
 
-def layout_for(config, plan, trust_remote_code=False):
+def _layout_of_config(config, plan, trust_remote_code):
     """The Layout of `plan` on the model that `config` describes.
 
-    To build the model on the meta device takes a fifth of the time that mapping a checkpoint takes,
-    and the layout depends on nothing but the two. So it is kept for the next load.
-    Raises AnatomyError as `on_meta` does, and what `Plan.resolve` raises.
+    Building a model on the meta device takes a fifth of the time that mapping a checkpoint takes,
+    and the layout depends only on the config and the plan. So the last layouts are kept.
     """
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     kind = type(config)
     model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(kind, None)
-    # In a notebook the class can be another tomorrow, or be told to keep other modules in fp32.
-    keeps = [getattr(model_class, name, None) or () for name in _KEEPS]
-    key = (kind, model_class, *map(tuple, keeps), config.to_json_string(use_diff=False), plan)
-    if trust_remote_code or key not in _KEPT:
+    # A notebook can change what a class keeps in fp32.
+    keeps = [tuple(getattr(model_class, name, None) or ()) for name in _KEEPS]
+    key = (kind, model_class, *keeps, config.to_json_string(use_diff=False), plan)
+    remote = trust_remote_code and hasattr(config, "auto_map")  # such code can change, too
+    if remote or key not in _KEPT:
         if len(_KEPT) >= _MOST:
             _KEPT.clear()
-        _KEPT[key] = resolve(plan, on_meta(config, trust_remote_code=trust_remote_code))
-    return _KEPT[key]
+        _KEPT[key] = _resolve(plan, on_meta(config, trust_remote_code=trust_remote_code))
+    return replace(_KEPT[key], config=config)
 
 
-def resolve(plan, model):
-    """The Layout of `plan` on `model`, which is on the meta device. See `Plan.resolve`."""
+# --- a plan on a model that is on the meta device -----------------------------------------------
+
+
+def _resolve(plan, model):
+    """The Layout of `plan` on `model`, which is on the meta device."""
     found = anatomy_of(model).require_known()
-    kept = _never_converted(model)
+    why_not = converting.never_converted(model)
     modules = dict(model.named_modules())
-    linears = {name: True for name, module in modules.items() if is_linear(module)}
-    linear = linears.keys() - kept.keys()
-    overrides = _Overrides(plan)
+    linears = tuple(name for name, module in modules.items() if is_linear(module))
+    convertible = set(linears) - why_not.keys()
+    parameters = dict(model.named_parameters())
+    overrides = _overrides(plan, {name.rpartition(".")[0]: True for name in parameters})
+    named = _formats_of_modules(overrides)
     rows = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         module, _, leaf = name.rpartition(".")
         component = found.component_of(name)
-        owner = modules[module]
-        kind = kind_of(model, owner, leaf)
-        asked, named = overrides.format_for(module), True
-        if asked is None:
-            asked, named = plan[component], False
-        wanted = FORMATS[asked]
-        can = module in linear and kind != BIAS
-        given = wanted.float_format
-        if wanted.quantized and can and (kind == LINEAR or named):
+        kind = kind_of(model, modules[module], leaf)
+        asked = named.get(module, plan[component])
+        can = module in convertible and kind != BIAS
+        given = FORMATS[asked].float_format
+        if FORMATS[asked].quantized and can and (kind == LINEAR or module in named):
             given = asked
-        elif kept_in_fp32(model, name, given):
+        elif converting.kept_in_fp32(model, name, given):
             given = "fp32"
         note = ""
         if kind == LINEAR and not can:
-            note = kept.get(module, f"{type(owner).__name__}, not a plain Linear")
+            note = why_not.get(module, f"{type(modules[module]).__name__}, not a plain Linear")
         shape = tuple(parameter.shape)
         size = FORMATS[given].nbytes(shape)
         rows.append(Row(name, component, kind, size, shape, asked, given, can, note))
-    layout = Layout(plan, tuple(rows), tuple(linears), tuple(_fp32_names(model)))
-    overrides.require_used(layout)
-    _require_effect(plan, found, layout)
+    layout = Layout(plan, tuple(rows), linears)
+    _require_overrides(overrides, layout)
+    _require_components(found, layout)
     return layout
 
 
-def _never_converted(model):
-    """{module name: why} of modules that must not be quantized even by name: a tied weight is
-    shared with an embedding, which cannot read packed bytes; and what the model's own class lists
-    as to be kept in fp32 stays out of quantization whatever it is kept in."""
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    fp32 = _fp32_names(model)
-    listed = (name for name, _ in model.named_modules() if not should_convert_module(name, fp32))
-    tied = {**model.all_tied_weights_keys}
-    names = (key.removesuffix(".weight") for key in (*tied, *tied.values()))
-    return dict.fromkeys(listed, "left out by its class") | dict.fromkeys(names, "tied")
+def _overrides(plan, modules):
+    """{(pattern, format): those of `modules` that this override of `plan` finds}."""
+    found = {}
+    for pattern, name in plan.overrides:
+        search = re.compile(pattern).search
+        found[pattern, name] = [m for m in modules if search(m) or search(m + ".")]
+    return found
 
 
-def _fp32_names(model):
-    return list(getattr(model, "_keep_in_fp32_modules", None) or ())
+def _formats_of_modules(overrides):
+    """{full name of a module: the format that an override names for it}."""
+    named = {}
+    for (pattern, name), modules in overrides.items():
+        for module in modules:
+            other, has = named.setdefault(module, (pattern, name))
+            if has != name:
+                raise PlanError(
+                    f"the plan contradicts itself about {module}: {other!r} asks for {has} and "
+                    f"{pattern!r} asks for {name}. Make the patterns narrower."
+                )
+    return {module: name for module, (_, name) in named.items()}
 
 
-def kept_in_fp32(model, name, given):
-    """Whether the model's class keeps the parameter `name` in fp32 although it is to be loaded in
-    the float format `given`: some do so with a few modules, since their forward counts on it."""
-    from transformers.core_model_loading import build_glob_alternation
-
-    # The names, and how they match, are transformers' own, as from_pretrained uses them.
-    kept = model._get_dtype_plan(torch_dtype(given))
-    return bool(kept) and build_glob_alternation(list(kept))[0].search(name) is not None
-
-
-class _Overrides:
-    """The plan's overrides, and which modules each of them has found."""
-
-    def __init__(self, plan):
-        self.patterns = [(pattern, re.compile(pattern), name) for pattern, name in plan.overrides]
-        self.found = {(pattern, name): set() for pattern, name in plan.overrides}
-
-    def format_for(self, module):
-        hits = [
-            (pattern, name)
-            for pattern, compiled, name in self.patterns
-            if compiled.search(module) or compiled.search(module + ".")
-        ]
-        for hit in hits:
-            self.found[hit].add(module)
-        if len({name for _, name in hits}) > 1:
-            claims = " and ".join(f"{pattern!r} asks for {name}" for pattern, name in hits)
-            raise PlanError(
-                f"the plan contradicts itself about {module}: {claims}. Make the patterns narrower."
-            )
-        return hits[0][1] if hits else None
-
-    def require_used(self, layout):
-        for (pattern, name), modules in self.found.items():
-            tied = [n for n in layout.linears if re.search(pattern, n) and n not in modules]
-            if tied and not modules:
+def _require_overrides(overrides, layout):
+    """Every override has to find a module, and one that can be quantized if it names such a
+    format."""
+    for (pattern, name), modules in overrides.items():
+        if not modules:
+            tied = [linear for linear in layout.linears if re.search(pattern, linear)]
+            if tied:
                 raise PlanError(
                     f"the plan's override {pattern!r} matches only {tied[0]}, whose weight is tied "
-                    "to the embeddings: it is theirs, and cannot have a format of its own."
+                    "to the embeddings. It cannot have a format of its own."
                 )
-            if not modules:
-                modules = list(dict.fromkeys(row.module for row in layout.rows))
-                segments = {segment for module in modules for segment in module.split(".")}
-                raise PlanError(
-                    f"the plan's override {pattern!r} matches no module of this model. "
-                    f"{did_you_mean(pattern, segments, 0.6)}Its modules have full names "
-                    "such as\n  " + "\n  ".join(modules[:: 1 + len(modules) // 5])
-                )
-            if FORMATS[name].quantized and not modules & set(layout.quantized):
-                kinds = sorted({row.kind for row in layout.rows if row.module in modules})
-                raise PlanError(
-                    f"the plan's override {pattern!r} asks for {name}, and none of the "
-                    f"{len(modules)} modules that it matches can be quantized (they are: "
-                    f"{', '.join(kinds)}). Only Linear layers whose weight is not tied to an "
-                    "embedding can."
-                )
+            names = list(dict.fromkeys(row.module for row in layout.rows))
+            segments = {segment for module in names for segment in module.split(".")}
+            raise PlanError(
+                f"the plan's override {pattern!r} matches no module of this model. "
+                f"{did_you_mean(pattern, segments, 0.6)}Its modules have full names such as\n  "
+                + "\n  ".join(names[:: 1 + len(names) // 5])
+            )
+        if FORMATS[name].quantized and not layout.quantized.keys() & set(modules):
+            kinds = sorted({row.kind for row in layout.rows if row.module in modules})
+            raise PlanError(
+                f"the plan's override {pattern!r} asks for {name}, and none of the {len(modules)} "
+                f"modules that it matches can be quantized (they are: {', '.join(kinds)}). Only "
+                "Linear layers whose weight is not tied to an embedding can."
+            )
 
 
-def _require_effect(plan, anatomy, layout):
-    """A component that the plan gives a format of its own must be there, and must have something to
-    quantize if the format is a quantized one."""
-    for component, name in plan.named.items():
-        if name != DEFAULT and not anatomy[component].parameters:
+def _require_components(anatomy, layout):
+    """The model has to have every component that the plan names, with something to quantize if the
+    plan names a quantized format."""
+    for component, name in layout.plan.named.items():
+        own = [row for row in layout.rows if row.component == component]
+        if name != DEFAULT and not own:
             has = ", ".join(c for c, part in anatomy.parts.items() if part.parameters)
             raise PlanError(
                 f"the plan asks for {component} in {name}, but {anatomy.architecture} has no "
                 f"{component}: the plan matches no module. It has {has}."
             )
-        if not FORMATS[name].quantized or any(
-            row.component == component and row.asked == row.format for row in layout.rows
-        ):
-            continue
+        if FORMATS[name].quantized and not any(row.asked == row.format for row in own):
+            raise PlanError(
+                f"the plan asks for {component} in {name}, but nothing in it can be quantized: it "
+                f"has {', '.join(sorted({row.kind for row in own}))}."
+            )
+
+
+# --- checkpoints and models that are quantized already ------------------------------------------
+
+
+def _require_stored(folder, layout, stored):
+    """Raise PlanError if `layout` has other quantized weights than the checkpoint in `folder`,
+    which holds the formats `stored`."""
+    wrong = [
+        f"{row.name}: holds {stored[row.name]}, asked for {row.format}"
+        for row in layout.rows
+        if stored.get(row.name, row.format) != row.format
+        and (FORMATS[row.format].quantized or FORMATS[stored[row.name]].quantized)
+    ]
+    if wrong:
+        more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise PlanError(
-            f"the plan asks for {component} in {name}, but nothing in it can be quantized: it has "
-            f"{', '.join(sorted({r.kind for r in layout.rows if r.component == component}))}."
+            f"{folder} is quantized already, and not as the plan asks, in {len(wrong)} weights:\n  "
+            + "\n  ".join(wrong[:5])
+            + f"{more}\nA plan cannot give back the bits that are gone, and quantizing again would "
+            "lose more. Leave the plan out to load what is stored, or load the checkpoint that "
+            "this one was made from under your plan."
         )
+
+
+def plan_of_formats(formats, model):
+    """The Plan under which `model` holds each parameter in the format that `formats` gives: a
+    format for each component, and overrides for the modules that differ from their component.
+
+    formats: {full name of a parameter: name of a format}. model: on the meta device.
+
+    Beside quantized weights fp16 counts as bf16, which is what a plan has there.
+    Raises CheckpointError if no plan describes the formats.
+    """
+    layouts = {n: _resolve(Plan.uniform(n), model).rows for n in {DEFAULT, *formats.values()}}
+    # What each parameter gets if its component is asked for in the format `name`.
+    given = {(name, row.name): row.format for name, rows in layouts.items() for row in rows}
+    rows = layouts[DEFAULT]
+    quantized = {row.component for row in rows if FORMATS[formats.get(row.name, DEFAULT)].quantized}
+    wanted = {}  # None: the other name of a tied weight, or a weight that is not stored
+    for row in rows:
+        name = formats.get(row.name)
+        wanted[row.name] = DEFAULT if name == "fp16" and row.component in quantized else name
+
+    def agrees(name, row, override=False):
+        forced = override and FORMATS[name].quantized and row.convertible
+        return wanted[row.name] in (None, name if forced else given[name, row.name])
+
+    plan = {}
+    for component in COMPONENTS:
+        own = [row for row in rows if row.component == component]
+        names = sorted({wanted[row.name] or DEFAULT for row in own})
+        fits = {n: sum(row.parameters for row in own if agrees(n, row)) for n in names}
+        if own:
+            plan[component] = max(names, key=lambda n: (fits[n], FORMATS[n].quantized))
+    differing = [row for row in rows if not agrees(plan[row.component], row)]
+    overrides = {}
+    for row in differing:
+        if any(f"{row.module}.".startswith(prefix) for prefix in overrides):
+            continue
+        prefix, name = _outermost_override(row, rows, differing, wanted, agrees)
+        overrides[prefix] = name
+    plan = Plan(**plan)
+    for prefix, name in overrides.items():
+        plan = plan.override(f"^{re.escape(prefix)}", name)
+    return plan
+
+
+def _outermost_override(row, rows, differing, wanted, agrees):
+    """(prefix, format) of the outermost module around `row` in which one format suits all rows."""
+    parts = row.module.split(".")
+    for i in range(1, len(parts) + 1):
+        prefix = ".".join(parts[:i]) + "."
+        inside = [other for other in rows if other.name.startswith(prefix)]
+        for name in Counter(wanted[r.name] for r in differing if r.name.startswith(prefix)):
+            if all(agrees(name, other, override=True) for other in inside):
+                return prefix, name
+    raise CheckpointError(
+        f"{row.name} is held in {wanted[row.name]}, and its neighbors are not. No plan describes "
+        "that."
+    )

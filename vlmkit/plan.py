@@ -2,10 +2,9 @@
 
     plan = vk.Plan(vision_encoder="bf16", projector="bf16", language_model="nf4")
     plan = plan.override(r"language_model\\.layers\\.0\\.", "bf16")
-    layout = plan.resolve(model_on_meta)      # every parameter, what was asked and what it gets
-    layout.quantization_config()              # transformers' own BitsAndBytesConfig
+    model, processor = vk.load("pebble", plan)
 
-A plan knows no model. Resolved against one it becomes a `vlmkit.layout.Layout`.
+A plan knows no model. `vlmkit.layout.layout_of(model, plan)` says what a plan does to a model.
 """
 
 import re
@@ -14,14 +13,13 @@ from types import MappingProxyType
 from vlmkit import COMPONENTS
 from vlmkit.errors import PlanError, did_you_mean
 from vlmkit.formats import DEFAULT, FORMATS, format_named
-from vlmkit.layout import resolve
 from vlmkit.tables import Table
 
 
 class Plan(Table):
-    """A format for each component; those that are not named get bf16. Immutable.
+    """A format for each component. A component that is not named gets bf16. Immutable.
 
-    The formats are the names in `vlmkit.formats.FORMATS`. A quantized format is for the Linear
+    The formats are the names in `vlmkit.formats.FORMATS`. A quantized format applies to the Linear
     layers of a component. The output head, tied weights, embeddings, norms, biases and convolutions
     stay in the format's float format (bf16), as transformers and bitsandbytes keep them.
 
@@ -33,12 +31,7 @@ class Plan(Table):
 
     def _set(self, formats, overrides=(), default=DEFAULT):
         for component, name in formats.items():
-            if component not in COMPONENTS:
-                raise PlanError(
-                    f"{component!r} is not a component. "
-                    f"{did_you_mean(component, COMPONENTS, 0.4)}"
-                    f"The components are {', '.join(COMPONENTS)}."
-                )
+            _require_component(component)
             format_named(name)
         named = {c: formats[c] for c in COMPONENTS if c in formats}
         object.__setattr__(self, "named", MappingProxyType(named))
@@ -53,8 +46,8 @@ class Plan(Table):
 
     @classmethod
     def recommended(cls):
-        """Vision encoder and projector in bf16, language model in nf4: nearly all of the saving,
-        since most of the bytes are the language model's."""
+        """Vision encoder and projector in bf16, language model in nf4. This saves nearly all that a
+        plan can save, since most of the bytes are the language model's."""
         return cls(vision_encoder="bf16", projector="bf16", language_model="nf4")
 
     @classmethod
@@ -66,30 +59,30 @@ class Plan(Table):
     @classmethod
     def parse(cls, x):
         """A plan from a Plan, from None or "recommended", from a format's name, or from text such
-        as "vision_encoder=bf16,language_model=nf4"."""
+        as "vision_encoder=bf16,language_model=nf4". Raises PlanError for anything else."""
         if isinstance(x, Plan):
             return x
         if x is None or x == "recommended":
             return cls.recommended()
         if not isinstance(x, str):
-            raise PlanError(f"{x!r} is not a plan: give a vk.Plan, a format's name, or text")
+            raise PlanError(f"{x!r} is not a plan. Give a vk.Plan, the name of a format, or text.")
         if "=" not in x:
             return cls.uniform(x.strip())
         formats = {}
         for item in filter(None, (item.strip() for item in x.split(","))):
             component, equals, name = (part.strip() for part in item.partition("="))
             if not equals:
-                raise PlanError(f"{item!r} in the plan {x!r} is not of the form component=format")
+                raise PlanError(f"{item!r} in the plan {x!r} is not of the form component=format.")
             if component in formats:
-                raise PlanError(f"the plan {x!r} names {component} twice")
+                raise PlanError(f"The plan {x!r} names {component} twice. Name it once.")
             formats[component] = name
         return cls(**formats)
 
     def override(self, pattern, name):
         """A new plan in which the modules that `pattern` finds get the format `name`.
 
-        pattern: a regular expression, searched in the full module name with a dot at its end, so
-            that r"layers\\.1\\." is layer 1 and not layer 11.
+        pattern: a regular expression, searched in the full name of a module with a dot at its end.
+            So r"layers\\.1\\." finds layer 1 and not layer 11.
         """
         try:
             re.compile(pattern)
@@ -99,12 +92,11 @@ class Plan(Table):
         return self._make(self.named, (*self.overrides, (pattern, name)), self._default)
 
     def __getitem__(self, component):
-        if component not in COMPONENTS:
-            raise PlanError(f"{component!r} is not a component: they are {', '.join(COMPONENTS)}")
+        _require_component(component)
         return self.named.get(component, self._default)
 
     def __setattr__(self, name, value):
-        raise AttributeError("a Plan does not change: make a new one, or use plan.override(…)")
+        raise AttributeError("A Plan does not change. Make a new one, or use plan.override(…).")
 
     def _key(self):
         return (*(self[c] for c in COMPONENTS), self.overrides)
@@ -115,7 +107,7 @@ class Plan(Table):
     def __hash__(self):
         return hash(self._key())
 
-    def __reduce__(self):  # pickled and copied through _make, since nothing can be set later
+    def __reduce__(self):  # pickle and copy set attributes one by one, which a Plan forbids
         return Plan._make, (dict(self.named), self.overrides, self._default)
 
     def __repr__(self):
@@ -131,14 +123,13 @@ class Plan(Table):
 
         rows = [(c, self[c], FORMATS[self[c]].about) for c in COMPONENTS]
         rows += [(f"modules matching {p}", f, FORMATS[f].about) for p, f in self.overrides]
-        return pd.DataFrame(rows, columns=["component", "format", "which is"]).set_index(
-            "component"
+        columns = ["component", "format", "which is"]
+        return pd.DataFrame(rows, columns=columns).set_index("component")
+
+
+def _require_component(name):
+    if name not in COMPONENTS:
+        raise PlanError(
+            f"{name!r} is not a component. {did_you_mean(name, COMPONENTS, 0.4)}"
+            f"The components are {', '.join(COMPONENTS)}."
         )
-
-    def resolve(self, model):
-        """The plan applied to `model`, a model on the meta device (`vlmkit.anatomy.on_meta`).
-
-        Returns a Layout. Raises AnatomyError if the model has parameters of unknown component, and
-        PlanError if a part of the plan matches nothing, changes nothing, or contradicts another.
-        """
-        return resolve(self, model)

@@ -1,7 +1,7 @@
-"""Rows: one parameter of a model, with what it is, what it is to become, what it became, its bytes.
+"""Rows: one parameter of a model with its component, kind, format and bytes.
 
-A `Row` is the one record that everything is counted in. A layout, an audit, a memory ledger, a lint
-and a planner are lists of rows, and their tables are sums over them.
+A layout, an audit, a memory ledger, a lint and a planner are lists of rows, and their tables are
+sums over them.
 """
 
 from dataclasses import dataclass
@@ -11,24 +11,25 @@ LINEAR, EXPERTS, HEAD, EMBEDDING = "linear", "fused experts", "head", "embedding
 TIED, NORM = "embedding and tied head", "norm"
 CONVOLUTION, BIAS, BARE = "convolution", "bias", "bare parameter"
 KINDS = (LINEAR, EXPERTS, HEAD, EMBEDDING, TIED, NORM, CONVOLUTION, BIAS, BARE)
-"""What a parameter is, as tables show it. `linear` is quantized with its component, `head` only
-where a plan names it, and nothing else at all: bitsandbytes converts Linear modules, and a
-mixture's experts are one parameter of three dimensions."""
+"""What a parameter is, as tables show it. `linear` is quantized with its component, and `head` only
+where a plan names it. Nothing else is quantized: bitsandbytes converts Linear modules, and the
+fused experts of a mixture are one parameter of three dimensions."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One parameter, or one other tensor that takes memory.
 
-    name: its full name. component: one of `vlmkit.COMPONENTS`, or None where no rule knows it.
-    kind: one of KINDS, or one of `vlmkit.memory.ledger` for what is not a parameter.
+    name: its full name.
+    component: one of `vlmkit.COMPONENTS`, or None where no rule knows it.
+    kind: one of KINDS, or one of `vlmkit.memory.ledger` for a tensor that is not a parameter.
     bytes: in its format, with its quantization state.
-    shape: of the weight, as a tuple; a 4-bit weight packs two numbers in a byte, and this is the
-        shape before packing.
-    asked: the format that the plan asks for. format: the one that it gets, or is found in. They
-        differ where bitsandbytes and transformers leave a parameter alone; `kind` says why, and
-        `note` where the kind does not.
+    shape: of the weight, as a tuple. For a 4-bit weight, the shape before packing.
+    asked: the format that the plan asks for.
+    format: the format that it gets, or that it was found in. This differs from `asked` where
+        bitsandbytes and transformers leave a parameter alone.
     convertible: whether it can be quantized at all.
+    note: why it is left alone, where `kind` does not say it.
     """
 
     name: str
@@ -48,12 +49,12 @@ class Row:
 
     @property
     def parameters(self):
-        """How many numbers it has."""
+        """How many numbers the parameter has."""
         return prod(self.shape)
 
 
 def sums(rows, key, order=()):
-    """{value of the attribute `key`: bytes of its rows}, in `order`, with None at the end."""
+    """{value of the attribute `key`: bytes of the rows that have it}, in `order`, None last."""
     found = {}
     for row in rows:
         value = getattr(row, key)
@@ -62,9 +63,9 @@ def sums(rows, key, order=()):
 
 
 def is_linear(module):
-    """Whether bitsandbytes converts `module` if transformers lets it.
+    """Whether transformers can convert `module` to a layer of bitsandbytes.
 
-    This is the test of transformers' replace_with_bnb_linear: the exact classes, no subclasses.
+    The test is that of transformers' `replace_with_bnb_linear`: these classes, no subclasses.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -73,13 +74,13 @@ def is_linear(module):
 
 
 def kind_of(model, module, leaf):
-    """Which of KINDS the parameter `leaf` of `module` is, a module of `model`."""
+    """Which of KINDS a parameter is: the parameter `leaf` of `module`, a module of `model`."""
     from torch import nn
 
     if leaf == "bias" and isinstance(module, nn.Linear):
         return BIAS
     head = model.get_output_embeddings()
-    head = getattr(head, "base_layer", head)  # inside an adapter's layer, where it has one
+    head = getattr(head, "base_layer", head)  # PEFT wraps a head that has an adapter
     if module is head:
         return HEAD
     if isinstance(module, nn.Embedding):

@@ -1,4 +1,4 @@
-"""Tables: how every result of vlmkit shows itself, in a terminal and in a notebook."""
+"""Tables: how vlmkit's results show themselves in a terminal and in a notebook."""
 
 import html
 
@@ -6,9 +6,8 @@ import html
 class Table:
     """A result that shows itself as text and as HTML.
 
-    A subclass has `table()`, which returns a pandas DataFrame of plain numbers. It may also say how
-    the numbers are written (`_text_table`), what stands above the table (`_headline`) and which
-    sentences stand below it (`_remarks`).
+    A subclass has `table()`. It can also define how the numbers are written (`_text_table`), a line
+    above the table (`_headline`) and sentences below it (`_remarks`).
     """
 
     def table(self):
@@ -16,7 +15,7 @@ class Table:
         raise NotImplementedError
 
     def _text_table(self):
-        """The table as people read it: sizes in MB, shares in percent."""
+        """The table as it is printed: sizes in MB, shares in percent."""
         return self.table()
 
     def _headline(self):

@@ -32,12 +32,12 @@ class Size(int):
 
 
 def parse_size(text):
-    """A Size, a number of bytes that says its unit, from "8 GB", "8GiB", "8000MB" or a number.
+    """A Size from "8 GB", "8GiB", "8000MB" or a number of bytes.
 
-    GB is 10^9 bytes and GiB is 2^30, in any spelling of the letters. A memory of "8 GB" on a
-    graphics card is often 8 GiB: write what is meant.
+    GB is 10^9 bytes and GiB is 2^30, in upper or lower case. A graphics card that is sold with
+    "8 GB" often has 8 GiB.
 
-    Raises SizeError, with the units that there are, for what is no positive number of bytes.
+    Raises SizeError, which lists the units, for anything that is no positive number of bytes.
     """
     if isinstance(text, Size):
         return text
@@ -47,13 +47,13 @@ def parse_size(text):
     number, unit = match.groups() if match else ("", "")
     if not match or unit.lower() not in UNITS:
         raise SizeError(
-            f"{text!r} is not a number of bytes: write a number and a unit, such as '8 GB' (8 x "
+            f"{text!r} is not a number of bytes. Write a number and a unit, such as '8 GB' (8 x "
             "10^9 bytes), '8 GiB' (8 x 2^30 bytes) or '8000 MB'. The units are B, kB, MB, GB, TB, "
             "KiB, MiB, GiB and TiB."
         )
     size = round(float(number.replace(",", "").replace("_", "")) * UNITS[unit.lower()])
     if size < 1:
-        raise SizeError(f"{text!r} is no room at all: a size is at least one byte.")
+        raise SizeError(f"{text!r} is less than a byte. A size is at least one byte.")
     return Size(size, f"{number} {_spelled(unit)}" if unit.lower() not in ("", "b") else None)
 
 

@@ -1,14 +1,16 @@
 """Backend: every workaround around transformers, bitsandbytes and peft, each in one place.
 
-A workaround says since which release it is needed, until when, and why.
+A workaround says since which release it is needed, until when, and why. The oldest releases tried
+are transformers 5.21, bitsandbytes 0.50 and peft 0.19.
 
 boundaries.py      casts between components of different float formats
-checkpointing.py   activations computed twice rather than kept, under both of its names
-cpu.py             guards against bitsandbytes' traps on a CPU
+checkpointing.py   gradient checkpointing, under both of its names in transformers
+converting.py      what transformers quantizes, and how it is told to quantize something else
+cpu.py             guards against bitsandbytes' bugs, on a CPU above all
 mixed.py           several quantized formats in one model
 optimizers.py      optimizers by name
 passes.py          attention, precision and checks of a model's passes while it is trained
-quantizing.py      4-bit quantization on a CPU, with bitsandbytes' bytes, in a tenth of its time
+quantizing.py      4-bit quantization on a CPU: bitsandbytes' bytes in a tenth of its time
 quiet.py           no progress bars and no advice from the libraries
 storages.py        the tensors behind a quantized weight
 validation.py      dataclasses that check names, with those of other libraries, and types

@@ -1,14 +1,16 @@
-"""Boundaries: where activations pass between components of different float formats.
+"""Boundaries: casts where activations pass between components of different float formats.
 
-A tower in fp32 hands fp32 features to a projector in bf16, and PyTorch multiplies no fp32 by bf16.
-transformers casts at some of these places and not at others. A module whose dtype is not its
-surroundings' therefore gets two forward hooks: what comes in is cast to the module's dtype, what
-goes out to that of its surroundings. A plan with one float format (the recommended one, say) has
-no such place, and its model has no hooks.
+An fp32 vision encoder hands fp32 features to a bf16 projector, and PyTorch does not multiply fp32
+by bf16. transformers casts at some of these places and not at others. So a module whose dtype
+differs from that of the module around it gets two forward hooks: one casts its inputs to its own
+dtype, the other casts its outputs to the dtype around it. Under a plan with one float format, such
+as the recommended one, no module gets hooks.
 
-Some classes cast to the dtype of the whole model, by which transformers means that of its first
-parameter, often the vision encoder's. In a model of several formats the part that the whole works
-in, the language model, is therefore put first.
+Some classes cast to the dtype of the whole model. transformers takes the first parameter's for it,
+often the vision encoder's. In a model of several formats the language model is therefore moved to
+the front.
+
+Since transformers 5.21, for as long as it loads a model in one dtype.
 """
 
 from functools import partial
@@ -18,14 +20,14 @@ from vlmkit.formats import FORMATS, torch_dtype
 
 
 def join_dtypes(model, layout):
-    """Register the casting hooks on `model`, loaded under `layout`. Returns the names of the
-    modules that got them."""
+    """Register the casting hooks on `model`, which was loaded under `layout`. Returns the names of
+    the modules that got them."""
     from torch.nn import ModuleDict, ModuleList
 
     outside = FORMATS[layout.plan["language_model"]].float_format
-    if layout.floats == {outside}:  # one float format: nothing to join
+    if layout.floats == {outside}:
         return []
-    below, own, torn = _float_formats(layout)
+    below, own, mixed = _float_formats(layout)
     joined = []
     component_of = component_finder(model)
 
@@ -34,7 +36,7 @@ def join_dtypes(model, layout):
         if not formats:
             return
         children = {child: f"{name}.{child}".lstrip(".") for child, _ in module.named_children()}
-        if isinstance(module, (ModuleList, ModuleDict)):  # is not called itself, its items are
+        if isinstance(module, (ModuleList, ModuleDict)):  # only its items are called
             for child, path in children.items():
                 visit(path, module.get_submodule(child), around, always)
             return
@@ -42,46 +44,47 @@ def join_dtypes(model, layout):
         inside = around
         if len(formats) == 1:
             (inside,) = formats
-        elif component:  # several: what runs through it is in its component's
+        elif component:  # activations in it are in its component's format
             inside = FORMATS[layout.plan[component]].float_format
-        loose = own.get(name, {inside}) != {inside}  # a gate, say, that multiplies what runs here
-        if always or loose or inside != around:
+        # a gate, for example, which multiplies activations by a parameter of another format
+        differs = own.get(name, {inside}) != {inside}
+        if always or differs or inside != around:
             _cast_at(module, torch_dtype(inside), torch_dtype(around))
             joined.append(name)
         if len(formats) == 1:
             return
-        # Within a component of several formats a class may hand on what it has not cast, so that
-        # even what has the format around it is made sure of.
-        always = loose or bool(component) and name in torn
+        # Within a component of several formats a class may pass on what it has not cast, so every
+        # module in it gets hooks, even those in the format around them.
+        always = differs or bool(component) and name in mixed
         for child, path in children.items():
             visit(path, module.get_submodule(child), inside, always)
         if not component:
             _put_first(module, [child for child, path in children.items()
                                 if next(iter(below.get(path, ())), None) == inside])  # fmt: skip
 
-    # Whatever contains several components works in the language model's format.
+    # A module that contains several components works in the language model's format.
     visit("", model, outside)
     return joined
 
 
 def _float_formats(layout):
-    """Of the arithmetic in `layout`'s modules: {name: the float formats in and below it, in order},
-    {name: those of its own parameters}, and the names within which one component has several."""
+    """Three things about the arithmetic in the modules of `layout`: {name of a module: the float
+    formats in and below it, in order}, {name: those of its own parameters}, and the names of the
+    modules within which one component has several."""
     below, own, of_component = {}, {}, {}
     for row in layout.rows:
-        # What counts is the arithmetic's format, hence `asked`: what a model's own class keeps in
-        # fp32 it also casts for by itself.
+        # `asked` and not `format`: where a class keeps a parameter in fp32, it also casts for it.
         name = FORMATS[row.asked].float_format
         own.setdefault(row.module, set()).add(name)
         for module in _above(row.module):
             below.setdefault(module, {})[name] = True
             of_component.setdefault((module, row.component), set()).add(name)
-    torn = {module for (module, _), formats in of_component.items() if len(formats) > 1}
-    return below, own, torn
+    mixed = {module for (module, _), formats in of_component.items() if len(formats) > 1}
+    return below, own, mixed
 
 
 def _put_first(module, candidates):
-    """Make one of the children of `module`, the first of `candidates`, its first child."""
+    """Make the first of `candidates`, names of children of `module`, its first child."""
     children = [child for child, _ in module.named_children()]
     for child in children[: children.index(candidates[0])] if candidates else ():
         submodule = getattr(module, child)
@@ -90,7 +93,7 @@ def _put_first(module, candidates):
 
 
 def _above(name):
-    """`name` and the names of all modules around it, the model itself ("") among them."""
+    """`name` and the names of all modules around it, including the model itself ("")."""
     parts = name.split(".") if name else []
     return [".".join(parts[:i]) for i in range(len(parts) + 1)]
 
@@ -109,8 +112,8 @@ def _cast_out(module, args, output, dtype):
 
 
 def _cast(x, dtype):
-    """`x` with every float tensor in it cast to `dtype`: tensors, tuples, lists, dicts and
-    transformers' ModelOutput, nested. Anything else (masks, ids, caches) passes through."""
+    """`x` with every float tensor in it cast to `dtype`. `x` can be a tensor, or nest tensors in
+    tuples, lists, dicts and transformers' ModelOutput. Masks, ids and caches pass unchanged."""
     import torch
 
     if isinstance(x, torch.Tensor):

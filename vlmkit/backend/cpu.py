@@ -1,18 +1,17 @@
-"""Guards against what bitsandbytes 0.50 does to its layers, on a CPU above all.
+"""Guards against three bugs of bitsandbytes' layers.
 
-Three traps, all measured, all pinned by tests:
+Since bitsandbytes 0.50, until a release in which tests/test_versions.py no longer finds them:
 
-1. On a CPU with AVX512-BF16, a forward pass in eval mode repacks the weights in place: their bytes
+1. On a CPU with AVX512-BF16, a forward pass in eval mode repacks the weights in place. Their bytes
    change, double quantization is undone, and a later training step gets no gradient.
-   `Linear4bit.support_avx512bf16_for_cpu = False` keeps a layer out of it.
-2. With AVX512, dequantizing is wrong (12 dB instead of 20.6) where a row is not a whole number of
-   blocks: blocks run over the flattened weight, and the kernel starts a new one at every row. The
-   same kernel is right when it is handed the weight as one block a row, and that is how
-   `dequantize_in_whole_blocks` hands it over.
-3. An int8 layer takes tensors of two and three dimensions and fails with four, which is what the
-   projector of Llama 3.2 Vision is handed (images, tiles, patches, width). It looks for outliers
-   along the wrong dimension, on every device. Two hooks flatten what comes in, and give what goes
-   out its shape back.
+   `Linear4bit.support_avx512bf16_for_cpu = False` turns this off for a layer.
+2. On a CPU with AVX512, dequantizing is wrong (12 dB instead of 20.6) where a row is not a whole
+   number of blocks. Blocks run over the flattened weight, and the kernel starts a new block at
+   every row. It is right if every row is one block, so `dequantize_in_whole_blocks` reshapes the
+   weight.
+3. On every device, an int8 layer fails for inputs of four dimensions and looks for outliers along
+   the wrong one. The projector of Llama 3.2 Vision has such inputs (images, tiles, patches, width).
+   Two hooks flatten the input and give the output its shape back.
 """
 
 import warnings
@@ -36,7 +35,7 @@ def guard_against_cpu_traps(model):
 
 
 class _Rows:
-    """The hooks of one int8 layer, and the shape that they carry from one to the other."""
+    """The two hooks of an int8 layer, and the input's shape, which both need."""
 
     shape = ()
 
@@ -50,15 +49,12 @@ class _Rows:
         return output.reshape(*shape[:-1], output.shape[-1]) if len(shape) > 3 else output
 
 
-@cache  # registered once a process, and only when a layer needs it
+@cache  # once a process, when the first layer needs it; the cache keeps the registration
 def dequantize_in_whole_blocks():
     """Register a CPU kernel for bitsandbytes' dequantize_4bit that is right for every shape."""
     import torch
 
-    name = "bitsandbytes::dequantize_4bit"
-    original = torch.library.get_kernel(name, "CPU")
-
-    def kernel(keys, packed, absmax, blocksize, quant_type, shape, dtype):
+    def kernel(original, keys, packed, absmax, blocksize, quant_type, shape, dtype):
         if shape[-1] % blocksize == 0:
             return original.call_boxed(keys, packed, absmax, blocksize, quant_type, shape, dtype)
         n = prod(shape)
@@ -69,8 +65,21 @@ def dequantize_in_whole_blocks():
         flat = original.call_boxed(keys, packed, absmax, blocksize, quant_type, rows, dtype)
         return flat.reshape(-1)[:n].reshape(*shape)
 
+    return register_cpu_kernel("dequantize_4bit", kernel)
+
+
+def register_cpu_kernel(name, kernel):
+    """Let bitsandbytes' operator `name` call `kernel(original, keys, *arguments)` on a CPU.
+
+    original: the kernel that bitsandbytes has, called by `original.call_boxed(keys, *arguments)`.
+    Returns an object. The registration lasts as long as this object.
+    """
+    import bitsandbytes  # noqa: F401  (it defines the operators)
+    import torch
+
+    original = torch.library.get_kernel(f"bitsandbytes::{name}", "CPU")
     library = torch.library.Library("bitsandbytes", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a kernel is replaced, which is what is meant
-        library.impl("dequantize_4bit", kernel, "CPU", with_keyset=True)
-    return library  # the registration lives as long as this object, which the cache keeps
+        warnings.simplefilter("ignore")  # torch warns that a kernel is replaced, as intended
+        library.impl(name, lambda *args: kernel(original, *args), "CPU", with_keyset=True)
+    return library

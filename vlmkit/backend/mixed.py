@@ -1,16 +1,15 @@
 """Several quantized formats in one model, for transformers.
 
-One BitsAndBytesConfig holds one format. A plan such as "vision_encoder=int8,language_model=nf4-dq"
-needs two, so it becomes a MixedConfig: a list of BitsAndBytesConfigs, each of which skips what the
-others quantize. Importing this module makes it known to transformers, through the registry that it
-keeps for quantization methods of other packages:
+Since transformers 5.21, until a BitsAndBytesConfig can hold two formats: it holds one. A plan such
+as "vision_encoder=int8,language_model=nf4-dq" needs two, so it becomes a MixedConfig: a list of
+BitsAndBytesConfigs, each of which skips what the others quantize. Importing this module registers
+it with transformers, which has a registry for quantization methods of other packages:
 
     import vlmkit.backend.mixed
-    AutoModelForImageTextToText.from_pretrained(folder)      # of a model saved with two formats
+    AutoModelForImageTextToText.from_pretrained(folder)      # a model saved with two formats
 
-Nothing here quantizes: transformers' own quantizers do, one after another, and the layers are
-bitsandbytes' own. So whatever knows those layers (PEFT, Trainer, generate) works as it does with
-one format.
+transformers' own quantizers do the work, one after another, and the layers are bitsandbytes' own.
+So everything that knows these layers (PEFT, Trainer, generate) works as with one format.
 """
 
 from transformers.core_model_loading import ConversionOps
@@ -19,7 +18,7 @@ from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 METHOD = "vlmkit"
-"""What a config's `quant_method` says for a MixedConfig."""
+"""The `quant_method` of a MixedConfig."""
 
 
 @register_quantization_config(METHOD)
@@ -27,7 +26,7 @@ class MixedConfig(QuantizationConfigMixin):
     """The config of a model that holds several quantized formats.
 
     configs: a BitsAndBytesConfig (or its dictionary) for each format. A Linear layer gets the
-        format of the one config whose `llm_int8_skip_modules` leave it.
+        format of the one config that does not list it in `llm_int8_skip_modules`.
     """
 
     def __init__(self, configs, **kwargs):
@@ -38,10 +37,7 @@ class MixedConfig(QuantizationConfigMixin):
         ]
 
     def to_dict(self):
-        return {
-            "quant_method": METHOD,
-            "configs": [config.to_dict() for config in self.configs],
-        }
+        return {"quant_method": METHOD, "configs": [config.to_dict() for config in self.configs]}
 
 
 @register_quantizer(METHOD)
@@ -68,7 +64,7 @@ class MixedQuantizer(HfQuantizer):
         return self.parts[0].adjust_max_memory(max_memory)
 
     def preprocess_model(self, model, dtype=None, **kwargs):
-        for part in self.parts:  # each also marks the model as bitsandbytes', which it is
+        for part in self.parts:  # each also marks the model as quantized by bitsandbytes
             part.preprocess_model(model, dtype=dtype, **kwargs)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
@@ -77,7 +73,7 @@ class MixedQuantizer(HfQuantizer):
         return model
 
     def _part_of(self, model, name):
-        """The quantizer of the layer that the parameter `name` is in, or None."""
+        """The quantizer of the layer that holds the parameter `name`, or None."""
         return next((p for p in self.parts if p.param_needs_quantization(model, name)), None)
 
     def param_needs_quantization(self, model, param_name, **kwargs):
@@ -88,14 +84,13 @@ class MixedQuantizer(HfQuantizer):
         return param.element_size() if part is None else part.quantized_element_size
 
     def get_quantize_ops(self):
-        return _EachItsOwn(self, lambda part: part.get_quantize_ops())
+        return _OfItsLayer(self, lambda part: part.get_quantize_ops())
 
     def get_load_operations(self):
-        return {
-            "deserialize": lambda _: _EachItsOwn(
-                self, lambda part: part.get_load_operations()["deserialize"](part)
-            )
-        }
+        def operation_of(part):
+            return part.get_load_operations()["deserialize"](part)
+
+        return {"deserialize": lambda _: _OfItsLayer(self, operation_of)}
 
     def _dequantize(self, model, dtype=None):
         for part in {type(part): part for part in self.parts}.values():
@@ -110,8 +105,8 @@ class MixedQuantizer(HfQuantizer):
         return True
 
 
-class _EachItsOwn(ConversionOps):
-    """The operation of the quantizer that a layer belongs to."""
+class _OfItsLayer(ConversionOps):
+    """Converts a weight by the operation of the quantizer that its layer belongs to."""
 
     def __init__(self, hf_quantizer, operation_of):
         self.hf_quantizer = hf_quantizer
@@ -119,7 +114,7 @@ class _EachItsOwn(ConversionOps):
 
     def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
         part = self.hf_quantizer._part_of(model, full_layer_name)
-        if part is None:  # a weight that is not quantized has nothing to be made of
+        if part is None:  # the weight is not quantized
             return input_dict
         operation = self.operation_of(part)
         return operation.convert(input_dict, full_layer_name=full_layer_name, model=model, **kwargs)

@@ -1,4 +1,4 @@
-"""Quiet: loading says nothing unless there is something to say."""
+"""Quiet: the libraries print nothing while vlmkit works, unless somebody waits for a long load."""
 
 import contextlib
 import importlib
@@ -9,55 +9,67 @@ import warnings
 
 
 @contextlib.contextmanager
-def quiet():
-    """Within it, transformers prints no progress bars and no advice; errors still come through.
+def quiet(bars=False):
+    """Within it, transformers prints no advice and, without `bars`, no progress bars. Errors still
+    come through.
 
-    What its load report would warn of (missing and unexpected weights) is raised as an error here.
+    transformers would only warn of missing and unexpected weights. `vk.load` raises an error for
+    them instead.
     """
     from transformers.utils import logging as transformers_logging
 
     _import_bitsandbytes()
     verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
+    had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    if not bars:
+        transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if bars:
+        if had_bars:
             transformers_logging.enable_progress_bar()
 
 
-# Said in every forward pass of every int8 layer: that it casts to fp16, as LLM.int8 is defined.
-_CAST_NOTE = "MatMul8bitLt: inputs will be cast"
+def is_watched():
+    """Whether a person may be looking at what this process prints: in a terminal or a notebook."""
+    return "ipykernel" in sys.modules or bool(sys.stderr and sys.stderr.isatty())
 
 
 def _import_bitsandbytes():
-    """Import bitsandbytes, which transformers would do on the way, without its notes and faster."""
-    # A note on import says that an optional kernel for one-row products is not installed. Those
-    # products are not computed here (see vlmkit.backend.cpu).
+    """Import bitsandbytes without its notes, in a third less time. transformers would import it
+    anyway. Since bitsandbytes 0.50, until it compiles nothing on import."""
+    # On import it notes that an optional kernel for products of one row is not installed. Nothing
+    # here uses this kernel (see vlmkit.backend.cpu).
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     notes = logging.getLogger("bitsandbytes.autograd._functions")
     if _not_a_cast_note not in notes.filters:
         notes.addFilter(_not_a_cast_note)
     if "bitsandbytes" in sys.modules:
         return
-    # On import it hands a few fallback functions to torch.compile, which loads the compiler: a
-    # third of the time that a first load takes, for functions that run as well without.
-    before = os.environ.get("TORCHDYNAMO_DISABLE")
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    # It hands a few fallback functions to torch.compile, and that loads the compiler. The functions
+    # run as well without it.
+    with environment("TORCHDYNAMO_DISABLE", "1"), contextlib.suppress(ImportError):
+        importlib.import_module("bitsandbytes")  # if it is missing, a quantized plan says so
+
+
+@contextlib.contextmanager
+def environment(name, value):
+    """Within it, the environment variable `name` has this value."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
-        with contextlib.suppress(ImportError):  # only a quantized plan needs it, and says so
-            importlib.import_module("bitsandbytes")
+        yield
     finally:
         if before is None:
-            del os.environ["TORCHDYNAMO_DISABLE"]
+            del os.environ[name]
         else:
-            os.environ["TORCHDYNAMO_DISABLE"] = before
+            os.environ[name] = before
 
 
 def _not_a_cast_note(record):
-    return not str(record.msg).startswith(_CAST_NOTE)
+    # Every int8 layer says in every forward pass that it casts to fp16, which LLM.int8 prescribes.
+    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")

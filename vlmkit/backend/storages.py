@@ -1,13 +1,12 @@
 """Storages: the tensors behind a quantized weight, and memory that several tensors share.
 
-bitsandbytes keeps the scales of a weight beside it, in places that differ by format and that change
-with the first forward pass. Loading, auditing and measuring all have to find them, so the places
-are listed here, once.
+bitsandbytes (0.50 and before) keeps the scales of a weight in places that differ by format and
+change with the first forward pass. Loading, auditing and measuring all need these places.
 """
 
 
 def state_tensors(module, parameter):
-    """The tensors that a quantized parameter needs beside its own data."""
+    """The tensors that a quantized parameter of `module` needs beside its own data."""
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         yield from (state.absmax, state.code)
@@ -16,7 +15,7 @@ def state_tensors(module, parameter):
     if parameter is not getattr(module, "weight", None):
         return
     # LLM.int8 keeps scales and a handle to the weights at the parameter until the first forward
-    # pass, and in the module's state from then on.
+    # pass, and in the module's state after it.
     for owner in (parameter, getattr(module, "state", None)):
         for leaf in ("CB", "SCB"):
             tensor = getattr(owner, leaf, None)
@@ -25,13 +24,13 @@ def state_tensors(module, parameter):
 
 
 class Storages:
-    """Counts distinct storages: each counts once, at its full size."""
+    """Counts distinct storages: each counts once, with its full size."""
 
     def __init__(self):
         self._seen = set()
 
     def nbytes(self, tensor):
-        """Bytes of the storage of `tensor`, and 0 if that storage was counted before."""
+        """Bytes of the storage of `tensor`, or 0 if this storage was counted before."""
         storage = tensor.untyped_storage()
         key = (tensor.device, storage.data_ptr())
         if key in self._seen:

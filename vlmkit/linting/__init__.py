@@ -10,13 +10,12 @@ neither trap. Linting is for configs that others wrote.
 
 from vlmkit.anatomy import on_meta
 from vlmkit.backend.quiet import quiet
-from vlmkit.checkpoints import find, read_config, weight_files
+from vlmkit.checkpoints import find, read_config, stored_formats, weight_files
 from vlmkit.errors import CheckpointError, ConfigError
 from vlmkit.linting import rules
 from vlmkit.linting.context import Context
 from vlmkit.linting.findings import ERROR, NOTE, SEVERITIES, WARNING, Finding, Findings
 from vlmkit.linting.verdicts import Verdict, read, verdicts
-from vlmkit.stored import stored_formats
 
 __all__ = ["ERROR", "NOTE", "SEVERITIES", "WARNING", "Finding", "Findings", "Verdict", "lint"]
 

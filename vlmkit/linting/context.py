@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from vlmkit import COMPONENTS
-from vlmkit.layout import outermost
+from vlmkit.backend.converting import skip_list
 from vlmkit.linting.findings import Finding
 from vlmkit.linting.verdicts import SKIP, entries_that_keep
 from vlmkit.plan import Plan
@@ -74,7 +74,7 @@ class Context:
         one expression for names that differ in a number only."""
         inside = {row.module for row in layers}
         others = [row.module for row in self.layers if row.module not in inside]
-        names = outermost([row.module for row in layers], others)
+        names = skip_list([row.module for row in layers], others)
         short = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
         kept = {row.module for row in self.layers if entries_that_keep(row.module, short)}
         return short if kept == inside and len(short) < len(names) else names

@@ -12,9 +12,9 @@ from math import prod
 from pathlib import Path
 
 from vlmkit.anatomy import component_finder
+from vlmkit.backend.converting import kept_in_fp32
 from vlmkit.errors import ConfigError, brief, did_you_mean
 from vlmkit.formats import FORMATS, format_of_dtype
-from vlmkit.layout import kept_in_fp32
 from vlmkit.rows import Row, is_linear, kind_of
 
 SKIP = "llm_int8_skip_modules"

@@ -1,18 +1,11 @@
-"""Saving: a loaded model on disk, whole or not at all, and the same when it comes back.
+"""Saving: a model on disk that is the same, bit for bit, when it is loaded again.
 
     vk.save(model, processor, "my-model")
-    model, processor = vk.load("my-model")        # bit for bit, audited
+    model, processor = vk.load("my-model")
 
 The folder is an ordinary checkpoint. config.json lists the full names of the modules that are not
-quantized, so that transformers alone loads it under the same plan:
-
-    AutoModelForImageTextToText.from_pretrained("my-model")
-
-A model with int8 and a 4-bit format needs one more line before that, `import
-vlmkit.backend.mixed`. Without it transformers stops at the weights that it cannot place. Several
-4-bit formats need no such line, because the scales of each layer say which format it has. Where
-components are held in different float formats, transformers alone reads them all in the one that
-config.json names, and vlmkit reads each in its own.
+quantized, so transformers alone loads it under the same plan. A model with int8 and a 4-bit format
+needs `import vlmkit.backend.mixed` before that. docs/loading.md has the details.
 """
 
 import contextlib
@@ -21,36 +14,38 @@ from pathlib import Path
 
 from vlmkit.anatomy import on_meta
 from vlmkit.backend.quiet import quiet
+from vlmkit.checkpoints import stored_formats
 from vlmkit.errors import CheckpointError
 from vlmkit.folders import whole_folder
 from vlmkit.formats import FORMATS, torch_dtype
+from vlmkit.layout import layout_of
 from vlmkit.loading.audit import audit_layout, plan_of
-from vlmkit.stored import stored_formats
 from vlmkit.units import MEGABYTE
 
 
 def save(model, processor, path, *, overwrite=False):
     """Write `model` and `processor` to the folder `path`. Returns its pathlib.Path.
 
-    model: one that `vk.load` returned, quantized or not; any transformers VLM whose formats a plan
-        can say.
-    processor: its processor; None leaves it out.
-    overwrite: whether a folder that is there and not empty is replaced. It stays until the new one
-        is complete, and comes back if that cannot take its place.
+    model: one that `vk.load` returned, quantized or not, or any transformers VLM whose formats a
+        plan can describe.
+    processor: its processor. None leaves it out.
+    overwrite: whether a folder at `path` that is not empty is replaced. It stays until the new one
+        is complete, and comes back if the new one cannot take its place.
 
-    All is written to a new folder beside `path`, compared with the model, and given its name at the
-    end: if anything fails, a full disk for one, nothing is left at `path` that was not there.
+    Everything is written to a new folder beside `path` and compared with the model. Then the folder
+    gets its name. If anything fails (a full disk, an interrupt), `path` stays as it was.
 
-    Raises CheckpointError if `path` is taken or cannot be written, and AuditError if the model
-    holds what no plan asks for.
+    Raises CheckpointError if `path` is taken or cannot be written, or if the model has adapters.
+    Raises AuditError if a weight is in a format that no plan has.
     """
     if hasattr(model, "peft_config"):
         raise CheckpointError(
-            "the model has PEFT adapters. Merge them and save all: "
-            "vk.save(model.merge_and_unload(), ...). Or use model.save_pretrained(path), "
-            "which leaves out a component trained in full; vk.save(model.unload(), ...) keeps that."
+            "The model has PEFT adapters. To merge them and save everything: "
+            "vk.save(model.merge_and_unload(), ...). To save the model without them, with a "
+            "component that was trained in full: vk.save(model.unload(), ...). To save the "
+            "adapters alone: model.save_pretrained(path)."
         )
-    layout = plan_of(model).resolve(on_meta(model.config, trust_remote_code=True))
+    layout = layout_of(model, plan_of(model))
     size = audit_layout(model, layout).total
     need = f"The model takes {size / MEGABYTE:,.2f} MB."
     with whole_folder(path, overwrite=overwrite, size=size, need=need) as folder:
@@ -75,13 +70,15 @@ def _write(model, processor, folder, layout):
 
 @contextlib.contextmanager
 def _ready_to_save(model):
-    """Within it, `model.save_pretrained` works as it should; afterwards the model is as before."""
-    kept = model.config.dtype  # save_pretrained writes that of the first parameter over it
+    """Within it, `model.save_pretrained` works. Afterwards the model is as before.
+
+    On saving, transformers undoes the conversions of names and shapes that it did on loading. Since
+    5.23, until it can undo it, one of these conversions reads the scales of quantized weights. It
+    is left out here.
+    """
+    dtype = model.config.dtype  # save_pretrained replaces it by the first parameter's
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is not None:
-        # The names and shapes of a checkpoint are given back on saving by turning round what was
-        # done on loading. transformers 5.23 counts the reading of scales among that, and has no
-        # way to turn it round.
         model._weight_conversions = [
             conversion
             for conversion in conversions
@@ -90,14 +87,14 @@ def _ready_to_save(model):
     try:
         yield
     finally:
-        model.config.dtype = kept
+        model.config.dtype = dtype
         if conversions is not None:
             model._weight_conversions = conversions
 
 
 def _config_to_store(layout):
-    """What config.json says about quantization: what the layout would be loaded with, in a simpler
-    form where all formats have 4 bits, since each layer's state says which."""
+    """The `quantization_config` of config.json. If all formats have 4 bits, one BitsAndBytesConfig
+    is enough, since each layer's scales say which format it has."""
     config = layout.quantization_config()
     if {FORMATS[name].bits for name in layout.quantized.values()} == {4}:
         config = getattr(config, "configs", [config])[0]

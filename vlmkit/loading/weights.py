@@ -1,56 +1,106 @@
-"""Weights: from a checkpoint's files into a model, complete, and in the formats of a layout."""
+"""Weights: from a checkpoint's files to a device, all of them, in the formats of a layout."""
 
 import contextlib
 import os
+import re
 from math import isfinite
 
 from vlmkit.anatomy import shape_of
+from vlmkit.backend.quiet import environment
 from vlmkit.backend.storages import state_tensors
-from vlmkit.checkpoints import NO_LONGER_SAVED
-from vlmkit.errors import CheckpointError, brief
+from vlmkit.errors import CheckpointError, PlanError, brief
 from vlmkit.formats import torch_dtype
 
+# Buffers that older releases of transformers saved. Models compute them now.
+NO_LONGER_SAVED = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
+# transformers' own switch, since 5.21. With "1" it reads the weights in the main thread.
+_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 
-def load_weights(folder, config, layout, device, trust_remote_code=False):
+
+def resolve_device(device=None):
+    """`torch.device` for `device`. None is cuda where there is one, otherwise the CPU.
+
+    Raises PlanError if this machine does not have the device.
+    """
+    import torch
+
+    if device is None:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise PlanError(
+            f"device {str(device)!r} cannot be used here ({brief(error, 100)}). Leave device out "
+            f"to get {str(resolve_device())!r}."
+        ) from error
+    if resolved.type == "meta":
+        raise PlanError("device 'meta' holds no weights. Use vk.anatomy or vk.memory.predict.")
+    if resolved.type == "cuda" and resolved.index is None:
+        resolved = torch.device("cuda", torch.cuda.current_device())
+    return resolved
+
+
+def check_formats(layout, device):
+    """Raise PlanError if a format of `layout` does not run on `device`."""
+    quantized = ", ".join(sorted(set(layout.quantized.values())))
+    if not quantized:
+        return
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise PlanError(
+            f"{quantized} needs the package bitsandbytes, which cannot be imported: {error}. "
+            "Install it (pip install bitsandbytes), or plan float formats."
+        ) from error
+    # Its Metal backend has only some of the formats, and no test here runs on it.
+    supported = bitsandbytes.supported_torch_devices - {"mps"}
+    if device.type not in supported:
+        raise PlanError(
+            f"{quantized} does not run on the device {device.type!r}: bitsandbytes runs on "
+            f"{', '.join(sorted(supported))}. Use bf16, fp16 or fp32 there, or device='cpu'."
+        )
+
+
+def load_weights(folder, layout, device, trust_remote_code=False):
     """The model in `folder`, with each parameter in the format that `layout` gives it.
 
-    config: the checkpoint's. If it says that the weights are quantized already, they are read as
-        they are; otherwise they are quantized one after another as they are read, so that there is
-        never more than one of them in memory both before and after.
+    If the layout's config says that the weights are quantized already, they are read as they are.
+    Otherwise each weight is quantized as soon as it is read, so no two weights are in memory in
+    both forms.
 
-    Raises CheckpointError if weights are missing, left over, of another shape than the model's, or
-    not to be quantized because they hold infinities or NaN.
+    Raises CheckpointError if weights are missing, left over, or of another shape than the model's,
+    or if they hold infinities or NaN and are to be quantized.
     """
     from transformers import AutoModelForImageTextToText
 
+    config, kwargs = layout.config, {}
     quantization_config = layout.quantization_config()
-    kwargs = {"quantization_config": quantization_config} if quantization_config else {}
-    if getattr(config, "quantization_config", None):  # quantized already: nothing is quantized now
+    if getattr(config, "quantization_config", None):  # quantized already
         config.quantization_config = quantization_config and quantization_config.to_dict()
-        kwargs = {}
-    dtype = torch_dtype(layout.load_dtype)  # one for all that is float, see load_dtype
-    mapped = device.type == "cpu" and config.dtype == dtype
+    elif quantization_config:
+        kwargs = {"quantization_config": quantization_config}
+    dtype = torch_dtype(layout.load_dtype)
     try:
-        with _quantizer(layout), _threads(wanted=not mapped):
+        with _quantizer(layout), _reader(device, config.dtype == dtype):
             model, info = AutoModelForImageTextToText.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
                 device_map={"": device},
                 use_safetensors=True,
-                ignore_mismatched_sizes=True,  # so that they are listed, for _require_complete
+                ignore_mismatched_sizes=True,  # _require_complete lists them
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 **kwargs,
             )
-    except Exception as error:  # of many kinds: what the files can have wrong has no end
+    except Exception as error:  # damaged files fail in more ways than can be listed
         raise CheckpointError(
             f"{folder}: transformers could not load the weights: {brief(error)}"
         ) from error
     parameters = dict(model.named_parameters(remove_duplicate=False))  # tied ones by both names
     _require_complete(folder, parameters, info, layout)
-    if layout.quantized:
-        _require_scales(folder, model, layout)
+    _require_scales(folder, model, layout)
     _round_to_layout(model, parameters, layout)
     return model
 
@@ -63,55 +113,48 @@ def _quantizer(layout):
     return fast_quantizer()
 
 
-@contextlib.contextmanager
-def _threads(wanted):
-    """Within it, transformers hands each weight to a thread only if `wanted`: where a weight is no
-    more than mapped from its file, that takes longer than to do it."""
-    switch = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers' own
-    if wanted or switch in os.environ:
-        yield
-        return
-    os.environ[switch] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(switch, None)
+def _reader(device, same_dtype):
+    """Where weights stay on the CPU in their own dtype, transformers only maps them from the file.
+    Handing each of them to a thread takes longer than that."""
+    if device.type == "cpu" and same_dtype and _NO_THREADS not in os.environ:
+        return environment(_NO_THREADS, "1")
+    return contextlib.nullcontext()
 
 
 def _require_complete(folder, parameters, info, layout):
     # transformers does not compare the shapes of weights that it quantizes.
     wrong = {str(key[0]) for key in info["mismatched_keys"]}
     wrong |= {row.name for row in layout.rows if shape_of(parameters[row.name]) != row.shape}
-    # What is missing would have been filled with random numbers, which is worse than an error.
-    missing = info["missing_keys"]
     unexpected = [k for k in info["unexpected_keys"] if not NO_LONGER_SAVED.search(k)]
     for problem, keys in (
-        ("lacks weights that the model has", missing),
+        # transformers fills them with random numbers
+        ("lacks weights that the model has", info["missing_keys"]),
         ("holds weights that the model has no place for", unexpected),
         ("holds weights of another shape than the model's", wrong),
     ):
         if keys:
             raise CheckpointError(
                 f"{folder} {problem}: {_some(keys)}. Its config.json and its weights do not belong "
-                "together, or a file is incomplete."
+                "together, or a file is incomplete. Copy or download the checkpoint again."
             )
 
 
 def _require_scales(folder, model, layout):
-    """An infinity or NaN in a weight makes that of its block's scale, and the block is lost."""
+    """Raise CheckpointError if a scale is not finite. A block whose weights hold an infinity or NaN
+    has no finite scale, and all its weights are lost."""
     lost = []
     for row in layout.rows:
         if row.module in layout.quantized:
             module = model.get_submodule(row.module)
             tensors = state_tensors(module, getattr(module, row.name.rpartition(".")[2]))
-            # NumPy looks for the largest in one thread: there is too little to share.
+            # NumPy uses one thread, which is faster for tensors as small as these.
             if not all(isfinite(t.cpu().numpy().max()) for t in tensors if t.is_floating_point()):
                 lost.append(row.name)
     if lost:
         raise CheckpointError(
             f"{folder} holds infinities or NaN in weights that are to be quantized: {_some(lost)}. "
             "A block of weights with one of them has no scale. Keep these in a float format with "
-            'plan.override(…, "bf16"), or look for the step that made them.'
+            'plan.override(…, "bf16"), or look for the training step that made them.'
         )
 
 
@@ -122,15 +165,15 @@ def _some(names):
 
 def _round_to_layout(model, parameters, layout):
     """Give each parameter the dtype of its row, where the checkpoint was read in a wider one."""
-    text = model.config.get_text_config()
     for row in layout.rows:
         parameter = parameters[row.name]
         dtype = torch_dtype(row.format)
         state = getattr(parameter, "quant_state", None)
         if state is not None:
-            state.dtype = dtype  # what it dequantizes to
+            state.dtype = dtype  # the dtype that the weight is dequantized to
         elif parameter.is_floating_point() and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
+    text = model.config.get_text_config()
     model.config.dtype = text.dtype = torch_dtype(layout.plan["language_model"])
     if hasattr(model.config, "vision_config"):
         model.config.vision_config.dtype = torch_dtype(layout.plan["vision_encoder"])

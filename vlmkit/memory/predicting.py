@@ -10,13 +10,13 @@ from vlmkit.backend.optimizers import check_optimizer
 from vlmkit.checkpoints import find
 from vlmkit.errors import FinetuningError
 from vlmkit.formats import torch_dtype
+from vlmkit.layout import layout_of
 from vlmkit.memory.demand import demand_of, smallest
 from vlmkit.memory.ledger import Ledger
 from vlmkit.memory.on_cuda import check_allocator, overhead
 from vlmkit.memory.processors import settings_of
 from vlmkit.memory.visual_tokens import picture
 from vlmkit.memory.weights import predicted_weights
-from vlmkit.stored import planned
 
 
 def predict(
@@ -75,9 +75,10 @@ def predict(
     check_optimizer(optimizer)
     check_allocator(allocator)
     with _uncollected():
-        config, layout = planned(
+        layout = layout_of(
             x, plan, loadable=False, revision=revision, trust_remote_code=trust_remote_code
         )
+        config = layout.config
         folder = _folder_of(x, revision)
         demand = demand_of(config, folder, tokens, new_tokens, images, image_size, batch)
 
@@ -130,9 +131,9 @@ def visual_tokens(x, image_size, *, alone=True, revision=None, trust_remote_code
     Raises AnatomyError where there is no rule for the architecture, SizeError and ImageError for
     sizes that no model takes.
     """
-    config, _ = planned(
+    config = layout_of(
         x, "bf16", loadable=False, revision=revision, trust_remote_code=trust_remote_code
-    )
+    ).config
     settings, _ = settings_of(config, _folder_of(x, revision))
     return picture(config, settings, image_size, alone)
 

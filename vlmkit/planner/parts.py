@@ -10,9 +10,10 @@ import re
 from dataclasses import dataclass, field
 
 from vlmkit import COMPONENTS
-from vlmkit.anatomy import on_meta, unwrapped
+from vlmkit.anatomy import unwrapped
 from vlmkit.errors import SensitivityError
 from vlmkit.formats import FORMATS, format_of_dtype, rounding
+from vlmkit.layout import layout_of
 from vlmkit.memory import BUFFER, predict
 from vlmkit.plan import Plan
 from vlmkit.rows import HEAD, LINEAR
@@ -99,7 +100,7 @@ def parts_of(model, formats=None, by="component"):
         raise SensitivityError(f"a plan is made by {' or '.join(BY)}, not by {by!r}.")
     base = format_of_dtype(next(w for w in weights_of(model) if w.kind == LINEAR).parameter.dtype)
     names, loadable = _formats(formats, base)
-    layout = Plan.uniform(base).resolve(_meta(model))
+    layout = layout_of(model, base)
     rows = {row.name: row for row in layout.rows}
     found = []
     for scope in every(model, by):
@@ -154,10 +155,6 @@ def _formats(formats, base):
         if rounding(name).activations:
             raise SensitivityError(f"{name!r} rounds activations, which saves no bytes.")
     return names, False
-
-
-def _meta(model):
-    return on_meta(unwrapped(model).config, trust_remote_code=True)
 
 
 def _plan(parts, assignment, components):
@@ -226,7 +223,7 @@ def _loaded_sizes(model, found, names, components, layout):
 
 
 def _resolved(model, parts, scopes, name, components):
-    return _plan(parts, dict.fromkeys(scopes, name), components).resolve(_meta(model))
+    return layout_of(model, _plan(parts, dict.fromkeys(scopes, name), components))
 
 
 def _nbytes(row):
