@@ -40,9 +40,9 @@ from vlmkit.anatomy import on_meta
 from vlmkit.backend.quiet import quiet
 from vlmkit.formats import torch_dtype
 from vlmkit.layout import layout_of
-from vlmkit.memory.demand import demand_of
+from vlmkit.memory.batch import batch_of
 from vlmkit.memory.measuring import measure_peak
-from vlmkit.memory.steps import rehearsed
+from vlmkit.memory.steps import dry_passes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = (
@@ -187,13 +187,13 @@ def passes(model, folder, plan, count, device):
     config = layout.config
     sizes = {"tokens": TOKENS, "images": count, "batch": 1}
     try:
-        demand_of(config, folder, **sizes)
+        batch_of(config, folder, **_asked(sizes))
     except vk.errors.SizeError:  # so many pictures have no room in one prompt of this model
         sizes |= {"images": 1, "batch": count}
-    demand = demand_of(config, folder, **sizes, new_tokens=1)
+    batch = batch_of(config, folder, **_asked(sizes), new_tokens=1)
     blank = on_meta(config, torch_dtype(layout.load_dtype))
-    predicted = rehearsed(blank, layout, demand, None if device == "cpu" else "cuda")
-    inputs = setups.inputs(model, demand)
+    predicted = dry_passes(blank, layout, batch, None if device == "cpu" else "cuda")
+    inputs = setups.inputs(model, batch)
     last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     kept = {}
 
@@ -206,7 +206,7 @@ def passes(model, folder, plan, count, device):
     kept.clear()
     prefill = measure_peak(prompt)
     after_prompt = _cache_bytes(model, kept["cache"])
-    one = setups.one_token(model, demand)
+    one = setups.one_token(model, batch)
 
     @torch.no_grad()
     def token():
@@ -216,15 +216,20 @@ def passes(model, folder, plan, count, device):
     growing = [e for e in predicted.cache if e.component != "cross_attention"]
     return {
         **sizes,
-        "positions": demand.length,
+        "positions": batch.length,
         "predicted_prefill": sum(predicted.prefill.values()),
         "prefill": prefill,
         "predicted_decode": sum(predicted.decode.values()),
         "decode": decode,
         "predicted_cache": sum(e.bytes for e in predicted.cache),
         "cache": _cache_bytes(model, kept["cache"]),
-        "cache_per_token": sum(e.bytes for e in growing) // (demand.length + 1),
+        "cache_per_token": sum(e.bytes for e in growing) // (batch.length + 1),
     }
+
+
+def _asked(sizes):
+    """Sizes as `vk.memory.predict` takes them. Recorded rows have the key "batch"."""
+    return {"batch_size" if key == "batch" else key: size for key, size in sizes.items()}
 
 
 def _cache_bytes(model, cache):
@@ -238,12 +243,12 @@ def train(name, folder, checkpointing, device, results, steps):
     """A QLoRA step with a picture; then trainings of `steps` steps, ours and the usual one."""
     plan = vk.Plan.recommended()
     sizes = {"tokens": TOKENS, "images": 1, "batch": 1}
-    training = {"training": LORA, "checkpointing": checkpointing, "allocator": "cuda"}
-    predicted = vk.memory.predict(folder, plan, **sizes, **training)
+    training = {"training": LORA, "gradient_checkpointing": checkpointing, "allocator": "cuda"}
+    predicted = vk.memory.predict(folder, plan, **_asked(sizes), **training)
     model, _ = vk.load(folder, plan, processor=False, device=device)
     model = vk.finetuning.add_adapters(model, **LORA)
-    demand = demand_of(model.config, folder, **sizes)
-    step = setups.step(model, setups.inputs(model, demand), checkpointing)
+    batch = batch_of(model.config, folder, **_asked(sizes))
+    step = setups.step(model, setups.inputs(model, batch), checkpointing)
     step()  # which makes the optimizer's states, and takes cuBLAS' workspace
     own = measure_peak(step)
     kinds = predicted.by_kind
@@ -255,7 +260,7 @@ def train(name, folder, checkpointing, device, results, steps):
         step=own,
         predicted_peak=predicted.total - kinds["allocator unused"],
         peak=_peak(device),
-        positions=demand.length,
+        positions=batch.length,
     )
     del model, step
     _free()

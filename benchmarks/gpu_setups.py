@@ -18,7 +18,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 import vlmkit as vk
 from vlmkit.catalog import folder_of
 from vlmkit.checkpoints import read_config
-from vlmkit.memory.inputs import batch_of, image_id
+from vlmkit.families import family_of, image_id
 
 # --- machine --------------------------------------------------------------------------------------
 
@@ -81,26 +81,20 @@ def plain(folder, layout, device):
 # --- inputs ---------------------------------------------------------------------------------------
 
 
-def inputs(model, demand):
-    """Tensors of the Demand on the model's device: pictures of noise."""
-
-    def pixels(shape):
-        return torch.randn(shape, device=model.device)
-
-    tensors = batch_of(
-        model.config, demand.pictures, demand.tokens, demand.batch, pixels, demand.sizes
-    )
+def inputs(model, batch):
+    """Tensors of the Batch on the model's device: pictures of noise."""
+    tensors = batch.inputs(torch.randn)
     return {name: tensor.to(model.device) for name, tensor in tensors.items()}
 
 
-def one_token(model, demand):
+def one_token(model, prompt):
     """What comes after a prompt: a token for each sample."""
-    batch, length = demand.batch, demand.length
+    batch, length = prompt.size, prompt.length
     tensors = {
         "input_ids": torch.ones(batch, 1, dtype=torch.long),
         "attention_mask": torch.ones(batch, length + 1, dtype=torch.long),
     }
-    if model.config.model_type.startswith("qwen"):
+    if family_of(model.config).three_axes(model.config):
         tensors["position_ids"] = torch.full((3, batch, 1), length)
     return {name: tensor.to(model.device) for name, tensor in tensors.items()}
 

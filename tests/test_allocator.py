@@ -1,4 +1,4 @@
-"""vlmkit/memory/allocator.py and on_cuda.py: PyTorch's rules, and what an H200 has shown."""
+"""vlmkit/memory/allocator.py: PyTorch's rules, and what an H200 has shown."""
 
 import json
 from pathlib import Path
@@ -122,7 +122,7 @@ def test_what_a_prompt_is_predicted_to_hold_there(row):
         vk.Plan(language_model=row["plan"]),
         tokens=row["tokens"],
         images=row["images"],
-        batch=row["batch"],
+        batch_size=row["batch"],
         allocator="cuda",
     )
     kinds = ledger.by_kind

@@ -69,7 +69,7 @@ def test_without_checkpointing_activations_are_more_than_the_weights():
     use = {"tokens": 512, "images": 1, "image_size": SIZE}
     use |= {"training": {"language_model": vk.LoRA(r=16)}}
     weights = vk.memory.predict(QWEN).total
-    step, again = (vk.memory.predict(QWEN, checkpointing=c, **use) for c in (False, True))
+    step, again = (vk.memory.predict(QWEN, gradient_checkpointing=c, **use) for c in (False, True))
     assert step.bounded > weights and again.bounded < weights / 2
 
 

@@ -13,8 +13,7 @@ import vlmkit as vk
 from vlmkit.backend.checkpointing import enable
 from vlmkit.finetuning import add_adapters
 from vlmkit.memory import measure_peak, predict
-from vlmkit.memory.demand import demand_of
-from vlmkit.memory.inputs import batch_of
+from vlmkit.memory.batch import batch_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,7 +62,7 @@ def folder_of(tmp_path_factory):
 
 def predicted(folder, plan, training, checkpointing, **batch):
     """Bytes that a pass adds to the weights, the optimizer's states and the inputs."""
-    ledger = predict(folder, plan, training=training, checkpointing=checkpointing, **batch)
+    ledger = predict(folder, plan, training=training, gradient_checkpointing=checkpointing, **batch)
     kinds = ledger.by_kind
     return sum(kinds.get(kind, 0) for kind in ("activation", "gradient", "kv cache"))
 
@@ -71,10 +70,7 @@ def predicted(folder, plan, training, checkpointing, **batch):
 def a_pass(folder, plan, training, checkpointing, **batch):
     """A function that runs the pass for real, as often as it is called."""
     model, _ = vk.load(folder, plan, processor=False)
-    demand = demand_of(model.config, folder, **batch)
-    tensors = batch_of(
-        model.config, demand.pictures, demand.tokens, demand.batch, torch.randn, demand.sizes
-    )
+    tensors = batch_of(model.config, folder, **batch).inputs(torch.randn)
     if training is None:
         last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
 
@@ -108,7 +104,7 @@ def test_the_peak_of_a_pass(family, kind, folder_of):
     if family == "idefics2":  # beside pictures of at least 378 x 378 pixels
         tokens = 1000
     size = (64, 48) if family.startswith(("qwen", "glm")) else (100, 70)
-    batch = {"tokens": tokens, "images": images, "image_size": size, "batch": samples}
+    batch = {"tokens": tokens, "images": images, "image_size": size, "batch_size": samples}
     folder = folder_of(family, layers)
     run = a_pass(folder, *PASSES[kind], **batch)
     run()

@@ -115,7 +115,7 @@ def drawn(examples):
 
 def check_weights(model):
     config, plan, tokens, batch, _ = model
-    predicted = predict(config, plan, tokens=tokens, batch=batch)
+    predicted = predict(config, plan, tokens=tokens, batch_size=batch)
     model = made(config, plan)
     ids = torch.full((batch, tokens), 20)
     with torch.no_grad():

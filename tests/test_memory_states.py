@@ -10,8 +10,7 @@ from families import FAMILIES, inputs
 import vlmkit as vk
 from vlmkit.finetuning import add_adapters
 from vlmkit.memory import Ledger, compare, measure, predict
-from vlmkit.memory.demand import demand_of
-from vlmkit.memory.inputs import batch_of
+from vlmkit.memory.batch import batch_of
 from vlmkit.memory.ledger import CACHE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,14 +59,14 @@ def no_difference(predicted, measured):
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("name, way", CASES)
 def test_between_two_steps(name, way, family):
-    plan, training, optimizer = WAYS[way]
+    plan, training, optim = WAYS[way]
     folder = family(name)
     model, _ = vk.load(folder, plan, processor=False)
     training = training or dict.fromkeys(vk.anatomy(model).by_component, "full")
-    predicted = predict(folder, plan, training=training, optimizer=optimizer)
+    predicted = predict(folder, plan, training=training, optim=optim)
     model = add_adapters(model, **training)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    stepper = OPTIMIZERS[optimizer](trained, lr=1e-4)
+    stepper = OPTIMIZERS[optim](trained, lr=1e-4)
     tensors = inputs(model)
     model(**tensors, labels=tensors["input_ids"], use_cache=False).loss.backward()
     stepper.step()
@@ -83,18 +82,15 @@ def test_keys_and_values(name, family):
     """After the prompt, and after twenty tokens more. Gemma 3's window of 16 is passed by both."""
     folder = family(name)
     model, _ = vk.load(folder, "bf16", processor=False)
-    demand = {"tokens": 30, "images": 1, "image_size": (16, 16), "batch": 2}
-    made = demand_of(model.config, folder, **demand)
-    tensors = batch_of(model.config, made.pictures, 30, 2, torch.randn, made.sizes)
+    asked = {"tokens": 30, "images": 1, "image_size": (16, 16), "batch_size": 2}
+    tensors = batch_of(model.config, folder, **asked).inputs(torch.randn)
     with torch.no_grad():
         output = model(**tensors, use_cache=True)
     cache = getattr(output, "language_model_outputs", output).past_key_values
-    no_difference(
-        cache_of(predict(folder, "bf16", **demand)), cache_of(measure(model, cache=cache))
-    )
+    no_difference(cache_of(predict(folder, "bf16", **asked)), cache_of(measure(model, cache=cache)))
     more = {"max_new_tokens": 21, "min_new_tokens": 21, "do_sample": False}  # the last is not fed
     cache = model.generate(**tensors, **more, return_dict_in_generate=True).past_key_values
     no_difference(
-        cache_of(predict(folder, "bf16", new_tokens=20, **demand)),
+        cache_of(predict(folder, "bf16", new_tokens=20, **asked)),
         cache_of(measure(model, cache=cache)),
     )

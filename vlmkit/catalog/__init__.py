@@ -3,8 +3,8 @@
     vk.anatomy("Qwen/Qwen2.5-VL-7B-Instruct")                     # no network, no download
     vk.memory.predict("meta-llama/Llama-3.2-11B-Vision-Instruct", plan)
 
-A config and nothing else is what anatomy and prediction need. Each folder here is named like the
-model's id on the hub and holds the config.json that its owner published.
+Anatomy and prediction need only a config. Each folder here has the name of a model's id on the hub
+and holds the config.json that the model's owner published.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ PARAMETERS = {
     "HuggingFaceTB/SmolVLM-256M-Instruct": 256_484_928,
     "HuggingFaceTB/SmolVLM2-2.2B-Instruct": 2_246_784_880,
 }
-"""Parameters that each model's published weights hold, tied weights counted once."""
+"""Number of parameters in each model's published weights. Tied weights count once."""
 
 NAMES = tuple(PARAMETERS)
 

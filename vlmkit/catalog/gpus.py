@@ -1,10 +1,10 @@
-"""Graphics cards that people have, or can rent: how much memory each has by its maker's account.
+"""Graphics cards that people have or can rent, with the memory that the maker states.
 
     vlmkit.catalog.gpus.GPUS["RTX 4090"].bytes          # 24,000,000,000
 
-The sizes are the nominal ones of the product pages. What a card offers is another number: makers
-count in GB and mean GiB (2^30 bytes), and error correction, where it is on, takes a part. Here a GB
-is 10^9 bytes, the smaller reading.
+The sizes are those of the product pages. A card offers a different number of bytes: makers write GB
+and mean GiB (2^30 bytes), and error correction takes a part if it is on. Here a GB is 10^9 bytes,
+the smaller reading.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _GEFORCE = f"{_NVIDIA}geforce/graphics-cards/"
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card: its nominal memory in GB, and the product page that says so."""
+    """A card: its nominal memory in GB, and the product page that states it."""
 
     name: str
     gigabytes: int

@@ -1,14 +1,13 @@
-"""Memory: what a model costs in bytes, predicted from a config, and measured.
+"""Memory: the bytes that a model needs, predicted from a config, and measured.
 
 vk.memory.predict("pebble", plan)     # a Ledger, without reading a weight
-vk.memory.measure(model)              # a Ledger of what is there, from distinct storages
+vk.memory.measure(model)              # a Ledger of what the model really holds
 vk.memory.compare(predicted, measured)
 """
 
 from vlmkit.memory.ledger import BOUNDED, BUFFER, STATE, Ledger, compare
-from vlmkit.memory.measuring import measure, measure_peak
+from vlmkit.memory.measuring import measure, measure_peak, storages_of
 from vlmkit.memory.predicting import predict, visual_tokens
-from vlmkit.memory.weights import storages_of
 from vlmkit.units import MEGABYTE, Size, parse_size
 
 __all__ = [

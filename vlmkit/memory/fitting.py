@@ -3,17 +3,16 @@
     vk.fit()                # the catalog on common cards under three plans, one picture asked about
     vk.fit(["Qwen/Qwen2.5-VL-7B-Instruct"], gpus=["RTX 4060", "24 GB"], tokens=2048, images=4)
 
-Needed is what `vk.memory.predict` gives. Usable is a card's memory, less what is reserved: an
-assumption, not a measurement.
+"Needed" is the total of `vk.memory.predict`. "Usable" is a card's memory less what is reserved,
+which is an assumption and not a measurement.
 """
 
-import difflib
 from itertools import product
 
 from vlmkit.backend.quiet import quiet
 from vlmkit.catalog import NAMES
 from vlmkit.catalog.gpus import GPUS
-from vlmkit.errors import SizeError
+from vlmkit.errors import SizeError, did_you_mean
 from vlmkit.memory.predicting import predict
 from vlmkit.plan import Plan
 from vlmkit.units import GIGABYTE, parse_size
@@ -23,11 +22,11 @@ PLANS = {
     "language model int8": Plan(language_model="int8"),
     "language model nf4": Plan.recommended(),
 }
-"""The plans that are compared unless others are asked for."""
+"""The plans that are compared by default."""
 
 RESERVED = "1 GB"
-"""Assumed to be lost to what PyTorch does not count: the CUDA context, its libraries' code and
-workspaces, and the desktop. For a process that had computed nothing, 0.78 GB was reported
+"""Memory that PyTorch does not count, by assumption: the CUDA context, the code and workspaces of
+its libraries, and the desktop. A process that had computed nothing was reported to use 0.78 GB
 (pytorch/pytorch issue 34323)."""
 
 
@@ -43,22 +42,24 @@ def fit(
     progress=False,
     **use,
 ):
-    """A pandas DataFrame with a row for each model, plan and card: does it fit?
+    """A pandas DataFrame with a row for each model, plan and card: does the model fit?
 
     models: names, or {label: anything that `vk.memory.predict` takes}.
     plans: anything that `Plan.parse` takes, or {label: that}.
     gpus: names of `vlmkit.catalog.gpus.GPUS`, or sizes such as "12 GB".
-    tokens, images, use: what the model is to do, as `vk.memory.predict` takes it: image_size,
-        batch, new_tokens, training, … With tokens=0 and images=0 it is the weights alone that are
-        to fit.
+    tokens, images, use: what the model has to do, as `vk.memory.predict` takes it: image_size,
+        batch_size, new_tokens, training, … With tokens=0 and images=0 only the weights have to
+        fit.
     allocator: "cuda" counts what PyTorch's caching allocator rounds up to; None leaves it out.
-    reserved: a size, off every card's memory.
-    progress: whether to show a bar; a model of billions takes some seconds a plan.
+    reserved: a size, taken off every card's memory.
+    progress: whether to show a bar.
 
-    needed, memory (of the card), usable and headroom are bytes; headroom is negative where it does
-    not fit. Where a model has no room for that many tokens, needed is missing and `why` says so.
-    Raises SizeError for a card that is unknown and for a use that none of the models has room for,
-    and what else `vk.memory.predict` raises.
+    The columns needed, memory (of the card), usable and headroom are bytes; headroom is negative
+    if the model does not fit. If a model's context is too short for the tokens, needed is missing
+    and `why` says so.
+
+    Raises SizeError for an unknown card and for a use that no model has room for, and whatever
+    `vk.memory.predict` raises.
     """
     import pandas as pd
     from tqdm import tqdm
@@ -67,13 +68,11 @@ def fit(
     lost = parse_size(reserved)
     pairs = list(product(_labelled(models), _labelled(plans)))
     rows, errors = [], []
-    for (model, x), (plan, chosen) in tqdm(pairs, disable=not progress, unit="plan"):
+    for (model, x), (plan, given) in tqdm(pairs, disable=not progress, unit="plan"):
         needed, why = None, ""
         try:
             with quiet():
-                ledger = predict(
-                    x, chosen, tokens=tokens, images=images, allocator=allocator, **use
-                )
+                ledger = predict(x, given, tokens=tokens, images=images, allocator=allocator, **use)
             needed = ledger.total
         except SizeError as error:
             errors.append(error)
@@ -103,19 +102,18 @@ def _memory_of(gpu):
     try:
         return parse_size(gpu)
     except SizeError as error:
-        known = {name.lower(): name for name in GPUS}
-        near = difflib.get_close_matches(str(gpu).lower(), known, n=1, cutoff=0.5)
-        hint = f"Did you mean {known[near[0]]!r}? " if near else ""
         raise SizeError(
             f"{gpu!r} is neither a card that the catalog has nor a size of memory such as '12 GB'. "
-            f"{hint}The cards are {', '.join(GPUS)}."
+            f"{did_you_mean(gpu, GPUS)}The cards are {', '.join(GPUS)}."
         ) from error
 
 
 def summary(table):
-    """The table of `fit` as text in a DataFrame with a row for each model and plan: the GB needed,
-    for each size of card, in GB, how many are left there; "-" where it does not fit, "too long"
-    where the model has no room for so many tokens."""
+    """The table of `fit` as text: a DataFrame with a row for each model and plan.
+
+    It has the GB that are needed and, for each size of card in GB, the GB that are left. "-" means
+    that the model does not fit, "too long" that its context is too short for the tokens.
+    """
     import pandas as pd
 
     rows = {}

@@ -1,11 +1,11 @@
 """bitsandbytes' kernels, written out as the tensor operations that they are made of.
 
-A rehearsal (`vlmkit.memory.shapes`) sees the tensors between operations and not those within one.
-Within these are a whole weight in 16 bits and activations in several formats, and on the way to a
-peak they count, and so do the copies that PyTorch makes where it multiplies numbers of two kinds.
-Each is what bitsandbytes 0.50 does in `backends/default/ops.py`, and on a GPU in
-`backends/cuda/ops.py`, less the values: no activation is taken for an outlier of LLM.int8, which
-only the values could tell. (With outliers, their columns of the weight are dequantized as well.)
+A dry run (`vlmkit.memory.tracker`) sees the tensors between operations, not those inside one.
+Inside are a whole weight in 16 bits, activations in several formats, and the copies that PyTorch
+makes when it multiplies numbers of two kinds. They all count towards a peak. Each function does
+what bitsandbytes 0.50 does in `backends/default/ops.py`, and on a GPU in `backends/cuda/ops.py`,
+without the values. Only values could tell the outliers of LLM.int8, so no activation counts as one.
+(With outliers, the columns of the weight that belong to them are dequantized as well.)
 """
 
 import torch
@@ -13,7 +13,7 @@ import torch
 
 def gemm_4bit(x, packed, shape, absmax, blocksize, kind, bias=None, absmax_8bit=None,
               absmax_code=None, absmax_offset=None):  # fmt: skip
-    """y = x W^T + b, with W dequantized as a whole."""
+    """y = x W^T + b. W is dequantized as a whole."""
     ops = torch.ops.bitsandbytes
     if absmax_8bit is not None:
         absmax = ops.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32)
@@ -31,7 +31,7 @@ def int8_vectorwise_quant(x, threshold=0.0):
 
 
 def int8_scaled_mm(x, weight, x_scales, scales, bias=None, dtype=None):
-    """int8 products in int32, then scaled in float32."""
+    """The products of int8 in int32, scaled in float32."""
     products = torch._int_mm(x, weight.t())
     y = (x_scales.reshape(-1, 1) * scales.reshape(1, -1)) * products.float() * 6.2e-05
     if bias is not None:
@@ -40,7 +40,7 @@ def int8_scaled_mm(x, weight, x_scales, scales, bias=None, dtype=None):
 
 
 def int8_mixed_scaled_mm(x, x_rows, weight, x_scales, scales, outliers=None, bias=None):
-    """The same, of whichever device; without outliers there is nothing to mix."""
+    """The same for every device. Without outliers there is nothing to mix."""
     product = torch.ops.bitsandbytes.int8_scaled_mm
     return product(x_rows, weight, x_scales, scales, bias, x.dtype), x.new_empty(0)
 
@@ -48,8 +48,8 @@ def int8_mixed_scaled_mm(x, x_rows, weight, x_scales, scales, outliers=None, bia
 # --- on a GPU -------------------------------------------------------------------------------------
 
 FEW = 4
-"""Rows up to which a GPU multiplies with 4-bit weights as they are. Beyond them it depends on the
-card and the shape, and the whole weight is counted as dequantized."""
+"""Up to so many rows a GPU multiplies with the 4-bit weights directly. With more rows it depends on
+the card and the shape, and the whole weight counts as dequantized."""
 
 
 def gemm_4bit_on_cuda(x, packed, shape, *scales, **more):
@@ -68,7 +68,7 @@ def int8_vectorwise_quant_on_cuda(x, threshold=0.0):
 
 
 def int8_scaled_mm_on_cuda(x, weight, x_scales, scales, bias=None, dtype=None):
-    """int8 products in int32, then scaled to float16, which is what the kernel can write."""
+    """The products of int8 in int32, scaled to float16, which is what the kernel can write."""
     products = torch._int_mm(x, weight.t())
     y = torch.empty_like(products, dtype=torch.float16)
     if bias is not None:

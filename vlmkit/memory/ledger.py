@@ -1,4 +1,4 @@
-"""Ledgers: bytes by component and by kind, what they add up to, and two of them side by side."""
+"""Ledgers: bytes by component and by kind, their sums, and two ledgers side by side."""
 
 from dataclasses import dataclass, field
 
@@ -16,18 +16,18 @@ ALL_KINDS = (
     *KINDS, STATE, BUFFER, ADAPTER, UPCAST, GRADIENT, OPTIMIZER, CACHE, INPUT, ACTIVATION,
     ROUNDING, UNUSED,
 )  # fmt: skip
-"""What bytes are, in the order of tables: the kinds of parameters, and what comes beside them."""
+"""What bytes are used for, in the order of tables: the kinds of parameters, then the rest."""
 
 BOUNDED = (ACTIVATION, ROUNDING, UNUSED)
-"""Kinds that a prediction gives within some per cent. It gives the others to the byte."""
+"""Kinds that a prediction knows within some percent. It knows the others to the byte."""
 
 
 @dataclass(frozen=True)
 class Ledger(Table):
     """Bytes of a model, and of what it needs to run or to be trained.
 
-    `total`, `by_component`, `by_kind` (dicts of bytes), `entries`, and `notes`: how what is not
-    obvious was counted, a sentence each.
+    It has `total`, `by_component` and `by_kind` (dicts of bytes), `entries` (Rows), and `notes`:
+    sentences on how the less obvious bytes were counted.
     """
 
     title: str
@@ -51,11 +51,11 @@ class Ledger(Table):
 
     @property
     def bounded(self):
-        """Bytes that are bounded and not exact: activations, and what an allocator adds."""
+        """Bytes that are bounded, not exact: activations, and what an allocator adds."""
         return sum(entry.bytes for entry in self.entries if entry.kind in BOUNDED)
 
     def table(self):
-        """A pandas DataFrame of bytes: a row per component, a column per kind, and the sums."""
+        """A pandas DataFrame of bytes: a row for each component, a column for each kind, sums."""
         import pandas as pd
 
         kinds = list(self.by_kind)
@@ -85,11 +85,11 @@ class Ledger(Table):
 
 
 def compare(predicted, measured):
-    """Two Ledgers side by side: a pandas DataFrame with a row per component and kind.
+    """Two Ledgers side by side: a pandas DataFrame with a row for each component and kind.
 
-    The columns are the bytes `predicted` and `measured`, their `difference` (measured less
-    predicted: the residual, which a perfect prediction has none of), and `because`: what a row that
-    differs is made of, as the names of its largest entries.
+    The columns are the bytes `predicted` and `measured`, their `difference` (measured minus
+    predicted, 0 for a perfect prediction), and `because`: the names of the entries that differ
+    most, if the row differs.
     """
     import pandas as pd
 
@@ -103,7 +103,7 @@ def compare(predicted, measured):
     for key in keys:
         ours, theirs = (side.get(key, {}) for side in sides)
         a, b = sum(ours.values()), sum(theirs.values())
-        rows.append((a, b, b - a, _residual(ours, theirs) if a != b else ""))
+        rows.append((a, b, b - a, _gaps(ours, theirs) if a != b else ""))
     index = pd.MultiIndex.from_tuples(
         [(component or "unknown", kind) for component, kind in keys], names=["component", "kind"]
     )
@@ -120,7 +120,7 @@ def _by_row(ledger):
     return rows
 
 
-def _residual(ours, theirs, most=3):
+def _gaps(ours, theirs, most=3):
     """The entries that differ most between two {name: bytes}, in words."""
     gaps = {name: theirs.get(name, 0) - ours.get(name, 0) for name in {**ours, **theirs}}
     gaps = sorted((item for item in gaps.items() if item[1]), key=lambda item: -abs(item[1]))

@@ -1,25 +1,24 @@
 """Measuring: what a model, its optimizer and its cache hold, and what a call holds at most."""
 
-from vlmkit.anatomy import component_finder, plain_name
+from vlmkit.anatomy import component_finder, is_adapter, plain_name, unwrapped
+from vlmkit.backend.storages import Storages, state_tensors
 from vlmkit.memory.cache import measured_cache
-from vlmkit.memory.ledger import Ledger
-from vlmkit.memory.training import measured_optimizer
-from vlmkit.memory.weights import Storages, measured_weights
-from vlmkit.rows import Row
+from vlmkit.memory.ledger import ADAPTER, BUFFER, GRADIENT, OPTIMIZER, STATE, Ledger
+from vlmkit.rows import Row, kind_of
 
 
 def measure(model, optimizer=None, cache=None):
     """Ledger of what `model` really holds: every distinct storage of a parameter, a buffer, a
     quantization state or a gradient, counted once and at its full size.
 
-    model: any transformers VLM, also one that PEFT has wrapped.
+    model: any transformers VLM, also inside PEFT's wrapper.
     optimizer: a torch or bitsandbytes optimizer of its parameters, for the optimizer's states.
     cache: the `past_key_values` of a forward pass, for its keys and values.
     """
     storages = Storages()
-    entries = [*measured_weights(model, storages)]
+    entries = [*_weights(model, storages)]
     if optimizer is not None:
-        entries += measured_optimizer(optimizer, model, component_finder(model), storages)
+        entries += _states(optimizer, model, storages)
     if cache is not None:
         entries += measured_cache(cache, model, storages)
     entries = tuple(
@@ -28,11 +27,53 @@ def measure(model, optimizer=None, cache=None):
     return Ledger(f"measured on {type(model).__name__}", entries)
 
 
+def storages_of(model):
+    """{full parameter name: Row} with the bytes of each parameter and its quantization state."""
+    sizes = {}
+    for entry in _weights(model, Storages()):
+        if entry.kind not in (BUFFER, GRADIENT):
+            before = sizes.get(entry.name)
+            total = entry.bytes + (before.bytes if before else 0)
+            sizes[entry.name] = Row(entry.name, entry.component, entry.kind, total)
+    return sizes
+
+
+def _weights(model, storages):
+    """Entries of parameters, with their quantization states and gradients, and of buffers."""
+    base = unwrapped(model)
+    component_of = component_finder(model)
+    for path, module in model.named_modules():
+        dot = path + "." if path else ""
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = dot + leaf
+            kind = ADAPTER if is_adapter(name) else kind_of(base, module, leaf)
+            component = component_of(name)
+            yield Row(name, component, kind, storages.nbytes(parameter))
+            for tensor in state_tensors(module, parameter):
+                yield Row(name, component, STATE, storages.nbytes(tensor))
+            if parameter.grad is not None:
+                yield Row(name, component, GRADIENT, storages.nbytes(parameter.grad))
+        for leaf, buffer in module.named_buffers(recurse=False):
+            yield Row(dot + leaf, component_of(dot + leaf), BUFFER, storages.nbytes(buffer))
+
+
+def _states(optimizer, model, storages):
+    """Entries of what `optimizer` really holds for the parameters of `model`, in their order."""
+    component_of = component_finder(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    order = {name: i for i, name in enumerate(names.values())}
+    states = [(names.get(id(p), "a parameter of no model"), s) for p, s in optimizer.state.items()]
+    for name, state in sorted(states, key=lambda item: order.get(item[0], -1)):
+        for tensor in state.values():
+            if hasattr(tensor, "untyped_storage"):
+                yield Row(name, component_of(name), OPTIMIZER, storages.nbytes(tensor))
+
+
 def measure_peak(function):
     """Bytes that calling `function` allocates at most, over what was there before.
 
-    On a CPU they are counted by PyTorch's own profiler, which sees every allocation of its
-    allocator, those inside a kernel with them; on CUDA by the caching allocator's statistics.
+    On a CPU PyTorch's own profiler counts them: it sees every allocation of PyTorch's allocator,
+    also inside a kernel. On CUDA they are the caching allocator's statistics.
     """
     import gc
 

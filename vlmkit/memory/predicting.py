@@ -1,4 +1,4 @@
-"""Predicting: the ledger of a model, a prompt and a training step that are not there yet."""
+"""Predicting: the ledger of a model, a prompt and a training step that do not exist yet."""
 
 import gc
 from contextlib import contextmanager
@@ -8,15 +8,24 @@ from vlmkit.adapters import parse
 from vlmkit.anatomy import on_meta
 from vlmkit.backend.optimizers import check_optimizer
 from vlmkit.checkpoints import find
-from vlmkit.errors import FinetuningError
+from vlmkit.errors import FinetuningError, SizeError, did_you_mean
 from vlmkit.formats import torch_dtype
 from vlmkit.layout import layout_of
-from vlmkit.memory.demand import demand_of, smallest
+from vlmkit.memory.allocator import check_allocator, overhead
+from vlmkit.memory.batch import batch_of, picture_of, smallest
 from vlmkit.memory.ledger import Ledger
-from vlmkit.memory.on_cuda import check_allocator, overhead
-from vlmkit.memory.processors import settings_of
-from vlmkit.memory.visual_tokens import picture
 from vlmkit.memory.weights import predicted_weights
+
+OTHER_NAMES = {
+    "batch": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "checkpointing": "gradient_checkpointing",
+    "activation_checkpointing": "gradient_checkpointing",
+    "optimizer": "optim",
+    "max_new_tokens": "new_tokens",
+    "device": "allocator",
+}
+"""Earlier names of arguments, and names from other libraries -> ours."""
 
 
 def predict(
@@ -29,90 +38,103 @@ def predict(
     new_tokens=0,
     images=0,
     image_size=None,
-    batch=1,
+    batch_size=1,
     training=None,
-    checkpointing=False,
-    optimizer="adamw_torch_fused",
+    gradient_checkpointing=False,
+    optim="adamw_torch_fused",
     prepare_kbit=False,
     allocator=None,
+    **unknown,
 ):
     """Ledger of what `x` needs under `plan`, without reading a weight.
 
     x: "pebble", a folder, a hub id, a name of the catalog, a transformers config, or a model (for
         its config).
-    plan: a Plan or anything that `Plan.parse` takes; None is the recommended one, or what is stored
-        for a checkpoint that is quantized already.
+    plan: a Plan or anything that `Plan.parse` takes. None is the recommended plan, or what is
+        stored if the checkpoint is quantized already.
 
-    With these alone the ledger is that of the loaded model before it is run, to the byte:
-    parameters, quantization states and buffers. With the following it is that of a prompt, or of a
-    training step:
+    With these arguments alone, the ledger is that of the loaded model before it runs, to the byte:
+    parameters, quantization states and buffers. The next arguments add a prompt, or a training
+    step:
 
-    tokens: of text in each sample, beside those of its pictures.
-    new_tokens: that have gone through the model after the prompt.
+    tokens: tokens of text in each sample, beside those of its pictures.
+    new_tokens: tokens that have gone through the model after the prompt.
     images: pictures in each sample.
-    image_size: (width, height) in pixels, or a list of one for each picture; by default the vision
-        encoder's own resolution, or 1024 x 768 where it takes any.
-    batch: samples.
-    training: what is trained, as `vlmkit.finetuning.parse` reads it: a dictionary such as
-        {"projector": "full", "language_model": vk.LoRA(r=16)}, "lora" or "full".
-    checkpointing: whether layers are run once more going backward, in place of keeping everything,
-        as `model.activation_checkpointing_enable()` has it. That gives gradients to the input of
-        every part, so that a frozen vision encoder is gone through backward as well.
-    optimizer: "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit" or "paged_adamw_8bit".
-    prepare_kbit: whether `peft.prepare_model_for_kbit_training` makes float32 of what is not
-        quantized.
+    image_size: (width, height) in pixels, or a list of one for each picture. By default it is the
+        vision encoder's own resolution, or 1024 x 768 if the encoder takes any.
+    batch_size: samples.
+    training: what is trained, as `vlmkit.adapters.parse` reads it: a dictionary such as
+        {"projector": "full", "language_model": vk.LoRA(r=16)}, or "lora" or "full".
+    gradient_checkpointing: whether the backward pass runs layers again, so that they need not keep
+        everything (transformers' `gradient_checkpointing`). Then the input of every part gets
+        gradients, and the backward pass also goes through a frozen vision encoder.
+    optim: the optimizer, by transformers' name: "adamw_torch_fused", "adamw_8bit",
+        "paged_adamw_32bit" or "paged_adamw_8bit".
+    prepare_kbit: whether `peft.prepare_model_for_kbit_training` makes everything float32 that is
+        not quantized.
     allocator: "cuda" for a GPU: what bitsandbytes' kernels need there, and what PyTorch's caching
-        allocator rounds up to and cannot hand out. Otherwise all is as on a CPU.
+        allocator rounds up to and cannot give out. Otherwise everything is as on a CPU.
 
-    Keys and values, adapters, gradients and optimizer states are to the byte too. Activations are
-    bounded: what the pass needs at its peak beyond all other entries. Where gradients are not there
-    yet at that moment, activations have their room, which is counted as the gradients'.
+    Keys and values, adapters, gradients and optimizer states are exact to the byte too. Activations
+    are bounded: they are what the pass needs at its peak beyond all other entries. If the gradients
+    do not exist yet at that moment, activations may use their room, which counts as the gradients'.
 
-    Raises CheckpointError, AnatomyError and PlanError as `vk.load` does, SizeError and ImageError
-    for sizes that cannot be or do not fit the model, FinetuningError for training that cannot be.
+    Raises CheckpointError, AnatomyError and PlanError as `vk.load` does; SizeError and ImageError
+    for sizes that are impossible or do not fit the model; SizeError for an unknown argument;
+    FinetuningError for training that is impossible.
     """
-    _require_sense(training, new_tokens, checkpointing, prepare_kbit)
-    check_optimizer(optimizer)
+    check_arguments(unknown)
+    _check_training(training, new_tokens, gradient_checkpointing, prepare_kbit)
+    check_optimizer(optim)
     check_allocator(allocator)
-    with _uncollected():
+    with _without_garbage_collection():
         layout = layout_of(
             x, plan, loadable=False, revision=revision, trust_remote_code=trust_remote_code
         )
         config = layout.config
         folder = _folder_of(x, revision)
-        demand = demand_of(config, folder, tokens, new_tokens, images, image_size, batch)
+        batch = batch_of(config, folder, tokens, new_tokens, images, image_size, batch_size)
 
         def build():
             # Some buffers follow the dtype that a model is built in: build it as loading will.
             return on_meta(config, torch_dtype(layout.load_dtype), trust_remote_code)
 
         model = build()
-        weights, notes = list(predicted_weights(model, layout)), list(demand.notes)
+        title = f"predicted for {type(model).__name__}"
+        weights = list(predicted_weights(model, layout))
         more = [], []
         if training is not None:
             from vlmkit.memory.steps import Training, training_step
 
-            how = Training(training, checkpointing, optimizer, prepare_kbit)
-            seen = demand or smallest(config, folder)
+            how = Training(training, gradient_checkpointing, optim, prepare_kbit)
+            seen = batch or smallest(config, folder)
             more = training_step(
-                model, build, layout, seen, how, whole=bool(demand), device=allocator
+                model, build, layout, seen, how, whole=bool(batch), device=allocator
             )
-        elif demand:
+        elif batch:
             from vlmkit.memory.steps import prompt
 
-            more = prompt(model, layout, demand, device=allocator)
+            more = prompt(model, layout, batch, device=allocator)
     entries = weights + more[0]
     if allocator is not None:
         entries += overhead(layout, weights, more[0])
-    notes += more[1]
-    return Ledger(f"predicted for {type(model).__name__}", tuple(entries), tuple(notes))
+    return Ledger(title, tuple(entries), (*batch.notes, *more[1]))
+
+
+def check_arguments(unknown):
+    """Raises SizeError for arguments that `predict` does not have, with the right names."""
+    known = tuple(predict.__kwdefaults__)
+    for name in unknown:
+        hint = did_you_mean(OTHER_NAMES.get(name, name), known)
+        raise SizeError(
+            f"{name!r} is not an argument of predict. {hint}The arguments are {', '.join(known)}."
+        )
 
 
 @contextmanager
-def _uncollected():
-    """Without Python's garbage collector: what a rehearsal lets go is then let go by reference
-    counts alone, as its sums expect, and a large model's many objects are not gone through again
-    and again."""
+def _without_garbage_collection():
+    """Without Python's garbage collector. A dry run counts a tensor as gone when its last reference
+    goes, and the collector would search the many objects of a large model again and again."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -126,21 +148,20 @@ def visual_tokens(x, image_size, *, alone=True, revision=None, trust_remote_code
     """The Picture that `x` makes of a picture of `image_size` (width, height), as its own processor
     would: `.tokens`, `.patches` and, in words, `.why`.
 
-    x: as for `predict`. alone: whether it is the only one of its prompt.
+    x: as for `predict`. alone: whether it is the only picture of its prompt.
 
-    Raises AnatomyError where there is no rule for the architecture, SizeError and ImageError for
+    Raises AnatomyError if vlmkit has no rule for the architecture, SizeError and ImageError for
     sizes that no model takes.
     """
     config = layout_of(
         x, "bf16", loadable=False, revision=revision, trust_remote_code=trust_remote_code
     ).config
-    settings, _ = settings_of(config, _folder_of(x, revision))
-    return picture(config, settings, image_size, alone)
+    return picture_of(config, _folder_of(x, revision), image_size, alone)[0]
 
 
-def _require_sense(training, new_tokens, checkpointing, prepare_kbit):
-    if training is None and (checkpointing or prepare_kbit):
-        word = "checkpointing" if checkpointing else "prepare_kbit"
+def _check_training(training, new_tokens, gradient_checkpointing, prepare_kbit):
+    if training is None and (gradient_checkpointing or prepare_kbit):
+        word = "gradient_checkpointing" if gradient_checkpointing else "prepare_kbit"
         raise FinetuningError(
             f"{word} is for training: say what is trained, for example training='lora'"
         )

@@ -9,10 +9,9 @@ from vlmkit.architectures import LANGUAGE, VISION
 from vlmkit.backend import checkpointing
 from vlmkit.backend.quiet import quiet
 from vlmkit.memory.cache import predicted_cache, stretch
-from vlmkit.memory.inputs import batch_of
+from vlmkit.memory.dry_run import DryRun
+from vlmkit.memory.layers import LAST_LAYERS
 from vlmkit.memory.ledger import ACTIVATION, INPUT
-from vlmkit.memory.running import Stage
-from vlmkit.memory.shadow import prepare_kbit, shadow
 from vlmkit.memory.training import (
     adapter_entries,
     gradient_entries,
@@ -21,7 +20,9 @@ from vlmkit.memory.training import (
     step_bytes,
     upcast_entries,
 )
+from vlmkit.memory.weights import as_loaded, prepare_kbit
 from vlmkit.rows import Row
+from vlmkit.units import MEGABYTE
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Training:
     """How a model is trained. what: {component: None, "full" or a LoRA}."""
 
     what: dict
-    checkpointing: bool
-    optimizer: str
+    gradient_checkpointing: bool
+    optim: str
     prepare_kbit: bool
 
 
@@ -38,9 +39,9 @@ class Training:
 class Passes:
     """What a prompt and the tokens after it need.
 
-    inputs: tensors without data. cache: entries of the keys and values in the end. prefill, decode:
-        {component: bytes} live at the peak of the prompt, and of its last token, cache and all;
-        `decode` is empty where no token follows.
+    inputs: tensors without data. cache: entries of the keys and values at the end. prefill, decode:
+        {component: bytes} live at the peak of the prompt, and of its last token, cache included;
+        `decode` is empty if no token follows.
     """
 
     inputs: dict
@@ -49,29 +50,26 @@ class Passes:
     decode: dict
 
 
-def rehearsed(model, layout, demand, device=None):
-    """The Passes of a prompt. model: on the meta device, to be used up. device: see `Stage`."""
-    stage = Stage(shadow(model, layout), device=device)
-    inputs = _inputs(stage, demand)
-    cache, prefill = stage.prefill(inputs)
-    places = stage.places
-    kept = tuple(predicted_cache(cache, places, demand.new_tokens))
+def dry_passes(model, layout, batch, device=None):
+    """The Passes of a prompt. model: on the meta device; it is used up. device: see `DryRun`."""
+    run = DryRun(as_loaded(model, layout), device=device)
+    inputs = batch.inputs(run.tracker.tensor)
+    cache, prefill = run.prefill(inputs)
+    places = run.places
+    kept = tuple(predicted_cache(cache, places, batch.new_tokens))
     decode = {}
-    if demand.new_tokens:
-        before = demand.length + demand.new_tokens - 1
-        stretch(cache, places, before, stage.rehearsal)
-        _, decode = stage.decode(cache, demand.batch, before)
+    if batch.new_tokens:
+        before = batch.length + batch.new_tokens - 1
+        stretch(cache, places, before, run.tracker)
+        _, decode = run.decode(cache, batch.size, before)
     return Passes(inputs, kept, prefill, decode)
 
 
 @quiet()
-def prompt(model, layout, demand, device=None):
+def prompt(model, layout, batch, device=None):
     """(entries, notes) of a prompt, and of the tokens that follow it: inputs, keys and values, and
-    activations.
-
-    model: on the meta device, to be used up. device: see `Stage`.
-    """
-    passes = rehearsed(model, layout, demand, device)
+    activations. model, device: as for `dry_passes`."""
+    passes = dry_passes(model, layout, batch, device)
     total = sum(entry.bytes for entry in passes.cache)
     beside = {}
     for entry in passes.cache:
@@ -87,30 +85,29 @@ def prompt(model, layout, demand, device=None):
 
 
 @quiet()
-def training_step(model, build, layout, demand, how, whole=True, device=None):
+def training_step(model, build, layout, batch, how, whole=True, device=None):
     """(entries, notes) of a training step: adapters, upcasts, gradients and optimizer states and,
     if `whole`, its inputs and activations.
 
-    model: on the meta device, to be used up. build: a function that makes another like it.
-    device: see `Stage`.
+    model: on the meta device; it is used up. build: a function that makes another like it.
+    device: see `DryRun`.
     """
-    notes = []
-    for short in (True, False):
+    for last in LAST_LAYERS:
         before = {}
-        model = shadow(model, layout)
+        model = as_loaded(model or build(), layout)
         if how.prepare_kbit:
             before = prepare_kbit(model)
         component_of = component_finder(model)
         upcasts = list(upcast_entries(model, before, component_of))
         model = adapted(model, how.what)
-        if how.checkpointing:
+        if how.gradient_checkpointing:
             checkpointing.enable(model)
-        stage = Stage(model, short, device)
-        inputs = _inputs(stage, demand)
-        learnt, peak, left = stage.train(inputs, inputs["input_ids"])
-        if stage.complete:
+        run = DryRun(model, last, device)
+        inputs = batch.inputs(run.tracker.tensor)
+        learnt, peak, left = run.train(inputs, inputs["input_ids"])
+        if run.complete:
             break
-        model = build()
+        model = None
     component_of = component_finder(model)
     parameters = {
         name: (p.numel(), p.element_size())
@@ -122,23 +119,17 @@ def training_step(model, build, layout, demand, how, whole=True, device=None):
         *adapter_entries(model, component_of),
         *upcasts,
         *gradients,
-        *optimizer_entries(how.optimizer, parameters, component_of),
+        *optimizer_entries(how.optim, parameters, component_of),
     ]
     if whole:
         entries += _input_entries(inputs)
-        stepping = left + step_bytes(how.optimizer, parameters)
+        stepping = left + step_bytes(how.optim, parameters)
         entries += _step_activations(peak, stepping, gradients, parameters, component_of)
-    notes += _unlearnt(model, learnt)
-    paged = paged_bytes(how.optimizer, parameters)
+    notes = list(_without_gradient(model, learnt))
+    paged = paged_bytes(how.optim, parameters)
     if paged:
-        notes.append(f"{paged / 10**6:,.1f} MB of the optimizer's states are paged.")
+        notes.append(f"{paged / MEGABYTE:,.1f} MB of the optimizer's states are paged.")
     return entries, notes
-
-
-def _inputs(stage, demand):
-    return batch_of(
-        stage.config, demand.pictures, demand.tokens, demand.batch, stage.pixels, demand.sizes
-    )
 
 
 def _input_entries(inputs):
@@ -149,8 +140,8 @@ def _input_entries(inputs):
 
 
 def _activations(peak, beside, need, name):
-    """Entries of `need` bytes in all, shared out by component as what is live at the `peak` less
-    what other entries count already (`beside`). Both are {component: bytes}."""
+    """Entries of `need` bytes in all. Each component gets its share of what is live at the `peak`
+    less what other entries count already (`beside`). Both are {component: bytes}."""
     own = {c: max(0, size - beside.get(c, 0)) for c, size in peak.items()}
     whole, shared = sum(own.values()), 0
     for component in own if need else ():
@@ -161,7 +152,7 @@ def _activations(peak, beside, need, name):
 
 
 def _step_activations(peak, stepping, gradients, parameters, component_of):
-    """Entries of what a step holds at most beyond the gradients that there are at its end: at the
+    """Entries of what a step holds at most beyond the gradients that exist at its end: at the
     `peak` of the two passes, or when the optimizer is at its largest parameter (`stepping`)."""
     there = sum(entry.bytes for entry in gradients)
     if stepping > sum(peak.values()):
@@ -172,7 +163,7 @@ def _step_activations(peak, stepping, gradients, parameters, component_of):
     return list(_activations(live, {}, sum(peak.values()) - there, "the training step"))
 
 
-def _unlearnt(model, learnt):
+def _without_gradient(model, learnt):
     """A sentence that names the trained parameters that get no gradient, if there are any."""
     names = [n for n, p in model.named_parameters() if p.requires_grad and n not in learnt]
     if names:

@@ -1,12 +1,13 @@
-"""Repeats: of many layers that are alike, a few are rehearsed.
+"""Layers: of many layers that are alike, a dry run runs a few and counts the others.
 
-A decoder of forty layers does forty times the same to memory. In a rehearsal
-(`vlmkit.memory.shapes`) layers of a kind are run until two in a row have kept the same, and so are
-the last ones; those between hand on a tensor like the one that they are given. What they would have
-kept is counted all the same: going forward, as much as their kind was seen to keep; going backward,
-as much comes or goes as with two of the last. What a layer needs for a moment is seen in those that
-are run: along a stack memory grows or shrinks steadily, so that its peak is at one of the ends. The
-tests hold the result against that of running every layer.
+A decoder of forty layers does forty times the same to memory. In a dry run, layers of one kind are
+run until two in a row keep the same, or until one keeps nothing but its input (gradient
+checkpointing). The last layers of a kind are run too. A layer between them only returns a tensor
+like its input. The bytes that it would have kept are counted: in the forward pass, as many as
+layers of its kind were seen to keep; in the backward pass, as many as two of the last layers were
+seen to take or to free. The bytes that a layer needs for a moment are seen in the layers that are
+run: along a stack memory grows or shrinks steadily, so that the peak is at one of its ends. The
+tests compare the result with that of running every layer.
 """
 
 import weakref
@@ -14,47 +15,51 @@ import weakref
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-LAST, LAST_IN_TRAINING = 1, 4
-"""How many layers of a kind are run at the end of a stack. In training the very last may not be
-gone through backward (LLaVA reads the features before it), and the first that is may be unlike the
-others."""
+from vlmkit.memory.tracker import storage_of
+
+ALL = None
+LAST_LAYERS = (3, 4, ALL)
+"""How many layers of a kind are run at the end of a stack in training; the next number is tried
+where a smaller one shows too little. The very last layer may have no backward pass (LLaVA reads the
+features before it), and the first one that has may be unlike the others."""
 PLACE = "layer_idx"
-"""The attribute that says which of its kind a layer is, and nothing about what it does."""
+"""The attribute that numbers a layer and says nothing about what the layer does."""
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
 
-class Shortened:
-    """A model in a rehearsal whose stacks of layers are not run in full.
+class SkippedLayers:
+    """The layers of a model that a dry run does not run.
 
-    model: on the meta device. Its tensors are emptied here, those of a layer not before it is run.
-    complete: whether the layers left out have given back, going backward, what they kept. If not,
-        layers like them were not seen to, and all have to be run.
-    stand_ins: {full name of a layer left out: that of a layer that was run and is like it}. A layer
-        left out gets no gradients and writes nothing into a cache.
+    model: on the meta device. Its tensors are emptied here; those of a layer just before it runs.
+    last: how many layers of a kind are run at the end of a stack, in training.
+    complete: whether the backward pass freed what the skipped layers kept. If not, no layer like
+        them was seen to do that, and more layers have to be run.
+    stand_ins: {full name of a skipped layer: name of a layer like it that was run}. A skipped layer
+        gets no gradients and writes nothing into a cache.
     """
 
-    def __init__(self, rehearsal, model):
-        self.rehearsal = rehearsal
+    def __init__(self, tracker, model, last):
+        self.tracker, self.last = tracker, last
         self.waiting, self.failed, self.stand_ins, self.counted = 0, False, {}, []
         self.stacks = {}
         for name, layers in model.named_modules():
             inside = tuple(f"{outer}." for outer in self.stacks)
             if isinstance(layers, torch.nn.ModuleList) and not name.startswith(inside):
                 self.stacks[name] = _Stack(self, name, layers)
-        rehearsal.empty(model, but=self.stacks)
+        tracker.empty(model, but=self.stacks)
 
     def restart(self):
-        """Forget what was seen, and what layers left out count for, before another run."""
+        """Forget what was seen, and what skipped layers count for, before another run."""
         for parts in self.counted:
-            self.rehearsal.shift({component: -size for component, size in parts.items()})
+            self.tracker.shift({component: -size for component, size in parts.items()})
         self.waiting, self.failed, self.counted = 0, False, []
         self.stand_ins.clear()
         for stack in self.stacks.values():
             stack.restart()
 
     def count(self, parts):
-        """Count bytes by component for a layer that is left out."""
-        self.rehearsal.shift(parts)
+        """Count bytes by component for a skipped layer."""
+        self.tracker.shift(parts)
         self.counted.append(parts)
 
     @property
@@ -65,8 +70,8 @@ class Shortened:
 class _Stack:
     """Layers that call one another in order, and what each kind of them does to memory."""
 
-    def __init__(self, whole, name, layers):
-        self.whole, self.rehearsal, self.name = whole, whole.rehearsal, name
+    def __init__(self, skipped, name, layers):
+        self.skipped, self.tracker, self.name = skipped, skipped.tracker, name
         self.kinds = [_kind(layer) for layer in layers]
         self.emptied = set()
         self.restart()
@@ -75,7 +80,7 @@ class _Stack:
 
     def restart(self):
         self.records = {kind: _Record() for kind in self.kinds}
-        # The layer that was called last, and the one that the backward pass has reached, with the
+        # The layer that was called last, and the layer that the backward pass has reached, with the
         # bytes that were live then.
         self.called = self.reached = (None, None)
 
@@ -88,10 +93,10 @@ class _Stack:
             hidden = args[0] if args else next(iter(kwargs.values()))
             if record.kept is not None:
                 training = torch.is_grad_enabled() and hidden.requires_grad
-                if later >= (LAST_IN_TRAINING if training else LAST):
-                    return self._left_out(place, record, hidden)
+                if later >= (self.skipped.last if training else 1):
+                    return self._skip(place, record, hidden)
             if place not in self.emptied:
-                self.rehearsal.empty(layer)
+                self.tracker.empty(layer)
                 self.emptied.add(place)
             output = run(*args, **kwargs)
             self._look_at(place, record, hidden, output)
@@ -99,12 +104,12 @@ class _Stack:
 
         return forward
 
-    def _left_out(self, place, record, hidden):
-        self.whole.stand_ins[f"{self.name}.{place}"] = f"{self.name}.{record.place}"
-        self.whole.count(record.kept)
-        self.whole.waiting += hidden.requires_grad
+    def _skip(self, place, record, hidden):
+        self.skipped.stand_ins[f"{self.name}.{place}"] = f"{self.name}.{record.place}"
+        self.skipped.count(record.kept)
+        self.skipped.waiting += hidden.requires_grad
         leaves, structure = record.output
-        hidden = _LeftOut.apply(hidden, self, place)
+        hidden = _Skipped.apply(hidden, self, place)
         return tree_unflatten([hidden if leaf else None for leaf in leaves], structure)
 
     def _look_at(self, place, record, hidden, output):
@@ -115,53 +120,54 @@ class _Stack:
             return
         if tensors[0].shape == hidden.shape and tensors[0].dtype == hidden.dtype:
             record.output = [leaf is not None for leaf in leaves], structure
-            record.hidden = weakref.ref(hidden.untyped_storage())
-            record.component = self.rehearsal.component
+            record.hidden = weakref.ref(storage_of(hidden))
+            record.component = self.tracker.component
         if tensors[0].requires_grad:
             tensors[0].register_hook(lambda gradient: self.reach(place))
 
     def _arrive(self, place):
-        """The layer at `place` is called: what the one before it kept is known now."""
+        """The layer at `place` is called: now it is known what the layer before it kept."""
         before, then = self.called
-        self.called = place, self.rehearsal.now()
-        if place == 0 or before != place - 1 or f"{self.name}.{before}" in self.whole.stand_ins:
+        self.called = place, self.tracker.now()
+        if place == 0 or before != place - 1 or f"{self.name}.{before}" in self.skipped.stand_ins:
             return
         record = self.records[self.kinds[before]]
         if record.output is None or record.kept is not None:
             return
         hidden = record.hidden()
-        kept = self.rehearsal.since(then)
-        if hidden is not None:  # which a layer left out keeps by itself
+        kept = self.tracker.since(then)
+        if hidden is not None:  # a skipped layer keeps it by itself
             kept[record.component] -= hidden.nbytes()
         seen = {c: size for c, size in kept.items() if size}, hidden is not None
-        if seen == record.seen:
+        checkpointed = seen == ({}, True)  # keeps its input and nothing else
+        if seen == record.seen or checkpointed:
             record.kept, record.keeps_hidden, record.place = *seen, before
         record.seen = seen
 
     def reach(self, place):
         """The backward pass has come to the layer at `place`."""
         after, then = self.reached
-        self.reached = place, self.rehearsal.now()
-        if after == place + 1 and f"{self.name}.{after}" not in self.whole.stand_ins:
+        self.reached = place, self.tracker.now()
+        if after == place + 1 and f"{self.name}.{after}" not in self.skipped.stand_ins:
             record = self.records[self.kinds[after]]
-            record.given_back.append(self.rehearsal.since(then))
+            record.given_back.append(self.tracker.since(then))
 
     def give_back(self, place, hidden):
-        """The backward pass has come to a layer that was left out."""
+        """The backward pass has come to a skipped layer."""
         self.reach(place)
-        self.whole.waiting -= 1
+        self.skipped.waiting -= 1
         record = self.records[self.kinds[place]]
         if len(record.given_back) < 2 or record.given_back[-1] != record.given_back[-2]:
-            self.whole.failed = True
+            self.skipped.failed = True
             return
-        self.whole.count(record.given_back[-1])
+        self.skipped.count(record.given_back[-1])
         if hidden:
-            self.whole.count({record.component: hidden[0].untyped_storage().nbytes()})
+            self.skipped.count({record.component: storage_of(hidden[0]).nbytes()})
 
 
 class _Record:
-    """What layers of one kind do: bytes by component that they keep, and that come or go going
-    backward; what they return; whether the input is among what is kept."""
+    """What layers of one kind do: bytes by component that they keep, and that come or go in the
+    backward pass; what they return; whether they keep their input."""
 
     def __init__(self):
         self.seen = self.kept = self.output = self.hidden = self.component = self.place = None
@@ -169,8 +175,8 @@ class _Record:
         self.given_back = []
 
 
-class _LeftOut(torch.autograd.Function):
-    """A layer that is left out: it makes a tensor like the one that it is given."""
+class _Skipped(torch.autograd.Function):
+    """A skipped layer: it makes a tensor like its input."""
 
     @staticmethod
     def forward(ctx, hidden, stack, place):

@@ -1,4 +1,4 @@
-"""The rules for visual tokens, held against the image processors that need no torchvision."""
+"""The rules for visual tokens, compared with the image processors that need no torchvision."""
 
 from importlib import import_module
 
@@ -8,8 +8,7 @@ from PIL import Image
 from transformers import CONFIG_MAPPING
 
 import vlmkit as vk
-from vlmkit.memory.processors import _pixels
-from vlmkit.memory.visual_tokens import picture
+from vlmkit.families import family_of, newer_names
 
 SIZES = [(64, 64), (100, 70), (1024, 768), (333, 1000), (1999, 121), (37, 36)]
 
@@ -20,7 +19,11 @@ def made(module, name, picture_size, **settings):
     processor = getattr(import_module(path), f"{name}ImageProcessorPil")(**settings)
     image = Image.new("RGB", picture_size, (90, 120, 150))
     known = {key: value for key, value in processor.to_dict().items() if value is not None}
-    return processor([[image]], return_tensors="pt"), _pixels(known)
+    return processor([[image]], return_tensors="pt"), newer_names(known)
+
+
+def picture(config, settings, size):
+    return family_of(config).picture(config, settings, *size)
 
 
 def config_of(family, **vision):
@@ -69,7 +72,7 @@ def test_tiles_of_any_resolution(module, name, size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_canvas_of_llama_3_2_vision(size):
-    from vlmkit.memory.tiles import canvas
+    from vlmkit.families.tiles import canvas
 
     out, settings = made("mllama", "Mllama", size)
     rows, columns = canvas(*size, settings["max_image_tiles"], settings["size"]["height"])

@@ -1,0 +1,185 @@
+"""What every family shares: the Picture, the class `Family`, and the size of a picture.
+
+Adding a family is one subclass of `Family`, in `grids` or in `tiles`, and one test.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vlmkit.errors import AnatomyError, ImageError, SizeError
+from vlmkit.images import LONGEST_SHAPE
+
+FIRST_WORD = 3
+"""The first id that can be the id of a word. Ids below it are usually special tokens."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as a model sees it.
+
+    tokens: positions that the picture takes in the prompt, together with the text that the
+        processor puts among them (row and column markers, line breaks). What a chat template writes
+        around a picture counts as text.
+    features: how many of these positions hold a visual feature.
+    crop: (height, width) in pixels of each of the `count` tiles that the vision encoder reads.
+    patches: patches that the vision encoder reads, in all tiles.
+    attended: states that cross-attention layers read, outside the prompt (Llama 3.2 Vision).
+    why: how the number of tokens comes about, in words.
+    """
+
+    tokens: int
+    features: int
+    crop: tuple
+    count: int
+    patches: int
+    why: str
+    attended: int = 0
+
+    def __str__(self):
+        return f"{self.tokens:,} visual tokens: {self.why}"
+
+
+class Family:
+    """How models of one family turn pictures into tokens, and what is special about running them.
+
+    A subclass names its `model_types` and defines `picture`. It overrides the rest only where the
+    family differs. A family without a subclass is run with text alone.
+
+    model_types: the values of `model_type` in config.json.
+    one_size: whether the vision encoder resizes every picture to its own resolution.
+    """
+
+    model_types = ()
+    one_size = False
+
+    def settings(self, config):
+        """Settings of the image processor that the family's published checkpoints have. They are
+        used when a config comes alone, without the files of its processor."""
+        return {}
+
+    def picture(self, config, settings, width, height, alone=True):
+        """The Picture that the processor makes of a picture of `width` x `height` pixels.
+
+        settings: of the image processor, see `settings_of`. alone: whether it is the only picture
+            of its prompt.
+
+        Raises AnatomyError if vlmkit does not know how the family does that.
+        """
+        from vlmkit.families import FAMILIES
+
+        raise AnatomyError(
+            f"vlmkit has no rule yet for how {config.model_type} turns a picture into tokens. Count"
+            " them with its processor and add them to tokens, with images=0. There are rules for "
+            f"{', '.join(sorted(FAMILIES))}."
+        )
+
+    def pixels(self, config, pictures, sizes, batch_size, make):
+        """{name: tensor} of what the processor hands to the model for the pictures.
+
+        pictures: Pictures of one sample. sizes: their (width, height). make: a function that
+            returns a float32 tensor of a shape.
+        """
+        shape = batch_size * sum(picture.count for picture in pictures), 3, *pictures[0].crop
+        return {"pixel_values": make(shape)}
+
+    def beside(self, config, ids, tensors):
+        """{name: tensor} of further inputs. ids: input_ids. tensors: what `pixels` returned."""
+        return {"mm_token_type_ids": _places(config, ids)} if self.three_axes(config) else {}
+
+    def decoder(self, model):
+        """The module that runs a token after the prompt."""
+        return model
+
+    def three_axes(self, config):
+        """Whether positions are counted along time, height and width (M-RoPE, arXiv 2409.12191)."""
+        rope = getattr(config.get_text_config(), "rope_parameters", None)
+        return "mrope_section" in (rope or {})
+
+
+def _places(config, ids):
+    return (ids == image_id(config)).long()
+
+
+class TokenTypes(Family):
+    """A family whose models take token_type_ids: 1 where a visual feature is."""
+
+    def beside(self, config, ids, tensors):
+        return {"token_type_ids": _places(config, ids)}
+
+
+def image_id(config):
+    """The id of the token that a visual feature replaces."""
+    for name in ("image_token_id", "image_token_index"):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    return None
+
+
+def ids_of(config, pictures, tokens):
+    """Ids of one sample, as a list: each picture's own text, then its features in a row; all other
+    text comes at the end, except for one token after each picture, so that pictures do not touch.
+
+    tokens: how many tokens of text the sample has beside those of its pictures.
+    """
+    special = {value for name, value in vars(config).items() if "token" in name}
+    word = next(i for i in range(FIRST_WORD, 10**6) if i not in special)
+    ids = []
+    for picture in pictures:
+        ids += [word] * (picture.tokens - picture.features) + [image_id(config)] * picture.features
+        if tokens:
+            ids, tokens = [*ids, word], tokens - 1
+    return ids + [word] * tokens
+
+
+def inputs_of(family, config, pictures, sizes, tokens, batch_size, make):
+    """{name: tensor} of the inputs of one forward pass. For the arguments see `Family.pixels` and
+    `ids_of`. Integers are real, because the forward pass looks at them."""
+    ids = torch.tensor([ids_of(config, pictures, tokens)]).expand(batch_size, -1).contiguous()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if pictures:
+        inputs |= family.pixels(config, pictures, sizes, batch_size, make)
+    return inputs | family.beside(config, ids, inputs)
+
+
+def check_size(size):
+    """(width, height) of a picture, in pixels. Raises SizeError or ImageError if it is none."""
+    from PIL import Image
+
+    try:
+        width, height = size
+    except (TypeError, ValueError):
+        raise SizeError(f"a picture's size is (width, height) in pixels, not {size!r}") from None
+    for side in (width, height):
+        if isinstance(side, bool) or not isinstance(side, int) or side < 1:
+            raise SizeError(
+                f"a picture's size is (width, height) in whole pixels from 1 on, not {size!r}"
+            )
+    if max(size) > LONGEST_SHAPE * min(size):
+        raise ImageError(
+            f"a picture of {width:,} x {height:,} pixels is longer than {LONGEST_SHAPE} : 1, which "
+            "no family takes: crop it or cut it into several."
+        )
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise ImageError(
+            f"a picture of {width:,} x {height:,} pixels is larger than Pillow opens "
+            f"({Image.MAX_IMAGE_PIXELS:,} pixels), and no family takes it: make it smaller."
+        )
+    return width, height
+
+
+def side_of(size):
+    """One side of a size that a config gives as a number or as a pair."""
+    return size[0] if isinstance(size, (list, tuple)) else size
+
+
+def grid_of(config):
+    """Number of patches along a side, at the vision encoder's own resolution."""
+    vision = config.vision_config
+    return side_of(vision.image_size) // side_of(vision.patch_size)
+
+
+def whole(config, tokens, why):
+    """The Picture of `tokens` features for a picture resized to the encoder's own resolution."""
+    side = side_of(config.vision_config.image_size)
+    return Picture(tokens, tokens, (side, side), 1, grid_of(config) ** 2, why)

@@ -1,0 +1,135 @@
+"""Dry runs: what a forward pass, a decoding step and a training step hold for a while.
+
+A dry run is transformers' own forward pass, PyTorch's own autograd and peft's own adapters, on
+tensors without data (`vlmkit.memory.tracker`).
+"""
+
+import torch
+
+from vlmkit.anatomy import component_finder, unwrapped
+from vlmkit.architectures import LANGUAGE
+from vlmkit.errors import AnatomyError, brief
+from vlmkit.families import family_of
+from vlmkit.memory.cache import places_of
+from vlmkit.memory.layers import ALL, SkippedLayers
+from vlmkit.memory.tracker import AllocationTracker, storage_of
+
+
+class DryRun:
+    """A model without data, and the tracker that it runs in.
+
+    model: on the meta device, as `vlmkit.memory.weights.as_loaded` makes it.
+    last: how many layers of a kind are run at the end of a stack in training; ALL runs every layer.
+    device: "cuda" for bitsandbytes' kernels on a GPU; None for those on a CPU.
+    """
+
+    def __init__(self, model, last=1, device=None):
+        self.model = model
+        self.config = unwrapped(model).config
+        self.tracker = AllocationTracker(device)
+        self.skipped = None if last is ALL else SkippedLayers(self.tracker, model, last)
+        self.tracker.watch(model)
+        if last is ALL:
+            self.tracker.empty(model)
+
+    @property
+    def complete(self):
+        """Whether a training step saw every layer, or one like it, in both passes."""
+        return self.skipped is None or self.skipped.complete
+
+    @property
+    def stand_ins(self):
+        return self.skipped.stand_ins if self.skipped else {}
+
+    @property
+    def places(self):
+        return places_of(self.model, self.stand_ins)
+
+    def prefill(self, inputs):
+        """Run the prompt as `generate` does, with logits of the last position only.
+
+        Returns (the cache, {component: bytes} at the peak, those of the cache included).
+        """
+        last = {"logits_to_keep": 1} if unwrapped(self.model)._supports_logits_to_keep() else {}
+        return self._forward(self.model, **inputs, use_cache=True, **last)
+
+    def decode(self, cache, batch_size, length):
+        """Run one more token after `length` positions, whose states `cache` holds."""
+        family = family_of(self.config)
+        inputs = {
+            "input_ids": torch.zeros(batch_size, 1, dtype=torch.long),
+            "attention_mask": torch.ones(batch_size, length + 1, dtype=torch.long),
+        }
+        if family.three_axes(self.config):
+            inputs["position_ids"] = torch.zeros(3, batch_size, 1, dtype=torch.long)
+        model = family.decoder(self.model)
+        return self._forward(model, **inputs, past_key_values=cache, use_cache=True)
+
+    def _forward(self, model, **inputs):
+        self.model.eval()
+        self._restart()
+        with self.tracker, torch.no_grad():
+            output = self._run(model, inputs)
+        # BLIP-2 returns the output of its language model inside its own.
+        cache = getattr(output, "language_model_outputs", output).past_key_values
+        return cache, _named(self.tracker.by_component)
+
+    def _restart(self):
+        if self.skipped:
+            self.skipped.restart()
+        self.tracker.restart()
+
+    def _run(self, model, inputs):
+        for value in inputs.values():
+            if isinstance(value, torch.Tensor):
+                self.tracker.know(value)
+        try:
+            return model(**inputs)
+        except Exception as error:  # an architecture that looks at values in ways of its own
+            raise AnatomyError(
+                f"{type(unwrapped(self.model)).__name__} cannot be run without data, so that its "
+                f"cache and activations cannot be predicted: {brief(error)}"
+            ) from error
+
+    def train(self, inputs, labels):
+        """Run a forward and a backward pass.
+
+        Returns {parameter name: bytes of its gradient}, {component: bytes} at the peak (those of
+        gradients under ("gradient", component)), and the bytes that are live at the end.
+        """
+        component_of = component_finder(self.model)
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                owner = "gradient", component_of(name)
+                parameter.register_post_accumulate_grad_hook(self._labelling(owner))
+        self.model.train()
+        self._restart()
+        with self.tracker:
+            loss = self._run(self.model, {**inputs, "labels": labels, "use_cache": False}).loss
+            self.tracker.component = LANGUAGE
+            loss.backward()
+            self.tracker.component = None
+        return self._gradients(), _named(self.tracker.by_component), self.tracker.live
+
+    def _labelling(self, owner):
+        return lambda parameter: self.tracker.relabel(parameter.grad, owner)
+
+    def _gradients(self):
+        parameters = dict(self.model.named_parameters())
+        found = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+        for skipped, like_it in self.stand_ins.items():
+            for name in parameters:
+                if name.startswith(f"{skipped}."):
+                    gradient = parameters[like_it + name[len(skipped) :]].grad
+                    if gradient is not None:
+                        found[name] = gradient
+        return {name: storage_of(found[name]).nbytes() for name in parameters if name in found}
+
+
+def _named(parts):
+    """Bytes by component. What is made between components (the merging of pictures and words, the
+    loss) counts as the language model's."""
+    named = {}
+    for component, size in parts.items():
+        named[component or LANGUAGE] = named.get(component or LANGUAGE, 0) + size
+    return named
