@@ -29,7 +29,7 @@ FORMATS = (
 )
 COMPONENTS = ("vision_encoder", "projector", "language_model")
 SCOPES = (*COMPONENTS, list(COMPONENTS))
-SHARED = ("accuracy", "difference", "lost", "gained", "n")
+SHARED = ("accuracy", "difference", "regressions", "fixes", "n")
 
 
 def main():
@@ -101,18 +101,18 @@ class Plain:
         return {
             "accuracy": float(after.mean()),
             "difference": (gained - lost) / n,
-            "lost": lost,
-            "gained": gained,
+            "regressions": lost,
+            "fixes": gained,
             "n": n,
             "kl": kl,
         }
 
     def divergence(self, model, processor):
         import torch
+        from vlmkit.sensitivity.forcing import logits_of_answers
 
         from vlmkit.evaluation import batches
         from vlmkit.evaluation.asking import prepared
-        from vlmkit.sensitivity.forcing import logits_of_answers
 
         total = 0.0
         for (_, images, asked), kept in zip(batches(self.questions, 64), self.kept, strict=True):

@@ -50,7 +50,7 @@ def test_the_record_is_complete(benchmark, runs):
     for (domain, _, _), rows in groups:
         own = benchmark["OWN"] if domain == "own" else (domain, *vk.tasks.TASKS)
         assert tuple(rows["task"]) == own
-    assert (runs["before"] - runs["lost"] + runs["gained"] == runs["after"]).all()
+    assert (runs["before"] - runs["regressions"] + runs["fixes"] == runs["after"]).all()
     assert (runs["after"] <= runs["n"]).all()
 
 
