@@ -45,3 +45,10 @@ __all__ = [
     "select",
     "sweep",
 ]
+
+RENAMED = {"chosen": "select", "Chosen": "Selection", "Swap": "Rounded"}
+
+
+def __getattr__(name):
+    hint = f"; it is called {RENAMED[name]} now" if name in RENAMED else ""
+    raise AttributeError(f"vlmkit.sensitivity has no {name!r}{hint}")
