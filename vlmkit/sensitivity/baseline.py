@@ -223,9 +223,26 @@ class Baseline:
             inputs, given = batch.inputs, range(len(batch.rows))
         else:
             given = places
-        tokens = generated(self.model, self.processor, inputs, self.max_new_tokens)
+        stop = self._until_decided(inputs, [self.expected[batch.rows[place]] for place in given])
+        tokens = generated(
+            self.model, self.processor, inputs, self.max_new_tokens, stopping_criteria=stop
+        )
         texts = dict(zip(given, texts_of(self.processor, inputs, tokens), strict=True))
         return [normalize(texts[place]) == self.expected[batch.rows[place]] for place in places]
+
+    def _until_decided(self, inputs, expected):
+        """Stops each answer as soon as nothing that follows can make it right."""
+        import torch
+        from transformers import StoppingCriteriaList
+
+        prompt = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+
+        def is_wrong(input_ids, scores, **_):
+            texts = zip(self._texts(input_ids[:, prompt:]), expected, strict=True)
+            wrong = [not could_become(text, right) for text, right in texts]
+            return torch.tensor(wrong, device=input_ids.device)
+
+        return StoppingCriteriaList([is_wrong])
 
 
 def could_become(start, expected):
