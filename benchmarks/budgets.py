@@ -66,7 +66,7 @@ def layers(model, processor, by, n):
     found = vk.sensitivity.sweep(model, processor, questions, BITS[by], scopes)
     found = found.drop(columns=["parameters", "bits", "bytes_saved", "kinds", "p"])
     table = scores.merge(found, on=["scope", "format"], suffixes=("", "_true"))
-    component = {s: vk.sensitivity.chosen(model, s).weights[0].component for s in scopes}
+    component = {s: vk.sensitivity.select(model, s).weights[0].component for s in scopes}
     table.insert(1, "component", table["scope"].map(component))
     return table
 
@@ -78,7 +78,7 @@ def frontier(model, processor, by, formats, n):
 
     questions = vk.tasks.dataset("all", n=n, seed=SEEDS["planner"])
     planner = vk.planner.Planner(model, processor, questions, formats=formats, by=by)
-    sizes = sorted({planner.parts.counted(plan) for plan in planner.parts.uniform().values()})
+    sizes = sorted({planner.choices.counted(plan) for plan in planner.choices.uniform().values()})
     between = [
         small + (large - small) * part // 3
         for small, large in pairwise(sizes)

@@ -8,8 +8,8 @@ on all three; a few of the formats on other questions (`SEEDS`); and as many ran
 projector and the vision encoder have, drawn from another component.
 
 The result is notebooks/data/05_sensitivity.csv, which the chapter shows: a row per seed of the
-questions, scope, format and kind of question, with how many answers were right, were lost and
-gained. What is asked of several kinds together is added up from these.
+questions, scope, format and kind of question, with how many answers were right, and how many were
+regressions and fixes. What is asked of several kinds together is added up from these.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main(argv=None):
     parts += [swept(seed, FEW, COMPONENTS) for seed in SEEDS[1:]]
     parts += [swept(SEEDS[0], ["int2"], controls())]
     columns = ["weights", "seed", "scope", "format", "parameters", "bits", "bytes_saved"]
-    columns += ["task", "kind", "n", "right", "lost", "gained", "kl"]
+    columns += ["task", "kind", "n", "right", "regressions", "fixes", "kl"]
     table = pd.concat(parts)[columns].round({"bits": 4, "kl": 5})
     args.output.parent.mkdir(parents=True, exist_ok=True)
     part = args.output.with_suffix(".part")

@@ -13,7 +13,7 @@ are questions of the domain, and of pebble's own tasks, for what it forgets.
 training without the rounding is held against.
 
 The result is notebooks/data/07_domains.csv, a row per run and task that was asked about: how many
-answers were right before and after, and how many of them were lost and gained. It is written after
+answers were right before and after, and how many were regressions and fixes. It is written after
 every run, and a run that is in it already, for the same weights of pebble, is not repeated.
 """
 
@@ -157,8 +157,8 @@ class Bench:
                 "unrounded": rows["unrounded"].sum(),
                 "before": old.sum(),
                 "after": new.sum(),
-                "lost": (old & ~new).sum(),
-                "gained": (~old & new).sum(),
+                "regressions": (old & ~new).sum(),
+                "fixes": (~old & new).sum(),
             }
             self.results.append({"weights": self.weights} | what | {"task": task} | counts)
             said = ", ".join(f"{name} {count}" for name, count in counts.items())

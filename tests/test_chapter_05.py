@@ -23,15 +23,15 @@ class Damage:
     """damage(scope, format): change in points; .by_chance(...): whether 0 is in its interval."""
 
     def __init__(self, rows):
-        self.rows = rows.groupby(["scope", "format"])[["n", "right", "lost", "gained"]].sum()
+        self.rows = rows.groupby(["scope", "format"])[["n", "right", "regressions", "fixes"]].sum()
 
     def __call__(self, scope, format):
         row = self.rows.loc[(scope, format)]
-        return 100 * (row["gained"] - row["lost"]) / row["n"]
+        return 100 * (row["fixes"] - row["regressions"]) / row["n"]
 
     def by_chance(self, scope, format):
         row = self.rows.loc[(scope, format)]
-        low, high = paired_interval(row["lost"], row["gained"], row["n"])
+        low, high = paired_interval(row["regressions"], row["fixes"], row["n"])
         return low <= 0 <= high
 
 
@@ -210,6 +210,6 @@ def test_the_benchmark_counts_answers_as_evaluate_does(benchmark, tmp_path, monk
         after = vk.evaluate(model, processor, questions)
     before, after = (scores.answers["correct"] for scores in (before, after))
     assert first["right"].sum() == after.sum() and first["n"].sum() == 24
-    assert first["lost"].sum() == (before & ~after).sum()
-    assert first["gained"].sum() == (after & ~before).sum()
+    assert first["regressions"].sum() == (before & ~after).sum()
+    assert first["fixes"].sum() == (after & ~before).sum()
     assert len(set(table["scope"])) == 4 and set(table["weights"]) == {benchmark["digest"]()}

@@ -11,7 +11,7 @@ from chapters import cell, shown
 
 import vlmkit as vk
 from vlmkit.sensitivity import correlation
-from vlmkit.sensitivity.scores import SCORES
+from vlmkit.sensitivity.layer_scoring import SCORES
 
 BENCHMARK = "budgets.py"
 LLAMA = "meta-llama/Llama-3.2-11B-Vision-Instruct"

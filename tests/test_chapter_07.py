@@ -50,7 +50,7 @@ def test_the_record_is_complete(benchmark, runs):
     for (domain, _, _), rows in groups:
         own = benchmark["OWN"] if domain == "own" else (domain, *vk.tasks.TASKS)
         assert tuple(rows["task"]) == own
-    assert (runs["before"] - runs["lost"] + runs["gained"] == runs["after"]).all()
+    assert (runs["before"] - runs["regressions"] + runs["fixes"] == runs["after"]).all()
     assert (runs["after"] <= runs["n"]).all()
 
 
@@ -107,10 +107,11 @@ def test_claims_about_forgetting(counts, states):
 def test_claims_about_recovery(runs, trained, format, low, high):
     """The control, the same training without rounding, changes nothing beyond chance."""
     rows = runs[(runs["part"] == "recovery") & (runs["trained"] == trained)]
-    sums = rows.groupby("format")[["n", "unrounded", "before", "after", "lost", "gained"]].sum()
+    columns = ["n", "unrounded", "before", "after", "regressions", "fixes"]
+    sums = rows.groupby("format")[columns].sum()
     run, control = sums.loc[format], sums.loc[""]
     assert low < (run["after"] - run["before"]) / (run["unrounded"] - run["before"]) < high
-    interval = paired_interval(control["lost"], control["gained"], control["n"])
+    interval = paired_interval(control["regressions"], control["fixes"], control["n"])
     assert interval[0] <= 0 <= interval[1]
 
 

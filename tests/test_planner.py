@@ -6,15 +6,16 @@ import random
 from types import SimpleNamespace
 
 import families
+import numpy as np
 import pytest
 import torch
 
 import vlmkit as vk
 from vlmkit.errors import PlanError, SensitivityError, SizeError
 from vlmkit.planner import Planner, best_plan, least_damage, split
-from vlmkit.planner.parts import parts_of
-from vlmkit.planner.rounding import Int8Inputs
-from vlmkit.sensitivity import Swap
+from vlmkit.planner.choices import Int8Inputs, choices_of
+from vlmkit.planner.results import verdict
+from vlmkit.sensitivity import quantized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ("llava", "qwen2_vl", "qwen3_vl_moe", "mllama", "idefics2", "gemma3", "blip2", "glm4v")
@@ -71,39 +72,38 @@ def test_eighty_layers_are_chosen_for():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_parts_add_up_to_the_ledger(family, name):
+def test_items_add_up_to_the_ledger(family, name):
     model, _ = vk.load(family(name), "bf16", processor=False)
     draw = random.Random(name)
     for by in ("component", "layer"):
-        parts = parts_of(model, by=by)
-        drawn = {part.scope: draw.choice(parts.formats) for part in parts.parts}
-        for assignment in (drawn, parts.uniform()["nf4"], parts.uniform()["bf16"]):
-            assert parts.total(assignment) == parts.counted(assignment)
-    if name == "mllama":
-        assert "cross_attention" in {part.scope for part in parts_of(model).parts}
-    loaded, _ = vk.load(family(name), parts.plan(drawn), processor=False)
-    assert vk.memory.measure(loaded).total == parts.total(drawn)
+        choices = choices_of(model, by=by)
+        drawn = {item.scope: draw.choice(choices.formats) for item in choices.items}
+        for assignment in (drawn, choices.uniform()["nf4"], choices.uniform()["bf16"]):
+            assert choices.total(assignment) == choices.counted(assignment)
+        if name == "mllama" and by == "component":
+            assert "cross_attention" in drawn
+    loaded, _ = vk.load(family(name), choices.plan(drawn), processor=False)
+    assert vk.memory.measure(loaded).total == choices.total(drawn)
 
 
 def test_bytes_of_a_float32_model(llava):
     model, _ = vk.load(llava, "fp32", processor=False)
-    parts = parts_of(model, ["fp32", "bf16", "nf4"])
-    for names in itertools.product(parts.formats, repeat=len(parts.parts)):
-        assignment = {part.scope: name for part, name in zip(parts.parts, names, strict=True)}
-        assert parts.total(assignment) == parts.counted(assignment)
+    choices = choices_of(model, ["fp32", "bf16", "nf4"])
+    for names in itertools.product(choices.formats, repeat=len(choices.items)):
+        assignment = {item.scope: name for item, name in zip(choices.items, names, strict=True)}
+        assert choices.total(assignment) == choices.counted(assignment)
 
 
 def test_bytes_of_formats_for_experiments(pebble):
-    parts = parts_of(pebble[0], "experimental")
-    assert parts.plan(parts.uniform()["int2"]) is None
+    choices = choices_of(pebble[0], "experimental")
+    assert choices.plan(choices.all_in("int2")) is None
     whole = vk.memory.predict(pebble[0], "bf16").total
-    assert parts.total(parts.uniform()["bf16"]) == whole
-    with Swap(pebble[0], "language_model", "int3") as swap:
-        saved = swap.bytes_saved
-    base = parts.uniform()["bf16"]
-    assert whole - parts.total(base | {"language_model": "int3"}) == saved
-    embeddings = [part for part in parts.parts if not part.main]
-    assert {part.weights[0].kind for part in embeddings} == {"head", "embedding"}
+    base = choices.all_in("bf16")
+    assert choices.total(base) == whole
+    saved = quantized(pebble[0], "language_model", "int3").bytes_saved
+    assert whole - choices.total(base | {"language_model": "int3"}) == saved
+    extra = {item.weights[0].kind for item in choices.items if not item.main}
+    assert extra == {"head", "embedding"}
 
 
 # --- rounding in place is what loading does ------------------------------------------------------
@@ -111,9 +111,8 @@ def test_bytes_of_formats_for_experiments(pebble):
 
 @pytest.mark.parametrize("name", ["nf4", "nf4-dq", "fp4", "int8"])
 def test_in_place_is_as_loaded(planner, name):
-    parts = planner.parts
-    assignment = parts.uniform()[f"{name}, head too"]
-    loaded, _ = vk.load("pebble", parts.plan(assignment), processor=False)
+    assignment = planner.choices.uniform()[f"{name}, head too"]
+    loaded, _ = vk.load("pebble", planner.choices.plan(assignment), processor=False)
     here = planner._outcome(planner.calibration, assignment)
     other = copy.copy(planner.calibration)
     other.model = loaded
@@ -166,7 +165,7 @@ def test_the_plan_is_loaded_audited_and_as_measured(pebble, questions, planner):
     assert result.measured.n == len(held_out)
 
     assert result.uniform.bytes <= 3_000_000
-    assert result.measured.kl <= result.uniform.measured.kl or result.chosen.joint < (
+    assert result.measured.kl <= result.uniform.measured.kl or result.best.joint < (
         result.uniform.joint
     )
     assert result.predicted == pytest.approx(
@@ -199,16 +198,16 @@ def test_layers_below_four_bits(pebble, questions):
     )
     # as if measured, which takes a cell for each layer: the language model's middle gives way
     planner.damages = {
-        part.scope: {
-            name: 0.0 if name == "bf16" else len(part.scope) * (0.01 if "int2" in name else 1e-4)
-            for name in planner.parts.formats
+        item.scope: {
+            name: 0.0 if name == "bf16" else len(item.scope) * (0.01 if "int2" in name else 1e-4)
+            for name in planner.choices.formats
         }
-        for part in planner.parts.parts
+        for item in planner.choices.items
     }
     result = planner.best("3 MB")
     assert result.plan is None and result.bytes <= 3_000_000
-    chosen = result.rejected or result.chosen
-    assert len(set(chosen.assignment.values())) > 1
+    planned = result.rejected or result.best
+    assert len(set(planned.assignment.values())) > 1
     before = families.state(model)
     with result.applied(model):
         again = planner.held_out.compare()
@@ -223,26 +222,27 @@ def test_a_plan_that_fails_on_held_out_questions_gives_way_to_the_uniform_one(pe
         @property
         def damages(self):
             return {
-                part.scope: {
-                    name: 0.0 if name == "bf16" or part.scope == "vision_encoder" else 0.1
-                    for name in self.parts.formats
+                item.scope: {
+                    name: 0.0 if name == "bf16" or item.scope == "vision_encoder" else 0.1
+                    for name in self.choices.formats
                 }
-                for part in self.parts.parts
+                for item in self.choices.items
             }
 
         def joint(self, assignment):
             return sum(self.damages[scope][name] for scope, name in assignment.items())
 
     planner = Deceived(*pebble, questions, formats=["int8", "int2"], progress=False)
-    size = planner.parts.counted(planner.parts.uniform()["int8, embedding and head too"])
+    size = planner.choices.counted(planner.choices.all_in("int8"))
     result = planner.best(int(size * 1.6))
     assert result.rejected.assignment["vision_encoder"] == "int2"
-    assert result.chosen is result.uniform and result.chosen.name.startswith("uniform int8")
+    assert result.best is result.uniform and result.best.name.startswith("uniform int8")
     assert result.rejected.measured.kl > result.measured.kl
     assert "uniform plan is returned" in result.reason and "worse" in result.reason
     assert len(result.table()) == 3
 
 
+@pytest.mark.slow
 def test_cross_attention_is_planned(family):
     """A model without processor files: pictures and words are made by hand, and the expected answer
     is the one that it gives."""
@@ -266,8 +266,8 @@ def test_cross_attention_is_planned(family):
     row = {"images": [], "question": "What is it?", "answer": ""}
     expected = vk.evaluate(model, Processor(), [row], max_new_tokens=3).answers["predicted"][0]
     dataset = [{**row, "answer": expected}] * 60
-    smallest = sum(min(p.sizes.values()) for p in parts_of(model).parts)
-    budget = smallest + sum(parts_of(model).fixed.values()) + 60_000
+    choices = choices_of(model)
+    budget = choices.total(choices.smallest()) + 60_000
     result = best_plan(model, Processor(), dataset, budget, max_new_tokens=3, progress=False)
     assert {"cross_attention", "vision_encoder", "projector"} <= set(result.assignment)
     loaded, _ = vk.load(family("mllama"), plan=result.plan, processor=False)
@@ -278,12 +278,12 @@ def test_cross_attention_is_planned(family):
 
 
 def test_budgets(planner):
-    smallest = planner.parts.counted(planner._smallest())
+    least = planner.choices.smallest()
+    smallest = planner.choices.counted(least)
     with pytest.raises(SizeError, match=rf"smallest takes {smallest:,} bytes, with .*embedding"):
         planner.best(smallest - 1)
-    assert planner._planned(smallest) == planner._smallest()
-    for text in ("3 MB", "3MB", 3_000_000, "3_000_000"):
-        assert planner.best(text).bytes <= 3_000_000
+    assert planner._planned(smallest) == least
+    assert planner.best(3_000_000).bytes <= 3_000_000
     assert planner.best("3MiB").budget == 3 * 2**20
     with pytest.raises(SizeError, match="not a number of bytes"):
         planner.best("three")
@@ -306,19 +306,15 @@ def test_bad_input(pebble, questions, llava):
         Planner(model, processor, questions, formats=["int33"])
     with pytest.raises(SensitivityError, match="formats is a list"):
         Planner(model, processor, questions, formats="nf4")
-    quantized, _ = vk.load("pebble", "nf4", processor=False)
+    other, _ = vk.load("pebble", "nf4", processor=False)
     with pytest.raises(SensitivityError, match="quantized already"):
-        best_plan(quantized, processor, questions, "3 MB")
+        best_plan(other, processor, questions, "3 MB")
     random_model, its_processor = vk.load(llava, "bf16")
     with pytest.raises(SensitivityError, match="answers none of"):
         best_plan(random_model, its_processor, questions, "1 MB", max_new_tokens=2, progress=False)
 
 
-def test_what_is_said_of_two_plans():
-    import numpy as np
-
-    from vlmkit.planner.comparing import is_worse, reason
-
+def test_the_verdict_on_two_plans():
     def trial(name, correct, kl):
         outcome = SimpleNamespace(correct=np.array(correct), kl=np.array(kl))
         measured = SimpleNamespace(outcome=outcome, n=len(kl))
@@ -328,9 +324,14 @@ def test_what_is_said_of_two_plans():
     right, wrong = [True] * 100, [i % 5 > 0 for i in range(100)]
     good, near = trial("planned", right, noise), trial("uniform nf4", right, noise[::-1])
     far, bad = trial("uniform nf4", right, noise + 0.1), trial("uniform nf4", wrong, noise + 0.1)
-    assert not is_worse(good, far) and is_worse(far, good) and is_worse(bad, good)
-    assert "closer to the unquantized" in reason(good, far)
-    assert "more questions right" in reason(good, bad)
-    assert "as good as" in reason(good, near)
-    assert "No uniform plan" in reason(good, None)
-    assert "is the uniform one, nf4" in reason(near, near)
+    for planned, uniform, is_worse, says in (
+        (good, far, False, "closer to the unquantized"),
+        (good, bad, False, "more questions right"),
+        (good, near, False, "as good as"),
+        (good, None, False, "No uniform plan"),
+        (near, near, False, "is the uniform one, nf4"),
+        (far, good, True, "planned one is worse"),
+        (bad, good, True, "planned one is worse"),
+    ):
+        found, why = verdict(planned, uniform)
+        assert found == is_worse and says in why

@@ -1,4 +1,4 @@
-"""Scopes, swapping and restoring, outliers, statistics."""
+"""Scopes, rounding and restoring, control experiments, statistics."""
 
 import os
 import re
@@ -14,8 +14,8 @@ from vlmkit.errors import PlanError, SensitivityError
 from vlmkit.formats import Rounding, rounding
 from vlmkit.rows import LINEAR
 from vlmkit.sensitivity import (
-    chosen,
     equal_bits,
+    label_of,
     layers,
     mcnemar,
     needed,
@@ -23,15 +23,11 @@ from vlmkit.sensitivity import (
     paired_interval,
     quantized,
     random_weights,
+    select,
 )
-from vlmkit.sensitivity.scopes import label_of, weights_of
+from vlmkit.sensitivity.scopes import weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def model(llava):
-    return vk.load(str(llava), "bf16", processor=False)[0]
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +35,26 @@ def with_processor(llava):
     return vk.load(str(llava), "bf16")
 
 
+@pytest.fixture(scope="module")
+def model(with_processor):
+    return with_processor[0]
+
+
 @pytest.fixture
 def load(family):
     return lambda name, **options: vk.load(str(family(name, **options)), "bf16", processor=False)[0]
 
 
+@pytest.fixture
+def unchanged(model):
+    """unchanged() fails if the model is not what it was when the test began."""
+    before = families.state(model)
+    yield lambda: not families.differing(before, families.state(model))
+    assert not families.differing(before, families.state(model))
+
+
 def names(model, scope):
-    return {weight.name for weight in chosen(model, scope).weights}
+    return {weight.name for weight in select(model, scope).weights}
 
 
 # --- scopes ---------------------------------------------------------------------------------------
@@ -53,13 +62,13 @@ def names(model, scope):
 
 def test_a_component_is_its_linear_layers(model):
     for component in ("vision_encoder", "projector", "language_model"):
-        weights = chosen(model, component).weights
+        weights = select(model, component).weights
         assert weights and {w.component for w in weights} == {component}
         assert {w.kind for w in weights} == {LINEAR}
     assert not any("embed" in n or "lm_head" in n for n in names(model, "language_model"))
 
 
-def test_scopes_take_apart_what_a_component_has(model):
+def test_scopes_split_a_component(model):
     whole = names(model, "language_model")
     assert layers(model) == ("language_model:0", "language_model:1")
     assert set().union(*(names(model, layer) for layer in layers(model))) == whole
@@ -73,19 +82,18 @@ def test_scopes_take_apart_what_a_component_has(model):
     assert label_of(["projector", "mlp"]) == "projector + mlp"
 
 
-def test_embeddings_and_head_only_where_a_pattern_names_nothing_else(model):
+def test_embeddings_and_head_only_if_a_pattern_names_nothing_else(model):
     assert names(model, "lm_head") == {"lm_head.weight"}
     assert names(model, "embed_tokens") == {"model.language_model.embed_tokens.weight"}
     assert names(model, r"language_model") == names(model, "language_model")
     assert all("norm" not in weight.name for weight in weights_of(model))
 
 
-def test_a_tied_weight_is_one(load):
+def test_a_tied_weight_appears_once(load):
     model = load("qwen2_vl", tie=True)
-    embedding = chosen(model, "embed_tokens")
-    assert len(embedding.weights) == 1
+    assert len(select(model, "embed_tokens").weights) == 1
     with pytest.raises(SensitivityError, match="matches nothing"):
-        chosen(model, r"^lm_head")
+        select(model, r"^lm_head")
     before = model.lm_head.weight.clone()
     with quantized(model, "embed_tokens", "int2"):
         assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -95,11 +103,9 @@ def test_a_tied_weight_is_one(load):
 
 def test_cross_attention_is_a_scope_of_its_own(load):
     model = load("mllama")
-    cross = chosen(model, "cross_attention")
-    assert cross.weights and all(
-        "cross_attn" in w.name or "layers" in w.name for w in cross.weights
-    )
-    assert not names(model, "cross_attention") & names(model, "language_model")
+    cross = names(model, "cross_attention")
+    assert cross and all("cross_attn" in name or "layers" in name for name in cross)
+    assert not cross & names(model, "language_model")
 
 
 @pytest.mark.parametrize(
@@ -120,30 +126,29 @@ def test_a_scope_that_matches_nothing_says_what_there_is(model, scope, says):
         quantized(model, scope, "int4")
 
 
-# --- swapping -------------------------------------------------------------------------------------
+# --- rounding and restoring -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scope", ["language_model", "attention", "lm_head", "patch_embedding"])
 @pytest.mark.parametrize("name", ["int2", "int3-row-asym", "nf4-dq"])
-def test_weights_are_the_rounded_ones_and_come_back(model, scope, name):
+def test_weights_are_the_rounded_ones_and_come_back(model, unchanged, scope, name):
     before = families.state(model)
     objects = dict(model.named_parameters())
-    with quantized(model, scope, name) as swap:
+    with quantized(model, scope, name) as context:
         changed = families.differing(before, families.state(model))
         assert set(changed) == names(model, scope)
         for n in changed:
             assert torch.equal(objects[n], rounding(name).rounded(before[n][0]))
-        assert swap.parameters == sum(objects[n].numel() for n in changed)
-    assert not families.differing(before, families.state(model))
+        assert context.parameters == sum(objects[n].numel() for n in changed)
     assert all(objects[n] is p for n, p in model.named_parameters())
 
 
 def test_effective_bits_and_bytes_saved(model):
-    weights = chosen(model, "projector").weights
-    swap = quantized(model, "projector", "int4")
+    weights = select(model, "projector").weights
+    context = quantized(model, "projector", "int4")
     total = sum(rounding("int4").total_bits(w.parameter.shape) for w in weights)
-    assert swap.effective_bits == pytest.approx(total / swap.parameters)
-    assert swap.bytes_saved == 2 * swap.parameters - total // 8
+    assert context.effective_bits == pytest.approx(total / context.parameters)
+    assert context.bytes_saved == 2 * context.parameters - total // 8
     assert quantized(model, "projector", "int8-act-token").bytes_saved == 0
 
 
@@ -170,29 +175,19 @@ def press_ctrl_c():
 @pytest.mark.parametrize(
     "how, error", [(raise_error, RuntimeError), (press_ctrl_c, KeyboardInterrupt)]
 )
-def test_an_interrupted_swap_leaves_the_model_as_it_was(model, how, error):
-    before = families.state(model)
+def test_an_interrupt_leaves_the_model_as_it_was(model, unchanged, how, error):
     Interrupted.count, Interrupted.how = 0, staticmethod(how)
     with pytest.raises(error), quantized(model, "language_model", Interrupted("int2")):
         raise AssertionError("the block is not reached")
     assert Interrupted.count == 3
-    assert not families.differing(before, families.state(model))
-
-
-@pytest.mark.parametrize(
-    "how, error", [(raise_error, RuntimeError), (press_ctrl_c, KeyboardInterrupt)]
-)
-def test_so_does_an_interrupted_block(model, how, error):
-    before = families.state(model)
+    assert unchanged()
     with pytest.raises(error), quantized(model, "language_model", "int2"):
-        assert families.differing(before, families.state(model))
+        assert not unchanged()
         how()
-    assert not families.differing(before, families.state(model))
 
 
-def test_interrupts_at_random_moments(model):
-    """A timer that interrupts the swap, the block or the restoring, wherever it is just then."""
-    before = families.state(model)
+def test_interrupts_at_random_moments(model, unchanged):
+    """A timer that interrupts the rounding, the block or the restoring."""
     caught = 0
     rng = np.random.default_rng(0)
 
@@ -209,32 +204,30 @@ def test_interrupts_at_random_moments(model):
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
                 caught += 1
-            assert not families.differing(before, families.state(model))
+            assert unchanged()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
     assert caught
 
 
-def test_contexts_nest_and_are_used_once_at_a_time(model):
-    before = families.state(model)
-    swap = quantized(model, "language_model", "int4")
-    with swap, quantized(model, "language_model", "int8-act-token"):
+def test_contexts_nest_and_are_used_once_at_a_time(model, unchanged):
+    context = quantized(model, "language_model", "int4")
+    with context, quantized(model, "language_model", "int8-act-token"):
         with quantized(model, "projector", "int2"):
             pass
         with pytest.raises(SensitivityError, match="in use"):
-            swap.__enter__()
-    assert not families.differing(before, families.state(model))
-    with swap:  # and again
-        assert families.differing(before, families.state(model))
-    assert not families.differing(before, families.state(model))
+            context.__enter__()
+    assert unchanged()
+    with context:  # and again
+        assert not unchanged()
 
 
 def test_activations_are_the_inputs_of_linear_layers(load):
     model = load("llava")
     inputs = families.inputs(model)
     seen = []
-    linear = chosen(model, "projector").weights[0].module  # whose input nothing has rounded before
+    linear = select(model, "projector").weights[0].layer  # whose input nothing has rounded before
     handle = linear.register_forward_hook(lambda m, x, y: seen.append((x[0], y)))
     with torch.no_grad():
         plain = model(**inputs).logits
@@ -259,38 +252,35 @@ def test_a_weight_with_nan_is_named(llava):
             quantized(model, "language_model", "int4")
 
 
-def test_a_model_that_is_quantized_already_is_refused(llava):
+def test_what_is_refused_first(llava, model):
     for plan in ("recommended", "int8"):
-        model = vk.load(str(llava), plan, processor=False)[0]
+        quantized_model = vk.load(str(llava), plan, processor=False)[0]
         with pytest.raises(SensitivityError, match='quantized already.*plan="bf16"'):
-            quantized(model, "vision_encoder", "int4")
-
-
-def test_a_wrong_format_is_refused_before_anything_else(model):
-    with pytest.raises(PlanError, match="Did you mean 'int4-g32'"):
+            quantized(quantized_model, "vision_encoder", "int4")
+    with pytest.raises(PlanError, match="(?i)did you mean 'int4-g32'"):
         quantized(model, "language_model", "int4g32")
 
 
-# --- controls -------------------------------------------------------------------------------------
+# --- control experiments --------------------------------------------------------------------------
 
 
-def test_random_weights_are_as_many_and_elsewhere(model):
+def test_random_weights_are_as_many_and_elsewhere(model, unchanged):
     before = families.state(model)
     scope = random_weights(like="projector", of="language_model", seed=3)
-    count = chosen(model, "projector").parameters
-    with quantized(model, scope, "int2") as swap:
+    count = select(model, "projector").parameters
+    with quantized(model, scope, "int2") as context:
         after = families.state(model)
         changed = families.differing(before, after)
         assert set(changed) <= names(model, "language_model")
         moved = sum(int((before[n][0] != after[n][0]).sum()) for n in changed)
-        assert 0.9 * count < moved <= count == swap.parameters
+        assert 0.9 * count < moved <= count == context.parameters
         for n in changed:  # each as if the whole weight had been rounded
             full = rounding("int2").rounded(before[n][0])
             assert ((after[n][0] == full) | (after[n][0] == before[n][0])).all()
-    assert not families.differing(before, families.state(model))
-    assert swap.effective_bits == pytest.approx(2.5)
-    other = chosen(model, random_weights(like="projector", of="language_model", seed=4))
-    assert any(not torch.equal(a, b) for a, b in zip(other.places, swap.chosen.places, strict=True))
+    assert context.effective_bits == pytest.approx(2.5)
+    other = select(model, random_weights(like="projector", of="language_model", seed=4))
+    pairs = zip(other.places, context.selection.places, strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
     with pytest.raises(SensitivityError, match="only .* to draw them from"):
         quantized(model, random_weights(like="language_model", of="projector"), "int2")
 
@@ -299,8 +289,8 @@ def test_formats_of_equal_bits(model):
     found = equal_bits(model, "language_model", 4.5)
     assert {"int4-g64", "nf4-b64", "fp4-b64"} <= set(found["format"])
     for row in found.itertuples():
-        swap = quantized(model, "language_model", row.format)
-        assert swap.effective_bits == pytest.approx(row.bits)
+        context = quantized(model, "language_model", row.format)
+        assert context.effective_bits == pytest.approx(row.bits)
         assert abs(row.bits - 4.5) <= 0.05
     with pytest.raises(SensitivityError, match="closest is int8"):
         equal_bits(model, "language_model", 20)
@@ -308,17 +298,20 @@ def test_formats_of_equal_bits(model):
 
 @pytest.mark.parametrize("scope", ["language_model", "vision_encoder"])
 @pytest.mark.parametrize("where", ["weights", "activations"])
-def test_outliers_change_no_logit(with_processor, scope, where):
+def test_outliers_change_no_logit(with_processor, unchanged, scope, where):
+    from vlmkit.evaluation.asking import prepared
+    from vlmkit.images import read_all
+
     model, processor = with_processor
     before = families.state(model)
-    inputs = families_inputs(model, processor)
+    pixels = np.random.default_rng(5).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    inputs = prepared(model, processor, [read_all(pixels)], ["How many?"], 4)
     with torch.no_grad():
         logits = model(**inputs).logits
         with outliers(model, processor, scope, where=where, channels=3, factor=64) as put:
             assert torch.equal(model(**inputs).logits, logits)
             assert len(put.pairs) == 4  # two norms in each of two layers
-            changed = families.differing(before, families.state(model))
-            assert len(changed) > 8
+            assert len(families.differing(before, families.state(model))) > 8
             linear = model.get_submodule(next(iter(put.pairs.values()))[0])
             columns = linear.weight.float().abs().amax(0)
             extreme = columns.topk(3).values if where == "weights" else columns.sort().values[:3]
@@ -326,20 +319,10 @@ def test_outliers_change_no_logit(with_processor, scope, where):
             assert ratio > 20 if where == "weights" else ratio < 0.05
             with quantized(model, scope, "int4-row"):
                 assert not torch.equal(model(**inputs).logits, logits)
-    assert not families.differing(before, families.state(model))
 
 
-def families_inputs(model, processor):
-    from vlmkit.evaluation.asking import prepared
-    from vlmkit.images import read_all
-
-    pixels = np.random.default_rng(5).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    return prepared(model, processor, [read_all(pixels)], ["How many?"], 4)
-
-
-def test_outliers_that_would_change_the_model_are_refused(with_processor):
+def test_outliers_that_would_change_the_model_are_refused(with_processor, unchanged):
     model, processor = with_processor
-    before = families.state(model)
     with pytest.raises(SensitivityError, match="power of two"):
         outliers(model, processor, "language_model", factor=10)
     with pytest.raises(SensitivityError, match="reads the output of a norm"):
@@ -351,7 +334,6 @@ def test_outliers_that_would_change_the_model_are_refused(with_processor):
             outliers(model, processor, "language_model").__enter__()
     finally:
         del norm.forward
-    assert not families.differing(before, families.state(model))
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -360,8 +342,7 @@ def test_outliers_that_would_change_the_model_are_refused(with_processor):
 def test_paired_interval_is_the_bootstrap_over_questions():
     rng = np.random.default_rng(0)
     before, after = rng.random(300) < 0.9, rng.random(300) < 0.8
-    lost, gained = int((before & ~after).sum()), int((~before & after).sum())
-    low, high = paired_interval(lost, gained, 300)
+    low, high = paired_interval((before & ~after).sum(), (~before & after).sum(), 300)
     difference = after.astype(int) - before.astype(int)
     draws = rng.choice(difference, (4000, 300)).mean(1)
     assert (low, high) == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.006)

@@ -3,54 +3,56 @@
     "language_model"              the Linear layers of a component
     "attention", "mlp"            a kind of layer, in every component
     "language_model:mlp"          that kind in one component
-    "language_model:3"            one layer, from 0 on; "language_model:3:attention" is a part of it
-    r"layers\\.0\\."                any regular expression, searched in full module names
+    "language_model:3"            one layer, counted from 0; or "language_model:3:attention"
+    r"layers\\.0\\."                a regular expression, searched in full module names
     ["projector", "mlp"]          several of these together
-    random_weights(like="projector", of="language_model")     a control, see there
+    random_weights(like="projector", of="language_model")     a control experiment, see there
 
-As in a plan, embeddings, output head, convolutions and bare parameters stay as they are unless a
-regular expression names nothing else ("lm_head", "patch_embedding"). Norms and biases always stay.
+As in a plan, embeddings, the output head, convolutions and bare parameters stay as they are. To
+quantize one of them, give a regular expression that matches no Linear layer ("lm_head",
+"patch_embedding"). Norms and biases always stay.
 """
 
-import difflib
 import re
 from dataclasses import dataclass, field
 
 from vlmkit import COMPONENTS
 from vlmkit.anatomy import anatomy_of, component_finder, unwrapped
-from vlmkit.errors import SensitivityError
-from vlmkit.rows import BIAS, LINEAR, NORM, kind_of
+from vlmkit.errors import SensitivityError, did_you_mean
+from vlmkit.rows import BIAS, LINEAR, NORM, Row, kind_of
 
-ATTENTION, MLP = "attention", "mlp"
-PARTS = (ATTENTION, MLP)
-
-
-@dataclass(frozen=True, eq=False)
-class Weight:
-    """One weight: its full name, where it is, and what it is (`kind`: see vlmkit.layout.KINDS)."""
-
-    name: str
-    module: object = field(repr=False)
-    parameter: object = field(repr=False)
-    component: str
-    kind: str
+ATTENTION, MLP = KINDS = ("attention", "mlp")
+COMPONENT, LAYER, ONE_LINEAR = BY = ("component", "layer", "linear")
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen:
-    """What a scope names in a model. `places` is None, or for each weight the places within its
-    flattened tensor that are to be rounded, where that is not all of them."""
+class Weight(Row):
+    """The Row of a weight, with the parameter itself and its layer, the torch module."""
+
+    parameter: object = field(default=None, repr=False)
+    layer: object = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The weights of a model that a scope selects. places: None, or for each weight the positions
+    in its flattened tensor that are rounded, if only some of them are."""
 
     label: str
     weights: tuple
     places: tuple = None
 
     @property
-    def parameters(self):
-        """How many numbers are rounded."""
+    def counts(self):
+        """For each weight, how many of its numbers are rounded."""
         if self.places is not None:
-            return sum(len(places) for places in self.places)
-        return sum(weight.parameter.numel() for weight in self.weights)
+            return [len(places) for places in self.places]
+        return [weight.parameters for weight in self.weights]
+
+    @property
+    def parameters(self):
+        """How many numbers are rounded, in all weights together."""
+        return sum(self.counts)
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,12 @@ class RandomWeights:
 
 
 def random_weights(*, like, of, seed=0):
-    """A control: as many weights as the scope `like` has, drawn at random from the scope `of`.
+    """A scope for a control experiment: as many weights as the scope `like` has, drawn at random
+    from the scope `of`.
 
     If quantizing the projector does more damage than quantizing as many weights of the language
-    model, it is fragile; if not, it is small. The scales are those of the whole weights.
+    model, the projector is fragile. If not, it is only small. The scales are those of the whole
+    weights.
     """
     return RandomWeights(of, like, seed)
 
@@ -82,7 +86,8 @@ def label_of(scope):
 
 
 def weights_of(model):
-    """Every Weight of two or more dimensions in `model`, a tied one once (and as an embedding)."""
+    """Every Weight of two or more dimensions in `model`. A tied weight appears once, as the
+    embedding."""
     base, component_of = unwrapped(model), component_finder(model)
     found = {}
     for path, module in model.named_modules():
@@ -91,53 +96,96 @@ def weights_of(model):
             if parameter.dim() < 2 or kind in (BIAS, NORM) or id(parameter) in found:
                 continue
             name = f"{path}.{leaf}" if path else leaf
-            found[id(parameter)] = Weight(name, module, parameter, component_of(name), kind)
+            found[id(parameter)] = Weight(
+                name,
+                component_of(name),
+                kind,
+                parameter.nbytes,
+                tuple(parameter.shape),
+                parameter=parameter,
+                layer=module,
+            )
     return tuple(found.values())
 
 
 def layers(model, component="language_model"):
     """The scopes of a component's layers, in order: ("language_model:0", "language_model:1", …).
 
-    A layer is what a number in a module's name tells apart.
+    Weights belong to the same layer if their names are the same up to the first number.
     """
     found = {_layer(w) for w in weights_of(model) if w.component == component and w.kind == LINEAR}
     return tuple(f"{component}:{index}" for index in range(len(found - {None})))
 
 
-def chosen(model, scope):
-    """The Chosen of a scope (see this module) in `model`.
+def every(model, by=LAYER):
+    """Scopes that together hold every Linear layer of `model` once: strings, in the model's order.
 
-    Raises SensitivityError if it matches nothing, with what there is.
+    by: "component", "layer" (the Linear layers of a component outside its numbered layers are one
+        more scope) or "linear" (a scope for each Linear layer).
+    """
+    if by not in BY:
+        raise SensitivityError(f"scopes go by {', '.join(BY)}, not by {by!r}.")
+    found = []
+    for component in COMPONENTS:
+        own = [w for w in weights_of(model) if (w.component, w.kind) == (component, LINEAR)]
+        if by == ONE_LINEAR:
+            found += [_pattern(model, [weight]) for weight in own]
+            continue
+        numbered = layers(model, component) if by == LAYER else ()
+        inside = {w.name for scope in numbered for w in select(model, scope).weights}
+        rest = [weight for weight in own if weight.name not in inside]
+        found += numbered
+        if rest:
+            found.append(_pattern(model, rest) if inside else component)
+    return tuple(found)
+
+
+def _pattern(model, weights):
+    """A scope that selects these Linear layers: a plain module name if that is enough."""
+    modules = [weight.module for weight in weights]
+    if len(modules) == 1 and len(select(model, modules[0]).weights) == 1:
+        return modules[0]
+    return exactly(modules)
+
+
+def exactly(modules):
+    """A regular expression that matches these full module names and no others."""
+    return "|".join(f"^{re.escape(module)}\\.$" for module in modules)
+
+
+def select(model, scope):
+    """The Selection of a scope in `model`. The module's docstring lists what a scope can be.
+
+    Raises SensitivityError, with what the model has, if the scope matches nothing.
     """
     weights = weights_of(model)
     if isinstance(scope, RandomWeights):
-        return _drawn(model, weights, scope)
+        return _draw(model, scope)
     parts = scope if isinstance(scope, (list, tuple)) else [scope]
     if not parts:
         raise SensitivityError("the scope is an empty list: name a component, a kind or a pattern.")
-    named = {weight.name for part in parts for weight in _named(model, weights, part)}
-    return Chosen(label_of(scope), tuple(weight for weight in weights if weight.name in named))
+    names = {weight.name for part in parts for weight in _matching(model, weights, part)}
+    return Selection(label_of(scope), tuple(weight for weight in weights if weight.name in names))
 
 
-def _named(model, weights, scope):
+def _matching(model, weights, scope):
     if isinstance(scope, re.Pattern):
-        return _matching(model, weights, scope.pattern)
+        return _matching_pattern(model, weights, scope.pattern)
     if not isinstance(scope, str):
         raise SensitivityError(
             f"{scope!r} is not a scope: give a component, a kind of layer (attention, mlp), a "
             "regular expression over module names, random_weights(…), or a list of these."
         )
-    first, *rest = scope.split(":")
     linears = [weight for weight in weights if weight.kind == LINEAR]
+    first, *rest = scope.split(":")
     if first in COMPONENTS:
-        has = [w for w in linears if w.component == first]
-        found = has
+        own = found = [weight for weight in linears if weight.component == first]
         for part in rest:
-            found = _part(scope, has, found, part)
-    elif scope in PARTS:
-        found = [weight for weight in linears if _is_attention(weight) == (scope == ATTENTION)]
+            found = _narrowed(scope, own, found, part)
+    elif scope in KINDS:
+        found = _of_kind(linears, scope)
     else:
-        return _matching(model, weights, scope)
+        return _matching_pattern(model, weights, scope)
     if not found:
         counts = anatomy_of(model).by_component
         raise SensitivityError(
@@ -147,53 +195,55 @@ def _named(model, weights, scope):
     return found
 
 
-def _part(scope, component, found, part):
-    if part in PARTS:
-        return [weight for weight in found if _is_attention(weight) == (part == ATTENTION)]
+def _narrowed(scope, component, found, part):
+    """Those of `found` that belong to a kind or a numbered layer of their component."""
+    if part in KINDS:
+        return _of_kind(found, part)
     numbered = list(dict.fromkeys(layer for w in component if (layer := _layer(w)) is not None))
     if part.isdecimal() and int(part) < len(numbered):
         return [weight for weight in found if _layer(weight) == numbered[int(part)]]
     raise SensitivityError(
         f"the scope {scope!r} matches nothing: after the component comes a kind (attention, mlp) "
-        f"or the number of a layer, and there are {len(numbered)} layers, from 0 on."
+        f"or the number of a layer, and there are {len(numbered)} layers, counted from 0."
     )
 
 
-def _matching(model, weights, pattern):
+def _matching_pattern(model, weights, pattern):
     try:
         compiled = re.compile(pattern)
     except re.error as error:
         raise SensitivityError(f"{pattern!r} is not a regular expression: {error}") from error
-    found = [w for w in weights if compiled.search(w.name.rpartition(".")[0] + ".")]
+    found = [weight for weight in weights if compiled.search(f"{weight.module}.")]
     if found:
         return [weight for weight in found if weight.kind == LINEAR] or found
-    modules = [weight.name.rpartition(".")[0] for weight in weights]
-    segments = {segment for module in modules for segment in module.split(".")}
-    near = difflib.get_close_matches(pattern, [*COMPONENTS, *PARTS, *segments], n=1)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
+    modules = [weight.module for weight in weights]
+    words = [*COMPONENTS, *KINDS, *{word for module in modules for word in module.split(".")}]
     raise SensitivityError(
-        f"the scope {pattern!r} matches nothing in this {type(unwrapped(model)).__name__}. {hint}"
-        f"Scopes are the components ({', '.join(COMPONENTS)}), attention and mlp, and regular "
-        "expressions over full module names such as\n  "
+        f"the scope {pattern!r} matches nothing in this {type(unwrapped(model)).__name__}. "
+        f"{did_you_mean(pattern, words, 0.6)}Scopes are the components ({', '.join(COMPONENTS)}), "
+        "attention and mlp, and regular expressions over full module names such as\n  "
         + "\n  ".join(modules[:: 1 + len(modules) // 5])
     )
 
 
-def _is_attention(weight):
-    return any("attn" in part or "attention" in part for part in weight.name.split("."))
+def _of_kind(weights, kind):
+    def is_attention(weight):
+        return any("attn" in word or "attention" in word for word in weight.name.split("."))
+
+    return [weight for weight in weights if is_attention(weight) == (kind == ATTENTION)]
 
 
 def _layer(weight):
-    """The path up to the first number in a weight's name, or None where there is none."""
+    """The part of a weight's name up to the first number, or None if there is no number."""
     found = re.match(r"(?:.*?\.)?\d+(?=\.)", weight.name)
     return found and found[0]
 
 
-def _drawn(model, weights, scope):
+def _draw(model, scope):
     import torch
 
-    pool, like = chosen(model, scope.of), chosen(model, scope.like)
-    sizes = [weight.parameter.numel() for weight in pool.weights]
+    pool, like = select(model, scope.of), select(model, scope.like)
+    sizes = pool.counts
     if like.parameters > sum(sizes):
         raise SensitivityError(
             f"{label_of(scope.like)} has {like.parameters:,} weights, and {label_of(scope.of)} "
@@ -204,4 +254,4 @@ def _drawn(model, weights, scope):
     edges = torch.tensor([0, *sizes]).cumsum(0)
     cuts = torch.searchsorted(drawn, edges)
     places = [drawn[a:b] - start for a, b, start in zip(cuts, cuts[1:], edges, strict=False)]
-    return Chosen(str(scope), pool.weights, tuple(places))
+    return Selection(str(scope), pool.weights, tuple(places))

@@ -88,8 +88,7 @@ def better_levels(answer, scaled, levels):
 def fewer_bits(answer, asked, scope, rival):
     """A format for `scope` that takes no more bits than `rival` and has less than half of its
     divergence; asked: (model, processor, questions)."""
-    from vlmkit.sensitivity import Swap as Rounded
-    from vlmkit.sensitivity import sweep
+    from vlmkit.sensitivity import Rounded, sweep
 
     try:
         rounded = Rounded(asked[0], scope, answer)
@@ -120,7 +119,7 @@ def plan_by_hand(answer, asked, formats, rival):
     from vlmkit.planner import Planner
 
     found = Planner(*asked, formats=formats, by="layer", progress=False)
-    choices = found.parts
+    choices = found.choices
     uniform = choices.uniform()[rival]
     layers = [scope for scope, format in uniform.items() if format == rival]
     known(answer, layers, "layer")

@@ -10,8 +10,8 @@ import torch
 import vlmkit as vk
 from vlmkit.errors import SensitivityError
 from vlmkit.formats import rounding
+from vlmkit.sensitivity.layer_scoring import answer_tokens
 from vlmkit.sensitivity.scopes import weights_of
-from vlmkit.sensitivity.scores import answer_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,7 +35,7 @@ def test_scores_are_their_definitions(tiny, questions):
 
     passes = [_gradients_and_inputs(model, processor, row) for row in questions]
     for scope in scopes:
-        own = vk.sensitivity.chosen(model, scope).weights
+        own = vk.sensitivity.select(model, scope).weights
         for name in ("int3", "int2"):
             change = {
                 w.name: (rounding(name).rounded(w.parameter) - w.parameter).detach() for w in own
@@ -72,7 +72,7 @@ def _gradients_and_inputs(model, processor, row):
     for w in weights_of(model):
         if w.kind == "linear":
             hooks.append(
-                w.module.register_forward_hook(
+                w.layer.register_forward_hook(
                     lambda m, i, o, name=w.name: seen.update({name: i[0].detach().flatten(0, -2)})
                 )
             )
@@ -117,7 +117,7 @@ def test_nothing_is_left_in_the_model(tiny, questions, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vlmkit.sensitivity.scores.answer_tokens", stop)
+    monkeypatch.setattr("vlmkit.sensitivity.layer_scoring.answer_tokens", stop)
     with pytest.raises(KeyboardInterrupt):
         vk.sensitivity.layer_scores(
             model, processor, questions, ["int2"], scopes=["projector"], max_new_tokens=4
@@ -170,7 +170,7 @@ def test_answer_tokens_are_those_that_the_model_generates():
 def test_scopes_take_the_linear_layers_apart(family, name, by):
     model, _ = vk.load(family(name), "bf16", processor=False)
     scopes = vk.sensitivity.every(model, by)
-    found = [w.name for scope in scopes for w in vk.sensitivity.chosen(model, scope).weights]
+    found = [w.name for scope in scopes for w in vk.sensitivity.select(model, scope).weights]
     assert len(found) == len(set(found))
     assert set(found) == {w.name for w in weights_of(model) if w.kind == "linear"}
     if by == "linear":
@@ -213,7 +213,7 @@ def test_bad_input(tiny, questions):
     model, processor = tiny
     few = pd.DataFrame({"scope": ["a", "b"], "format": "int2", "kl": [1, 2]})
     scores = few.assign(weight_error=1, sqnr=1, fisher=1)
-    with pytest.raises(SensitivityError, match="three at least"):
+    with pytest.raises(SensitivityError, match="needs at least three"):
         vk.sensitivity.correlation(scores, few)
     with pytest.raises(SensitivityError, match="has no column 'accuracy'"):
         vk.sensitivity.correlation(scores, few, column="accuracy")

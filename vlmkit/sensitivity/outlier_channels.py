@@ -1,16 +1,21 @@
 """Outliers put into a model without changing what it computes, to the last bit.
 
-Large language models have a few channels whose values are many times those of the others (LLM.int8,
-arXiv 2208.07339, section 4), and one scale for all has to reach that far. A small model has none. A
-norm multiplies each channel by a number of its own, and the Linear layers after it multiply the
-same channel by a column: what the one is divided by, the other can be multiplied by. With a power
-of two no bit of a product changes (SmoothQuant, arXiv 2211.10438, section 4, goes the other way).
+Large language models have a few channels whose values are many times larger than those of the
+others (LLM.int8, arXiv 2208.07339, section 4), and one scale for all channels has to reach that
+far. A small model has none. A norm multiplies each channel by a weight of its own, and the Linear
+layers after the norm multiply the same channel by a column of their weight. So the norm's weight
+can be divided by a factor, and the column multiplied by it. If the factor is a power of two, no bit
+of a product changes. (SmoothQuant, arXiv 2211.10438, section 4, uses the same idea in the other
+direction.)
 """
 
+from vlmkit.anatomy import unwrapped
 from vlmkit.errors import SensitivityError
+from vlmkit.evaluation.asking import in_evaluation_mode, prepared
+from vlmkit.images import read_all
 from vlmkit.rows import LINEAR, NORM, kind_of
-from vlmkit.sensitivity.scopes import chosen, label_of
-from vlmkit.sensitivity.swapping import Exchange, require_float
+from vlmkit.sensitivity.scopes import label_of, select
+from vlmkit.sensitivity.temporary import TemporaryWeights, require_float
 
 WEIGHTS, ACTIVATIONS = "weights", "activations"
 
@@ -23,19 +28,19 @@ def outliers(model, processor, scope, *, where=WEIGHTS, channels=2, factor=64, s
 
     where: "weights" multiplies `channels` input channels of the scope's Linear layers by `factor`
     and divides the norm before them; "activations" does the reverse. factor: a power of two.
-    seed: draws the channels, the same ones after every norm of one width, as in large models.
+    seed: draws the channels. After every norm of one width they are the same, as in large models.
 
-    `pairs` of what the context gives are the norms and how many layers follow each. Which layers
-    read a norm's output is found by asking a question about a noise picture, and with it the logits
-    are compared: they are equal to the last bit, or there is an error.
+    The context's `pairs` are the names of the norms, each with the names of the Linear layers that
+    read its output. One question about a picture of noise shows which layers these are. The same
+    question shows whether the logits are equal to the last bit.
 
-    Raises SensitivityError if no Linear layer of the scope reads a norm, and if the logits change,
-    for one where a norm's weight is not what it multiplies by (Gemma adds 1 to it).
+    Raises SensitivityError if no Linear layer of the scope reads a norm, and if the logits change.
+    They do in models whose norms do not multiply by their weight (Gemma adds 1 to it).
     """
     return Outliers(model, processor, scope, where, channels, factor, seed)
 
 
-class Outliers(Exchange):
+class Outliers(TemporaryWeights):
     """What `outliers` returns. pairs: {name of a norm: names of the Linear layers that read it}."""
 
     def __init__(self, model, processor, scope, where, channels, factor, seed):
@@ -44,15 +49,15 @@ class Outliers(Exchange):
             raise SensitivityError(f"outliers are in {WEIGHTS!r} or {ACTIVATIONS!r}, not {where!r}")
         if not (isinstance(factor, int) and factor > 1 and factor & (factor - 1) == 0):
             raise SensitivityError(
-                f"factor is a power of two from 2 on, so that no bit of a product changes, and not "
-                f"{factor!r}"
+                "factor is a power of two, at least 2, so that no bit of a product changes, and "
+                f"not {factor!r}"
             )
         require_float(model)
         self.model, self.inputs = model, _inputs(model, processor)
         self.factor = factor if where == WEIGHTS else 1 / factor
         self.channels, self.seed, self.label = channels, seed, label_of(scope)
-        modules = {id(w.module) for w in chosen(model, scope).weights if w.kind == LINEAR}
-        self.pairs = self._pairs(modules)
+        weights = select(model, scope).weights
+        self.pairs = self._pairs({weight.module for weight in weights if weight.kind == LINEAR})
         if not self.pairs:
             raise SensitivityError(
                 f"no Linear layer of the scope {self.label!r} reads the output of a norm, which is "
@@ -62,26 +67,25 @@ class Outliers(Exchange):
     def _logits(self):
         import torch
 
-        from vlmkit.evaluation.asking import in_evaluation_mode
-
         with torch.no_grad(), in_evaluation_mode(self.model):
             return self.model(**self.inputs).logits
 
-    def _pairs(self, linears):
-        readers, norms, outputs, handles = {}, [], {}, []
-        base = getattr(self.model, "get_base_model", lambda: self.model)()
+    def _pairs(self, scope):
+        """`pairs`, for the names of a scope's Linear layers. A norm whose output is read by a layer
+        outside the scope is left out."""
+        readers, outputs, handles = {}, {}, []
 
-        def note(name):
+        def note(norm):
             def hook(module, inputs, output):
-                outputs[id(output)] = (name, output)  # held, so that no other gets its id
+                outputs[id(output)] = (norm, output)  # holds the output, so that its id is unique
 
             return hook
 
-        def look(name, module):
-            def hook(_, inputs):
-                norm, output = outputs.get(id(inputs[0]), (None, None))
-                if norm is not None:
-                    readers.setdefault(norm, []).append((name, id(module) in linears))
+        def look(layer):
+            def hook(module, inputs):
+                norm, _ = outputs.get(id(inputs[0]), (None, None))
+                if norm is not None and layer not in readers[norm]:
+                    readers[norm].append(layer)
 
             return hook
 
@@ -89,20 +93,16 @@ class Outliers(Exchange):
             for name, module in self.model.named_modules():
                 if not hasattr(module, "weight"):
                     continue
-                if kind_of(base, module, "weight") == NORM:
-                    norms.append(name)
+                if kind_of(unwrapped(self.model), module, "weight") == NORM:
+                    readers[name] = []
                     handles.append(module.register_forward_hook(note(name)))
                 elif module.weight.dim() == 2:
-                    handles.append(module.register_forward_pre_hook(look(name, module)))
+                    handles.append(module.register_forward_pre_hook(look(name)))
             self._logits()
         finally:
             for handle in handles:
                 handle.remove()
-        return {
-            norm: list(dict.fromkeys(name for name, _ in found))
-            for norm in norms
-            if (found := readers.get(norm)) and all(inside for _, inside in found)
-        }
+        return {norm: found for norm, found in readers.items() if found and scope.issuperset(found)}
 
     def _change(self):
         import torch
@@ -110,9 +110,8 @@ class Outliers(Exchange):
         before = self._logits()
         for norm, names in self.pairs.items():
             norm = self.model.get_submodule(norm)
-            width = norm.weight.numel()
             generator = torch.Generator().manual_seed(self.seed)
-            places = torch.randperm(width, generator=generator)[: self.channels]
+            places = torch.randperm(norm.weight.numel(), generator=generator)[: self.channels]
             for parameter in (norm.weight, getattr(norm, "bias", None)):
                 if parameter is not None:
                     self._scale(parameter, places, 1 / self.factor)
@@ -128,14 +127,11 @@ class Outliers(Exchange):
     def _scale(self, parameter, places, factor):
         scaled = parameter.data.clone()
         scaled[..., places.to(scaled.device)] *= factor
-        self._exchange(parameter, scaled)
+        self._put(parameter, scaled)
 
 
 def _inputs(model, processor):
     import numpy as np
-
-    from vlmkit.evaluation.asking import prepared
-    from vlmkit.images import read_all
 
     pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     return prepared(model, processor, [read_all(pixels)], ["What is in the picture?"], 1)
