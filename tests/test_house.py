@@ -1,6 +1,7 @@
 """The house: imports point one way, from the top of the list to what stands below it."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "vlmkit"
@@ -40,3 +41,16 @@ def test_every_module_has_a_floor():
         path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.name[0] not in "_."
     }
     assert there == set(FLOORS)
+
+
+def test_a_name_means_one_thing():
+    """No two classes and, commands of the command line aside, no two files have the same name."""
+    paths = [path for path in PACKAGE.rglob("*.py") if path.stem[0] != "_"]
+    stems = Counter(path.stem for path in paths if path.parent.name != "cli")
+    classes = Counter(
+        node.name
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.parse(path.read_text("utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, count in (stems + classes).items() if count > 1] == []

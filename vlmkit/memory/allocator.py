@@ -30,7 +30,7 @@ from vlmkit.architectures import OTHER
 from vlmkit.errors import SizeError
 from vlmkit.formats import FORMATS, torch_dtype
 from vlmkit.memory.ledger import ACTIVATION, BUFFER, ROUNDING, UNUSED
-from vlmkit.memory.weights import state_sizes
+from vlmkit.memory.parameters import state_sizes
 from vlmkit.rows import Row
 
 FLOAT = 4  # bytes of a float32

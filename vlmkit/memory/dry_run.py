@@ -18,7 +18,7 @@ from vlmkit.memory.tracker import AllocationTracker, storage_of
 class DryRun:
     """A model without data, and the tracker that it runs in.
 
-    model: on the meta device, as `vlmkit.memory.weights.as_loaded` makes it.
+    model: on the meta device, as `vlmkit.memory.parameters.as_loaded` makes it.
     last: how many layers of a kind are run at the end of a stack in training; ALL runs every layer.
     device: "cuda" for bitsandbytes' kernels on a GPU; None for those on a CPU.
     """

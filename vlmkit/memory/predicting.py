@@ -14,7 +14,7 @@ from vlmkit.layout import layout_of
 from vlmkit.memory.allocator import check_allocator, overhead
 from vlmkit.memory.batch import batch_of, picture_of, smallest
 from vlmkit.memory.ledger import Ledger
-from vlmkit.memory.weights import predicted_weights
+from vlmkit.memory.parameters import predicted_weights
 
 OTHER_NAMES = {
     "batch": "batch_size",

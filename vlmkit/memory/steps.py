@@ -12,7 +12,8 @@ from vlmkit.memory.cache import predicted_cache, stretch
 from vlmkit.memory.dry_run import DryRun
 from vlmkit.memory.layers import LAST_LAYERS
 from vlmkit.memory.ledger import ACTIVATION, INPUT
-from vlmkit.memory.training import (
+from vlmkit.memory.parameters import as_loaded, prepare_kbit
+from vlmkit.memory.training_state import (
     adapter_entries,
     gradient_entries,
     optimizer_entries,
@@ -20,7 +21,6 @@ from vlmkit.memory.training import (
     step_bytes,
     upcast_entries,
 )
-from vlmkit.memory.weights import as_loaded, prepare_kbit
 from vlmkit.rows import Row
 from vlmkit.units import MEGABYTE
 

@@ -43,7 +43,7 @@ SLOW = (
 """Operators whose shapes PyTorch works out slowly, in Python. They are remembered: Qwen2.5-VL calls
 attention once for each window of each picture."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-PLAIN = (int, float, bool, str, type(None), torch.dtype)
+PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype))
 CPU, META = torch.device("cpu"), torch.device("meta")
 SMALL, LARGE = 2**10, 2**25
 """A result from integers is computed at once if they have up to SMALL elements. Beyond that, it is
@@ -281,8 +281,8 @@ class AllocationTracker(TorchDispatchMode):
         if written_out:
             with self:
                 return written_out(*args, **kwargs)
-        tensors = [*_tensors(args), *_tensors(kwargs.values())]
-        if any(type(tensor) is ShapeTensor for tensor in tensors):
+        tensors = [*_tensors(args), *(_tensors(kwargs.values()) if kwargs else ())]
+        if ShapeTensor in map(type, tensors):
             if function in INDEXING:
                 args = (args[0], _positions(args[1]), *args[2:])
             shape = run_on_shapes(function, args, kwargs)
@@ -363,12 +363,14 @@ class AllocationTracker(TorchDispatchMode):
 
 def _tensors(values):
     """Tensors among the arguments of an operator, those in lists included."""
+    found = []
     for value in values:
         kind = type(value)
         if kind is ShapeTensor or kind not in PLAIN and isinstance(value, torch.Tensor):
-            yield value
+            found.append(value)
         elif kind is list or kind is tuple:
-            yield from (item for item in value if isinstance(item, torch.Tensor))
+            found += [item for item in value if isinstance(item, torch.Tensor)]
+    return found
 
 
 def _positions(indices):

@@ -1,7 +1,7 @@
 """Bar charts: which bar is the tallest or the shortest, and the value of a bar."""
 
 from vlmkit.tasks.drawing import COLORS, SIZE, background, draw_rectangle, shade
-from vlmkit.tasks.questions import NONE, Mark, Picture, Recipe, article, phrased
+from vlmkit.tasks.questions import NONE, Drawing, Mark, Recipe, article, phrased
 
 LEFT, BOTTOM, UNIT, HIGHEST = 8, 78, 8, 9
 """Where the axes meet, the pixels of one unit of value, and the largest value (the least is 1)."""
@@ -27,7 +27,7 @@ def draw(rng):
         marks.append(Mark(left + width // 2, BOTTOM - 3, "bar", color, value))
     draw_rectangle(pixels, axis, LEFT, BOTTOM, SIZE - 2, BOTTOM + 2)
     draw_rectangle(pixels, axis, LEFT - 1, BOTTOM - HIGHEST * UNIT, LEFT + 1, BOTTOM + 2)
-    return Picture([pixels], bars, [marks])
+    return Drawing([pixels], bars, [marks])
 
 
 def _extreme(adjectives, pick):

@@ -17,7 +17,7 @@ unchanged, cannot tell these tokens apart.
 import math
 
 from vlmkit.tasks.drawing import COLORS, SIZE, background, draw_shape, draw_stroke, shade
-from vlmkit.tasks.questions import NONE, Picture, Recipe, phrased
+from vlmkit.tasks.questions import NONE, Drawing, Recipe, phrased
 from vlmkit.tasks.scenes import VQA
 
 # --- clocks ---------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def draw_clock(rng):
         short, long = direction((60 * hour + minute) // MINUTES), direction(minute * TURN // 60)
         draw_stroke(pixels, ink, center, short, 0, radius * 5 // 9, 5)
         draw_stroke(pixels, ink, center, long, 0, radius - 8, 2)
-    return Picture([pixels], time, [[]])
+    return Drawing([pixels], time, [[]])
 
 
 def clock_text(time):

@@ -12,7 +12,7 @@ from vlmkit.tasks.drawing import (
     draw_text,
     shade,
 )
-from vlmkit.tasks.questions import NONE, Mark, Picture, Recipe, phrased
+from vlmkit.tasks.questions import NONE, Drawing, Mark, Recipe, phrased
 
 WORDS = """AN AT BE BY DO GO HI IF IN IT ME MY NO OF ON OR SO TO UP WE
 ALL AND ANT ART BAG BAR BED BEE BIG BOX BUS CAR CAT COW CUP DAY DOG EAR EGG END EYE FAR FIG FLY FOX
@@ -77,7 +77,7 @@ def draw(rng):
         center = (x + GLYPH_WIDTH * scale // 2, top + height // 2)
         marks.append(Mark(*center, character, NONE))
     kind = {_word: "word", _number: "number", _code: "code"}[maker]
-    return Picture([pixels], (kind, text), [marks])
+    return Drawing([pixels], (kind, text), [marks])
 
 
 def _ask(kind):

@@ -25,7 +25,7 @@ class Mark:
 
 
 @dataclasses.dataclass
-class Picture:
+class Drawing:
     """One drawn example: `frames`, each (SIZE, SIZE, 3) uint8; the `facts` that the questions are
     about; and the marks of each frame."""
 
@@ -38,7 +38,7 @@ class Picture:
 class Recipe:
     """How the rows of a task are made.
 
-    draw: a function of a random generator that returns a Picture.
+    draw: a function of a random generator that returns a Drawing.
     kinds: {kind of question: function}, each made by `phrased`.
     describe: a function of the facts that returns, in words, everything that the picture shows.
     """

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 
 from vlmkit.tasks.drawing import COLORS, SHAPES, SIZE, background, draw_shape, shade
-from vlmkit.tasks.questions import NONE, Mark, Picture, Recipe, article, balanced, listing, phrased
+from vlmkit.tasks.questions import NONE, Drawing, Mark, Recipe, article, balanced, listing, phrased
 
 CELLS = 3
 """Each object is in its own cell of a 3 × 3 grid, so no object hides another."""
@@ -82,8 +82,8 @@ def marks_of(things):
 
 
 def picture_of(scenes, facts, rng):
-    """A Picture with a frame for each of `scenes`, which are lists of things."""
-    return Picture([paint(things, rng) for things in scenes], facts, list(map(marks_of, scenes)))
+    """A Drawing with a frame for each of `scenes`, which are lists of things."""
+    return Drawing([paint(things, rng) for things in scenes], facts, list(map(marks_of, scenes)))
 
 
 def describe(things):

@@ -6,7 +6,7 @@ Comparing two pictures follows NLVR2 (Suhr et al., 2019, arXiv 1811.00491).
 import dataclasses
 
 from vlmkit.tasks.drawing import COLORS, SHAPES, background, draw_shape, shade
-from vlmkit.tasks.questions import NONE, Picture, Recipe, article, balanced, phrased
+from vlmkit.tasks.questions import NONE, Drawing, Recipe, article, balanced, phrased
 from vlmkit.tasks.scenes import CELL, CELLS, marks_of, picture_of, random_thing, random_things
 from vlmkit.tasks.scenes import describe as describe_scene
 
@@ -136,7 +136,7 @@ def draw_video(rng):
         frames.append(canvas.copy())
         for thing, rgb in zip(things, shades, strict=True):
             draw_shape(frames[-1], thing.shape, rgb, thing.x, thing.y, thing.radius)
-    return Picture(frames, (direction, scenes), list(map(marks_of, scenes)))
+    return Drawing(frames, (direction, scenes), list(map(marks_of, scenes)))
 
 
 @phrased(

@@ -10,7 +10,7 @@ import warnings
 from vlmkit.errors import TaskError
 from vlmkit.evaluation.columns import columns_of
 from vlmkit.tasks.published.opening import opened
-from vlmkit.tasks.published.reading import Joined, Pictures, Reader, mapped, streamed
+from vlmkit.tasks.published.reading import Joined, Pictures, RowReader, mapped, streamed
 from vlmkit.tasks.published.schemas import PICTURES, SCHEMAS, find
 
 __all__ = ["SCHEMAS", "from_dataset"]
@@ -73,7 +73,7 @@ def from_dataset(
         data = data.to_iterable_dataset()
     columns = columns_of(data)
     noted = None if on_error == "raise" else [] if skipped is None else skipped
-    reader = Reader(find(columns, schema), title, prompt, noted)
+    reader = RowReader(find(columns, schema), title, prompt, noted)
     if any(column in columns for column in PICTURES):
         pictures = Pictures(data, folder, title, decode)
     else:

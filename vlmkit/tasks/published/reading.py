@@ -11,7 +11,7 @@ from vlmkit.tasks.published.schemas import PICTURES
 TEXTS = ("question", "answer", "task", "kind")
 
 
-class Reader:
+class RowReader:
     """Reads rows of a source, and notes those that cannot be used.
 
     prompt: a text with {question} where the question goes, or None for the question alone.
