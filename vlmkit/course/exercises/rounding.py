@@ -108,8 +108,8 @@ def fewer_bits(answer, asked, scope, rival):
         why = f" {format.bits} bits leave four values at most, however the rest is spent."
     elif not format.asymmetric:
         why = " A zero point would use all codes."
-    require(mine < theirs / 2, f"{mine / theirs:.2f} times the divergence of {rival}.{why}")
-    return f"{mine / theirs:.2f} times the divergence in {bits:.2f} bits: their use matters."
+    require(mine < theirs / 2, f"{mine / theirs:.1f} times the divergence of {rival}.{why}")
+    return f"{mine / theirs:.1f} times the divergence in {bits:.2f} bits: their use matters."
 
 
 @exercise("plan by hand", of_type, dict, "a dict")
