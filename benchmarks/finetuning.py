@@ -116,7 +116,7 @@ def bare_loop(plan, rows, order, steps):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, 0, steps)
-    rows = vk.finetuning.collating.undecoded(rows)
+    rows = vk.images.undecoded(rows)
     batches = torch.utils.data.DataLoader(
         rows, batch_size=BATCH, sampler=order, collate_fn=Collator(processor)
     )

@@ -12,7 +12,8 @@ import vlmkit as vk
 from vlmkit.errors import FinetuningError, ImageError
 from vlmkit.evaluation.asking import prepared
 from vlmkit.finetuning import Collator, token_table
-from vlmkit.finetuning.collating import IGNORED, undecoded
+from vlmkit.finetuning.collating import IGNORED
+from vlmkit.images import undecoded
 from vlmkit.loading.processors import load_processor
 
 pytestmark = pytest.mark.usefixtures("one_thread")

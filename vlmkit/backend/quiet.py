@@ -1,6 +1,7 @@
 """Quiet: the libraries print nothing while vlmkit works, unless somebody waits for a long load."""
 
 import contextlib
+import gc
 import importlib
 import logging
 import os
@@ -73,3 +74,17 @@ def environment(name, value):
 def _not_a_cast_note(record):
     # Every int8 layer says in every forward pass that it casts to fp16, which LLM.int8 prescribes.
     return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
+
+
+@contextlib.contextmanager
+def without_garbage_collection():
+    """Within it, Python's garbage collector does not run. While a model is built it would search
+    everything that the imports left, again and again, for a third of the time of a load. A dry run
+    also counts on it: there a tensor is gone when its last reference is."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

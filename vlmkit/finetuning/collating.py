@@ -147,21 +147,3 @@ def token_table(processor, row):
     for (token, in_loss), same in groupby((i, label != IGNORED) for i, label in tokens):
         rows.append((processor.tokenizer.decode([token]), token, len(list(same)), in_loss))
     return pandas.DataFrame(rows, columns=["token", "id", "repeated", "in_loss"])
-
-
-def undecoded(dataset):
-    """A datasets.Dataset whose pictures stay bytes or paths, for the Collator to read. An error of
-    `datasets` itself does not name a damaged picture."""
-    import datasets
-
-    features = getattr(dataset, "features", None)
-    feature = (features or {}).get("images")
-    if not isinstance(getattr(feature, "feature", None), datasets.Image):
-        return dataset
-    bars = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()  # the cast only changes the column's type
-    try:
-        return dataset.cast_column("images", datasets.List(datasets.Image(decode=False)))
-    finally:
-        if bars:
-            datasets.enable_progress_bars()

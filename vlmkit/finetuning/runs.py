@@ -18,8 +18,9 @@ from pathlib import Path
 from vlmkit.backend import checkpointing
 from vlmkit.errors import FinetuningError
 from vlmkit.evaluation import COLUMNS, lacking_columns
-from vlmkit.finetuning.collating import Collator, undecoded
+from vlmkit.finetuning.collating import Collator
 from vlmkit.finetuning.settings import Settings
+from vlmkit.images import undecoded
 
 SETTINGS = "settings.json"
 

@@ -9,13 +9,11 @@
 transformers' own BitsAndBytesConfig, and the checkpoint's AutoProcessor.
 """
 
-import contextlib
-import gc
 import os
 
 from vlmkit.backend.boundaries import join_dtypes
 from vlmkit.backend.cpu import guard_against_cpu_traps
-from vlmkit.backend.quiet import is_watched, quiet
+from vlmkit.backend.quiet import is_watched, quiet, without_garbage_collection
 from vlmkit.checkpoints import PEBBLE, find, weight_dtypes, weight_files
 from vlmkit.layout import layout_of
 from vlmkit.loading.audit import Audit, Preview, audit, audit_layout, plan_of, preview
@@ -56,7 +54,7 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
     device = resolve_device(device)
     with quiet(bars=is_watched()):  # a download may take long
         folder = find(name, revision=revision, trust_remote_code=trust_remote_code)
-    with _no_collections():
+    with without_garbage_collection():
         with quiet():
             layout = layout_of(folder, plan, trust_remote_code=trust_remote_code)
             check_formats(layout, device)
@@ -75,16 +73,3 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
 def _is_large(folder):
     """Whether a load takes so long that a progress bar helps."""
     return sum(file.stat().st_size for file in weight_files(folder)) > GIGABYTE
-
-
-@contextlib.contextmanager
-def _no_collections():
-    """Within it, Python's garbage collector does not run. While a model is built it would look
-    through everything that the imports left, again and again, for a third of the time of a load."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -1,12 +1,11 @@
 """Predicting: the ledger of a model, a prompt and a training step that do not exist yet."""
 
-import gc
-from contextlib import contextmanager
 from pathlib import Path
 
 from vlmkit.adapters import parse
 from vlmkit.anatomy import on_meta
 from vlmkit.backend.optimizers import check_optimizer
+from vlmkit.backend.quiet import without_garbage_collection
 from vlmkit.checkpoints import find
 from vlmkit.errors import FinetuningError, SizeError, did_you_mean
 from vlmkit.formats import torch_dtype
@@ -87,7 +86,7 @@ def predict(
     _check_training(training, new_tokens, gradient_checkpointing, prepare_kbit)
     check_optimizer(optim)
     check_allocator(allocator)
-    with _without_garbage_collection():
+    with without_garbage_collection():
         layout = layout_of(
             x, plan, loadable=False, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -129,19 +128,6 @@ def check_arguments(unknown):
         raise SizeError(
             f"{name!r} is not an argument of predict. {hint}The arguments are {', '.join(known)}."
         )
-
-
-@contextmanager
-def _without_garbage_collection():
-    """Without Python's garbage collector. A dry run counts a tensor as gone when its last reference
-    goes, and the collector would search the many objects of a large model again and again."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def visual_tokens(x, image_size, *, alone=True, revision=None, trust_remote_code=False):
