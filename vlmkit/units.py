@@ -7,12 +7,11 @@ import re
 
 from vlmkit.errors import SizeError
 
-KILOBYTE, MEGABYTE, GIGABYTE = 10**3, 10**6, 10**9
-GIBIBYTE = 2**30
+MEGABYTE, GIGABYTE = 10**6, 10**9
 
 UNITS = {
     "": 1, "b": 1, "byte": 1, "bytes": 1,
-    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kb": 10**3, "mb": MEGABYTE, "gb": GIGABYTE, "tb": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
 
