@@ -1,0 +1,9 @@
+"""A real language model with eyes: SmolLM2-135M-Instruct behind a vision encoder made here.
+
+recipe.py        architecture, tokenizer, processor, and the states that load by name
+fetching.py      `vlmkit fetch cobble`: the language model, and checkpoints put together from it
+instructions.py  pictures with questions and answers, for training and for tests
+train.py         `python -m vlmkit.models.cobble.train`: the stages of its training
+weights/         vision encoder, projectors and adapters, all trained here
+MODEL_CARD.md    where every weight comes from, what cobble can and cannot do, measured
+"""
