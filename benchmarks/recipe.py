@@ -1,0 +1,214 @@
+"""Does a trained projector survive quantization, and does training it afterwards help?
+
+    make benchmark-recipe BENCHMARK_ARGS="--folder runs/cobble --language-model smollm2.gguf"
+
+Trains projectors of cobble with its language model or its vision encoder in one number format, and
+asks them in every other. Needs what `python -m vlmkit.models.cobble.train` wrote to --folder. Each
+line of the result is one cell: what the projector was trained with, what it was asked in, how many
+of n held-out photographs were named rightly in free text. Lines that exist already are kept, so a
+run that was killed continues. On a GPU about fifteen minutes; several GPUs share the work.
+"""
+
+import argparse
+import csv
+import itertools
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+LANGUAGE = ("bf16", "int8", "nf4", "nf4-dq", "int4", "int3")
+VISION = ("bf16", "int4", "int3", "int2")
+SMALL, LLAVA, LARGE = 64, 576, 2304
+PROJECTOR = ("int8", "nf4", "int3", "int2")
+COLUMNS = [
+    "trained_vision",
+    "trained_language",
+    "hidden",
+    "seed",
+    "asked_vision",
+    "asked_language",
+    "asked_projector",
+    "question",
+    "n",
+    "right",
+]
+
+
+def trainings(seeds):
+    """(vision encoder's format, language model's format, projector's width, seed) of each one."""
+    kinds = [("bf16", language, LLAVA) for language in LANGUAGE]
+    kinds += [(vision, "bf16", LLAVA) for vision in VISION[1:]]
+    kinds += [("bf16", lang, hidden) for lang in ("bf16", "nf4") for hidden in (SMALL, LARGE)]
+    return [(*kind, seed) for seed in seeds for kind in kinds]
+
+
+def cells(vision, language, hidden):
+    """(vision encoder, language model, projector, question) that a training is asked in."""
+    asked = []
+    if vision == "bf16" and hidden == LLAVA:
+        asked += [("bf16", other, "bf16", "name") for other in LANGUAGE]
+        matched = {language, "bf16", "nf4"}
+        questions = ("name unseen", "yes/no", "yes/no unseen", "digit", "animal or vehicle")
+        asked += [("bf16", other, "bf16", q) for other in sorted(matched) for q in questions]
+        if language in ("bf16", "nf4"):
+            asked += [("bf16", language, other, "name") for other in PROJECTOR]
+    elif hidden != LLAVA:
+        asked += [("bf16", other, "bf16", "name") for other in ("bf16", "nf4")]
+    if language == "bf16" and hidden == LLAVA:
+        asked += [(other, "bf16", "bf16", "name") for other in VISION]
+    return list(dict.fromkeys(asked))
+
+
+def questions_about(kind, labels, rng):
+    """(questions, functions that say whether an answer is right) for pictures with these labels."""
+    from vlmkit.models.cobble import instructions as ins
+
+    if kind == "digit":
+        right = [
+            lambda answer, d=ins.DIGITS[i]: ins.is_right(answer, d, ins.DIGITS) for i in labels
+        ]
+        return ["Which digit is this?"] * len(labels), right
+    if kind == "animal or vehicle":
+        words = {"animal", "vehicle"}
+        true = ["animal" if ins.THINGS[i] in ins.ANIMALS else "vehicle" for i in labels]
+        right = [lambda answer, t=t: ins.is_right(answer, t, words) for t in true]
+        return ["Is this an animal or a vehicle?"] * len(labels), right
+    if kind.startswith("yes/no"):
+        phrasings = ins.UNSEEN if "unseen" in kind else ins.USED
+        pairs = [ins.about_photograph(i, rng, ins.YES_NO, phrasings) for i in labels]
+        right = [
+            lambda answer, t=true: ins.says_yes(answer) is ins.says_yes(t) for _, true in pairs
+        ]
+        return [question for question, _ in pairs], right
+    right = [lambda answer, t=ins.THINGS[i]: ins.is_right(answer, t) for i in labels]
+    if "unseen" in kind:
+        unseen = [q for k in (ins.SENTENCE, ins.WORD, ins.CAPTION) for q in ins.UNSEEN[k]]
+        return [rng.choice(unseen) for _ in labels], right
+    return ["What is in the picture?"] * len(labels), right
+
+
+def one_training(given, vision, language, hidden, seed):
+    """Train one projector, or open it, and ask it in all of its cells."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from vlmkit.models.cobble import tensors, train
+
+    device = torch.device(given.device)
+    name = f"v-{vision}_l-{language}_h-{hidden}_s-{seed}"
+    file = given.folder / "recipe" / f"{name}.safetensors"
+    pictures = train.Pictures(given.folder, device)
+    model, tokenizer = train.load_parts(given.folder, given.language_model, device)
+    parts = {
+        "vision": model.model.vision_tower,
+        "language": model.model.language_model,
+        "projector": model.model.multi_modal_projector,
+    }
+    kept = {
+        part: {key: tensor.clone() for key, tensor in module.state_dict().items()}
+        for part, module in parts.items()
+    }
+
+    def put(part, format):
+        parts[part].load_state_dict(kept[part])
+        train.round_linear_layers(parts[part], format)
+
+    put("vision", vision)
+    put("language", language)
+    if file.exists():
+        train.prepare_projector(model, pictures, seed, hidden).to(torch.bfloat16)
+        kept["projector"] = load_file(file, device=given.device)
+    else:
+        weights = train.train_projector(
+            file.parent, model, pictures, tokenizer, device, name=name, seed=seed, hidden=hidden
+        )
+        train.replace(file, lambda path: save_file(weights, path))
+        kept["projector"] = {key: tensor.to(device) for key, tensor in weights.items()}
+    rows = []
+    for asked_vision, asked_language, asked_projector, question in cells(vision, language, hidden):
+        put("vision", asked_vision)
+        put("language", asked_language)
+        put("projector", asked_projector)
+        source = "digits" if question == "digit" else "photographs"
+        n = given.n if question == "name" else given.n // 2
+        labels = pictures[f"{source}-test-labels"][:n].tolist()
+        questions, right = questions_about(question, labels, random.Random(f"{question} {seed}"))
+        pixels = tensors.pixel_values(pictures[f"{source}-test"][:n])
+        found = tensors.answers(model, tokenizer, questions, pixels, batch_size=1000)
+        score = sum(bool(test(answer)) for test, answer in zip(right, found, strict=True))
+        asked = (asked_vision, asked_language, asked_projector, question)
+        rows.append((vision, language, hidden, seed, *asked, len(labels), score))
+    write(given.folder / "recipe" / f"{name}.csv", rows)
+
+
+def write(file, rows):
+    part = file.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(rows)
+    os.replace(part, file)
+
+
+def all_trainings(given):
+    """Run `one_training` for each, in processes of their own, so many at a time on each device."""
+    import torch
+
+    gpus = max(1, torch.cuda.device_count())
+    todo = [
+        kind
+        for kind in trainings(given.seeds)
+        if not (given.folder / "recipe" / "v-{}_l-{}_h-{}_s-{}.csv".format(*kind)).exists()
+    ]
+    (given.folder / "recipe").mkdir(exist_ok=True)
+    running, devices = {}, itertools.cycle(range(gpus))
+    failed = 0
+    while todo or running:
+        while todo and len(running) < given.jobs * gpus:
+            kind = todo.pop(0)
+            own = dict(os.environ, CUDA_VISIBLE_DEVICES=str(next(devices)), OMP_NUM_THREADS="2")
+            words = [sys.executable, __file__, *sys.argv[1:], "--one", *map(str, kind)]
+            log = (given.folder / "recipe" / "log-{}-{}-{}-{}.txt".format(*kind)).open("w")
+            process = subprocess.Popen(words, env=own, stdout=log, stderr=subprocess.STDOUT)
+            running[process] = kind
+        process = next(iter(running))
+        try:
+            process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            pass
+        for process in [p for p in running if p.poll() is not None]:
+            kind = running.pop(process)
+            failed += process.returncode != 0
+            print(*kind, "done" if process.returncode == 0 else "FAILED", flush=True)
+    files = [given.folder / "recipe" / "v-{}_l-{}_h-{}_s-{}.csv".format(*k) for k in
+             trainings(given.seeds)]  # fmt: skip
+    rows = []
+    for file in files:
+        if file.exists():
+            with file.open(newline="", encoding="utf-8") as stream:
+                rows += list(csv.reader(stream))[1:]
+    write(given.folder / "recipe.csv", rows)
+    return failed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/cobble"))
+    parser.add_argument("--language-model", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--n", type=int, default=2000, help="photographs in a cell")
+    parser.add_argument("--jobs", type=int, default=6, help="trainings at a time on one device")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        vision, language, hidden, seed = given.one
+        one_training(given, vision, language, int(hidden), int(seed))
+        return 0
+    return 1 if all_trainings(given) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
