@@ -10,6 +10,7 @@ run that was killed continues. On a GPU about fifteen minutes; several GPUs shar
 """
 
 import argparse
+import contextlib
 import csv
 import itertools
 import os
@@ -38,10 +39,12 @@ COLUMNS = [
 
 def trainings(seeds):
     """(vision encoder's format, language model's format, projector's width, seed) of each one."""
-    kinds = [("bf16", language, LLAVA) for language in LANGUAGE]
-    kinds += [(vision, "bf16", LLAVA) for vision in VISION[1:]]
-    kinds += [("bf16", lang, hidden) for lang in ("bf16", "nf4") for hidden in (SMALL, LARGE)]
-    return [(*kind, seed) for seed in seeds for kind in kinds]
+    groups = (
+        [("bf16", language, LLAVA) for language in LANGUAGE],
+        [("bf16", lang, hidden) for lang in ("bf16", "nf4") for hidden in (SMALL, LARGE)],
+        [(vision, "bf16", LLAVA) for vision in VISION[1:]],
+    )
+    return [(*kind, seed) for group in groups for seed in seeds for kind in group]
 
 
 def cells(vision, language, hidden):
@@ -174,10 +177,8 @@ def all_trainings(given):
             process = subprocess.Popen(words, env=own, stdout=log, stderr=subprocess.STDOUT)
             running[process] = kind
         process = next(iter(running))
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            pass
         for process in [p for p in running if p.poll() is not None]:
             kind = running.pop(process)
             failed += process.returncode != 0

@@ -14,6 +14,7 @@ call of its own with --stages. A run that was killed continues where it last sav
 
 import argparse
 import concurrent.futures
+import contextlib
 import csv
 import dataclasses
 import json
@@ -55,7 +56,7 @@ class Settings:
 SETTINGS = {
     "teacher": Settings(3_000, 512, 2e-3, 0.05, 300),
     "vision_encoder": Settings(9_000, 1_024, 2e-3, 0.05, 300),
-    "projector": Settings(1_000, 128, 1e-3),
+    "projector": Settings(800, 128, 1e-3),
     "chat": Settings(1_500, 128, 5e-4),
 }
 
@@ -527,7 +528,21 @@ def train_answers(name, folder, model, modules, conversations, tokenizer, device
         return tensors.answer_loss(model, prompts.training_batch(rows, device), pixels.bfloat16())
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    learn(name, folder, modules, parameters, settings, loss_of, device, seed)
+    with _compiled(model.model.language_model.layers, device):
+        learn(name, folder, modules, parameters, settings, loss_of, device, seed)
+
+
+@contextlib.contextmanager
+def _compiled(layers, device):
+    """Compiled layers on a GPU, where their many small operations cost more than their products.
+    All layers share one compilation. Afterwards they are as before, since generation would compile
+    again for every length."""
+    if device.type == "cuda":
+        for layer in layers:
+            layer.compile(dynamic=True)
+    yield
+    for layer in layers:
+        layer._compiled_call_impl = None
 
 
 def train_projector(
