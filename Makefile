@@ -45,7 +45,7 @@ browser: setup ## install what the tests in a browser need, and Chromium if none
 	-$(python) scripts/chromium.py --install
 
 test: lint ## check style, run the tests, run every notebook and compare its outputs
-	@sh scripts/test.sh '$(pytest) -m "not slow"' '$(pytest) $(nbval)'
+	@$(quietly) $(python) scripts/run_tests.py $(PYTEST_ARGS)
 
 test-all: lint browser ## the same with the slow tests
 	$(pytest)

@@ -83,7 +83,7 @@ def test_claims_about_cards():
 
 
 def test_claims_about_two_gpus():
-    """The losses are the same. Parted weights are halved afterwards, but not at the peak."""
+    """The losses are the same. Split weights are halved afterwards, but not at the peak."""
     ways = read(f"two-{H200}")["ways"]
     for label in ("bf16", "nf4"):
         own = [found[0]["losses"] for way, found in ways.items() if label in way]

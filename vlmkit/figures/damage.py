@@ -4,6 +4,7 @@ import textwrap
 from itertools import cycle
 
 from vlmkit.figures import style
+from vlmkit.units import MEGABYTE
 
 SCORE_LABELS = {
     "weight_error": "relative weight error",
@@ -71,7 +72,8 @@ def damage_by_bytes(table, ax=None):
     for number, (scope, line) in enumerate(table.groupby("scope", sort=False)):
         line = line.sort_values("bytes_saved")
         color = style.COMPONENT_COLORS.get(scope, style.mark(number)[0])
-        x, columns = line["bytes_saved"] / 1e6, (line[n] for n in ("difference", "low", "high"))
+        x = line["bytes_saved"] / MEGABYTE
+        columns = (line[n] for n in ("difference", "low", "high"))
         style.draw_intervals(ax, x, *columns, color=color, capsize=2, label=scope)
         for format, *place in zip(line["format"], x, 100 * line["difference"], strict=True):
             ax.plot(*place, shapes[format], color=color)

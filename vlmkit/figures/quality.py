@@ -1,6 +1,7 @@
 """How good a model or format is, with intervals, and what that costs."""
 
 from vlmkit.figures import style
+from vlmkit.units import MEGABYTE
 
 
 def accuracy(scores, ax=None):
@@ -127,7 +128,7 @@ def frontier(table, column="accuracy", ax=None):
     lines = parts[2].where(shown["kind"] == "uniform", "").radd(shown["kind"] + ", ")
     for number, (name, own) in enumerate(shown.groupby(lines.str.removesuffix(", "), sort=False)):
         own = own.sort_values("bytes").drop_duplicates("bytes")
-        x, columns = own["bytes"] / 1e6, (own[name] for name in (column, low, high))
+        x, columns = own["bytes"] / MEGABYTE, (own[name] for name in (column, low, high))
         look = {"color": style.MARKS[0][0], "marker": "o", "zorder": 3}
         if name != "planned":
             color, below = (style.GRAY, -9) if number else (style.BLACK, 4)
