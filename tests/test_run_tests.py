@@ -57,7 +57,7 @@ def test_outputs_come_whole_and_those_of_failed_jobs_at_the_end(capfd):
     assert run_tests.run(jobs, lanes=2) == 1
     printed = capfd.readouterr().out
     assert "begin\nend\n" in printed and "1 thread\nbroken\n" in printed
-    assert printed.index("fine") < printed.index("end") < printed.index("broken")
+    assert printed.index("fine") < printed.index("begin") < printed.index("broken")
     assert printed.rstrip().endswith("failed: bad")
 
 
