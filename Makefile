@@ -15,7 +15,7 @@ python := .venv/bin/python
 quietly := env -u VLMKIT_MODEL -u MPLBACKEND HF_HUB_OFFLINE=1
 pytest := $(quietly) $(python) -m pytest $(PYTEST_ARGS)
 # A notebook runs in the kernel of this environment, and must print the outputs that it stores.
-nbval := --nbval --nbval-current-env --nbval-cell-timeout=600 notebooks
+nbval := --nbval --nbval-current-env --nbval-cell-timeout=1800 notebooks
 # Jupyter refuses to run as root, the usual user of a container, unless it is told to.
 as_root := $(if $(filter 0,$(shell id -u)),--allow-root)
 
@@ -44,10 +44,10 @@ browser: setup ## install what the tests in a browser need, and Chromium if none
 	$(python) -m pip install -q -c constraints.txt -e '.[browser]'
 	-$(python) scripts/chromium.py --install
 
-test: lint ## check style, run the tests, run every notebook and compare its outputs
+test: lint ## check style, run the tests, run every chapter and compare its outputs
 	@$(quietly) $(python) scripts/run_tests.py $(PYTEST_ARGS)
 
-test-all: lint browser ## the same with the slow tests
+test-all: lint browser ## the same with the slow tests, and the notebooks of solutions
 	$(pytest)
 	$(pytest) $(nbval)
 

@@ -1,11 +1,11 @@
-"""Run the tests and every notebook, several at a time: `make test`.
+"""Run the tests and every chapter, several at a time: `make test`.
 
     python scripts/run_tests.py -x       # options for every pytest; none by default
 
-A job is a part of the tests, or one notebook whose outputs are compared with those stored in it. As
-many jobs run at once as there are cores and memory, the longest first. Each has one thread: what a
-second one gains a model of this size is less than what a second job gains, and numbers do not
-depend on how many cores there are.
+A job is a part of the tests, or a chapter whose outputs are compared with those stored in it. The
+solutions are among the tests (`tests/test_exercises.py`). As many jobs run at once as there are
+cores and memory, the longest first. Each has one thread: what a second one gains a model of this
+size is less than what a second job gains, and numbers do not depend on how many cores there are.
 
 The output of a job comes in one piece when the job is done; that of failed jobs comes at the end.
 Ctrl-C ends all jobs.
@@ -26,25 +26,26 @@ from vlmkit.environment import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = 4
-"""Of the tests. Each part takes about as long as the longest chapter."""
+SECONDS = 150
+"""What a part of the tests takes, about; a chapter takes what `make times` has recorded."""
 SELECTED_NOTHING = 5  # pytest's status; with -k, the other jobs may have had something to run
 
 
 def jobs(options=()):
     """{name: command} of all jobs, the longest first."""
     pytest = [sys.executable, "-m", "pytest", *options]
-    tests = sorted((ROOT / "tests").glob("test_*.py"))
-    found = {
-        f"tests, part {part + 1} of {PARTS}": [*pytest, "-m", "not slow", *tests[part::PARTS]]
-        for part in range(PARTS)
-    }
     # A notebook runs in the kernel of this environment, and must print the outputs that it stores.
-    nbval = [*pytest, "--nbval", "--nbval-current-env", "--nbval-cell-timeout=600"]
+    nbval = [*pytest, "--nbval", "--nbval-current-env", "--nbval-cell-timeout=1800"]
     seconds = {row["chapter"]: int(row["seconds"]) for row in times.recorded()}
-    chapters = sorted(times.chapters(), key=lambda name: -seconds.get(name, math.inf))
-    notebooks = [f"{name}.ipynb" for name in chapters]
-    notebooks += [f"solutions/{name}.ipynb" for name in times.chapters()]
-    return found | {f"notebooks/{name}": [*nbval, times.NOTEBOOKS / name] for name in notebooks}
+    found = [
+        (seconds.get(name, math.inf), name, [*nbval, times.NOTEBOOKS / f"{name}.ipynb"])
+        for name in times.chapters()
+    ]
+    tests = sorted((ROOT / "tests").glob("test_*.py"))
+    for part in range(PARTS):
+        command = [*pytest, "-m", "not slow", *tests[part::PARTS]]
+        found.append((SECONDS, f"tests, part {part + 1} of {PARTS}", command))
+    return {name: command for _, name, command in sorted(found, key=lambda job: -job[0])}
 
 
 def lanes():
@@ -121,12 +122,10 @@ def end(processes):
 
 
 def main(options):
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as for Ctrl-C, the jobs end too
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        return run(jobs(options), lanes())
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    return run(jobs(options), lanes())
 
 
 if __name__ == "__main__":

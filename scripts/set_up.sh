@@ -65,6 +65,8 @@ touch "$begun"
 "$chosen" -m venv "$venv"
 # One call, so that pip respects the pin of torch. Otherwise it downloads gigabytes of the newest.
 "$venv/bin/python" -m pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
-    --constraint constraints.txt --editable '.[course,dev,site]'
+    --no-compile --constraint constraints.txt --editable '.[course,dev,site]'
+# pip compiles with one core. Some packages contain files that no Python 3 can compile.
+"$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true
 printf '%s\n%s\n' "$folder" "$requirements" >"$ready"
 rm -f "$begun"

@@ -59,9 +59,9 @@ class Chapter:
         self.path = path
         self.notebook = nbformat.read(path, as_version=4)
         self.stubs = script["stubs"](self.notebook)
-        self.scope = {}
+        self.scope, self.shown = {}, ""
         for source in script["setting"](self.notebook):
-            exec(source.replace("../data/", "data/"), self.scope)
+            self.shown += printed(source.replace("../data/", "data/"), self.scope)
 
     def calls(self):
         """(stub, name of the exercise, what the stub sees, data given) of each check."""
@@ -82,11 +82,19 @@ def chapter(request):
     os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def said(source, scope):
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+def printed(source, scope):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         exec(source, scope)
-    return " ".join(printed.getvalue().split())
+    return output.getvalue()
+
+
+def said(source, scope):
+    return " ".join(printed(source, scope).split())
+
+
+def committed(chapter):
+    return nbformat.read(script["FOLDER"] / chapter.path.name, as_version=4)
 
 
 def test_has_two_or_three_with_their_effort(chapter):
@@ -102,6 +110,19 @@ def test_unattempted_and_solved(chapter):
     for stub, name, _, _ in chapter.calls():
         assert said(stub.source, dict(chapter.scope)) == f"{name}: not attempted yet"
         assert said(script["solved"](stub), dict(chapter.scope)).startswith("Right: ")
+
+
+def test_solutions_print_what_is_committed(chapter):
+    """So `make test` need not run the notebooks of solutions, too: they are the code that this
+    module has run. `make test-all` runs them."""
+    cells = [cell for cell in committed(chapter).cells if cell.cell_type == "code"]
+    stored = {cell.source: cell.outputs for cell in cells}
+    for stub in chapter.stubs:
+        source = script["solved"](stub)
+        (output,) = stored.pop(source)
+        assert output.name == "stdout" and output.text == printed(source, dict(chapter.scope))
+    assert not any(stored.values())  # the statements of the chapter show nothing
+    assert chapter.shown == ""
 
 
 def test_mistakes_are_named(chapter):
@@ -120,10 +141,11 @@ def test_whatever_the_answer_a_sentence_comes_out(chapter):
 
 def test_committed_solutions_are_those_of_the_chapter(chapter):
     made = script["solutions"](chapter.path)
-    committed = nbformat.read(script["FOLDER"] / chapter.path.name, as_version=4)
-    for notebook in (made, committed):
-        notebook.cells = [(cell.id, cell.cell_type, cell.source) for cell in notebook.cells]
-    assert committed.cells == made.cells
+    made, stored = (
+        [(cell.id, cell.cell_type, cell.source) for cell in notebook.cells]
+        for notebook in (made, committed(chapter))
+    )
+    assert stored == made
 
 
 def test_every_check_is_of_an_exercise_and_has_mistakes():

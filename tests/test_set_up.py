@@ -61,7 +61,7 @@ def test_installs_the_package_under_the_constraints_and_then_no_more(checkout):
     assert checkout.set_up().returncode == 0
     assert checkout.set_up().stdout == ""
     assert checkout.installations == [
-        "pip install --constraint constraints.txt --editable .[course,dev,site]"
+        "pip install --no-compile --constraint constraints.txt --editable .[course,dev,site]"
     ]
 
 
