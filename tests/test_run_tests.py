@@ -30,7 +30,8 @@ def test_long_jobs_come_first_and_a_chapter_without_a_time_before_them(monkeypat
     monkeypatch.setattr(run_tests.times, "recorded", lambda: rows)
     monkeypatch.setattr(run_tests.times, "chapters", lambda: ["01_a", "02_b", "03_c"])
     names = list(run_tests.jobs())
-    assert names[:2] == ["03_c", "02_b"] and names[-1] == "01_a"
+    assert names[0] == "03_c"
+    assert [name for name in names if "part" not in name] == ["03_c", "02_b", "01_a"]
 
 
 @pytest.mark.parametrize(
