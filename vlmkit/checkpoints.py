@@ -1,7 +1,8 @@
 """Checkpoints: from a name to a folder, and what its files hold.
 
-A name is that of a model of the course ("pebble", "cobble"), a folder, or a hub id (`owner/name`). `find` turns it into a folder. Everything
-else here works on a folder, so a checkpoint from the hub and one on disk pass the same checks.
+A name is that of a model of the course ("pebble", "cobble"), a folder, or a hub id (`owner/name`).
+`find` turns it into a folder. Everything else here works on a folder, so a checkpoint from the hub
+and one on disk pass the same checks.
 """
 
 import json

@@ -64,7 +64,8 @@ class Layout:
         """A sentence if the plan has a component in another format than the projector saw in its
         training, according to the config. Empty if it has not, or if the config does not say it.
         Between the float formats the projector makes no difference."""
-        trained = getattr(self.config, "projector_trained_with", None) or {}
+        said = getattr(self.config, "projector_trained_with", None) or {}
+        trained = {c: said[c] for c in COMPONENTS if c in said}
         given = {component: _without_float(self.plan[component]) for component in trained}
         other = [c for c, name in trained.items() if _without_float(name) != given[c]]
         if not other:
@@ -90,8 +91,8 @@ class Layout:
 
 
 def _without_float(name):
-    """The name of a quantized format; "bf16" for every other."""
-    return name if FORMATS[name].quantized else DEFAULT
+    """`name`, or "bf16" if it is a float format. int3 is none of FORMATS, since no plan has it."""
+    return name if name not in FORMATS or FORMATS[name].quantized else DEFAULT
 
 
 def layout_of(x, plan=None, *, loadable=True, revision=None, trust_remote_code=False):

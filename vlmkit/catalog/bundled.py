@@ -1,4 +1,4 @@
-"""The models that come with the course: their names, their folders, and what to do if one is missing.
+"""The models that come with the course: their names, their folders, what to do if one is missing.
 
 The checkpoint of pebble lies in the package. The checkpoints of cobble lie in vlmkit's cache, where
 `vlmkit fetch cobble` puts them together from weights in the package and a language model that it
@@ -37,7 +37,9 @@ class Bundled:
     @property
     def folder(self):
         """Where its checkpoint lies, or should lie."""
-        return cache_folder() / "cobble" / self.name if self.fetched else MODELS / "pebble/checkpoint"
+        if self.fetched:
+            return cache_folder() / "cobble" / self.name
+        return MODELS / self.name / "checkpoint"
 
     @property
     def config_folder(self):

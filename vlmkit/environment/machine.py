@@ -68,7 +68,7 @@ def needs():
 
 
 def rest():
-    """The rest: GPUs, disk, caches, cobble, the hub, optional packages and the notebooks' kernel."""
+    """The rest: GPUs, disk, caches, cobble, the hub, optional packages and the kernel."""
     return (*gpus(), *disks(), cobble(), hub(), *extras(), torchvision(), kernel())
 
 

