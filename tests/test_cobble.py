@@ -25,6 +25,7 @@ from vlmkit import cli
 from vlmkit.catalog import bundled
 from vlmkit.catalog.bundled import BUNDLED
 from vlmkit.checkpoints import find
+from vlmkit.environment import machine
 from vlmkit.errors import CheckpointError, DependencyError
 from vlmkit.folders import cache_folder
 from vlmkit.models.cobble import fetching, recipe
@@ -186,8 +187,6 @@ def test_the_command_line_knows_the_names(capsys, small, gguf):
     assert "Did you mean 'cobble'?" in capsys.readouterr().err
     assert cli.main(["fetch", "cobble-bf16", "--file", str(gguf)]) == 0
     assert "Apache-2.0" in capsys.readouterr().out
-    from vlmkit.environment import machine
-
     assert machine.cobble().found == str(small / "cobble")
 
 
@@ -300,6 +299,25 @@ def test_adapters_come_under_any_plan(small, gguf, plan, recwarn):
     base, _ = vk.load("cobble", plan)
     parts = vk.finetuning.load(base, find("cobble-chat") / "adapters")
     assert torch.equal(parts(**inputs).logits, ours)
+
+
+def test_transformers_and_peft_load_the_adapters_as_the_page_says(small, gguf):
+    """The lines of docs/loading.md."""
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    page = Path(vk.__file__).parent.parent / "docs" / "loading.md"
+    page = page.read_text(encoding="utf-8")
+    fetching.fetch(gguf)
+    names = {"vk": vk, "torch": torch, "PeftModel": PeftModel}
+    names["AutoModelForImageTextToText"] = AutoModelForImageTextToText
+    names["BitsAndBytesConfig"] = BitsAndBytesConfig
+    start = page.index('folder = vk.models.cobble.path("cobble-chat")')
+    exec(page[start : page.index("```", start)], names)
+    model, processor = vk.load("cobble-chat")
+    inputs = processor(images=Image.new("RGB", (9, 9)), text="<image>", return_tensors="pt")
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    assert torch.equal(names["model"].eval()(**inputs).logits, model(**inputs).logits)
 
 
 def test_adapters_that_are_damaged(small, gguf):
@@ -454,6 +472,8 @@ def test_a_cache_that_cannot_be_written_to(fails, gguf, monkeypatch, tmp_path):
 
 def test_a_cache_that_a_class_shares_is_only_read(small, gguf, monkeypatch):
     folders = fetching.fetch(gguf)
+    files = [path for path in (small / "cobble").rglob("*") if path.is_file()]
+    assert os.name == "nt" or all(path.stat().st_mode & 0o044 == 0o044 for path in files)
 
     def refused(*arguments, **keywords):
         raise PermissionError("read-only")

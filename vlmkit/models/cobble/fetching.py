@@ -37,6 +37,7 @@ DOWNLOAD, DISK = 93 * MEGABYTE, 400 * MEGABYTE
 """Bytes of the download, and of everything in the cache afterwards."""
 
 LANGUAGE, EYES = "model-language_model.safetensors", "model-vision.safetensors"
+TOKENIZER = "tokenizer.json"
 WEIGHTS = "cobble/weights"
 """The folder of the weights that were trained here, in vlmkit/models."""
 
@@ -140,12 +141,12 @@ def _room_for(size):
 
 def _require_ingredients():
     """Raise an error if a file of the package, or a package that reads the rest, is missing."""
-    missing = [name for state in recipe.STATES for name in _made_of(state)]
-    missing = sorted({name for name in missing if not (bundled.MODELS / name).is_file()})
+    needed = {name for state in recipe.STATES for name in _made_of(state)}
+    missing = sorted(name for name in needed if not (bundled.MODELS / name).is_file())
     if missing:
         raise CheckpointError(
-            f"{bundled.MODELS} lacks {', '.join(missing)}. This installation is incomplete. Install "
-            "vlmkit again, or train cobble: python -m vlmkit.models.cobble.train"
+            f"{bundled.MODELS} lacks {', '.join(missing)}. This installation is incomplete. "
+            "Install vlmkit again, or train cobble: python -m vlmkit.models.cobble.train"
         )
     if importlib.util.find_spec("gguf") is None:
         raise DependencyError(
@@ -303,18 +304,21 @@ def _contents(name, language):
 def _write(folder, name, language, eyes, processor, shared):
     """Write the checkpoint of the state `name`. Returns the file of its language model.
 
-    shared: a file with the language model's weights to link to, or None.
+    shared: the same file of another state, or None. Then it and the tokenizer beside it are linked
+        to.
     """
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 
     state, as_torch = recipe.STATES[name], {"format": "pt"}
     folder.mkdir()
+    save_file(eyes, folder / EYES, as_torch)
     if shared is None:
         save_file(language, folder / LANGUAGE, as_torch)
     else:
         _link(shared, folder / LANGUAGE)
-    save_file(eyes, folder / EYES, as_torch)
+    for file in (EYES, LANGUAGE):  # safetensors lets nobody else read it, and a class shares it
+        (folder / file).chmod(0o644)
     index = {
         "metadata": {"total_size": sum(t.nbytes for t in (*language.values(), *eyes.values()))},
         "weight_map": dict.fromkeys(language, LANGUAGE) | dict.fromkeys(eyes, EYES),
@@ -326,6 +330,9 @@ def _write(folder, name, language, eyes, processor, shared):
     ends = {"eos_token_id": recipe.END_ID, "pad_token_id": recipe.END_ID}
     GenerationConfig(bos_token_id=recipe.START_ID, **ends).save_pretrained(folder)
     processor.save_pretrained(folder)
+    if shared is not None:
+        (folder / TOKENIZER).unlink()
+        _link(shared.with_name(TOKENIZER), folder / TOKENIZER)
     if state.adapters:
         shutil.copytree(bundled.MODELS / WEIGHTS / ADAPTERS, folder / ADAPTERS)
     _write_json(
