@@ -317,8 +317,6 @@ def _write(folder, name, language, eyes, processor, shared):
         save_file(language, folder / LANGUAGE, as_torch)
     else:
         _link(shared, folder / LANGUAGE)
-    for file in (EYES, LANGUAGE):  # safetensors lets nobody else read it, and a class shares it
-        (folder / file).chmod(0o644)
     index = {
         "metadata": {"total_size": sum(t.nbytes for t in (*language.values(), *eyes.values()))},
         "weight_map": dict.fromkeys(language, LANGUAGE) | dict.fromkeys(eyes, EYES),
@@ -335,9 +333,10 @@ def _write(folder, name, language, eyes, processor, shared):
         _link(shared.with_name(TOKENIZER), folder / TOKENIZER)
     if state.adapters:
         shutil.copytree(bundled.MODELS / WEIGHTS / ADAPTERS, folder / ADAPTERS)
-    _write_json(
-        folder / MADE_OF, {"of": bundled.digests(_made_of(name)), "files": bundled.sizes(folder)}
-    )
+    for file in folder.rglob("*.safetensors"):  # safetensors lets nobody else read them
+        file.chmod(0o644)
+    made = {"of": bundled.digests(_made_of(name)), "files": bundled.sizes(folder)}
+    _write_json(folder / MADE_OF, made)
     return folder / LANGUAGE
 
 
