@@ -11,7 +11,9 @@ venv=.venv
 begun=$venv/.begun # exists while a set-up runs, and after one that failed or was interrupted
 ready=$venv/.ready # exists after a good set-up; contains its folder and its requirements
 folder=$(pwd -P)
-requirements=$(cat pyproject.toml constraints.txt | cksum)
+cobble=vlmkit/models/cobble # where its weights change, its checkpoints are put together again
+requirements=$(cat pyproject.toml constraints.txt $cobble/recipe.py $cobble/weights/* 2>/dev/null |
+    cksum)
 
 runs() { "$venv/bin/python" -c "" 2>/dev/null; }
 
@@ -70,3 +72,5 @@ touch "$begun"
 "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true
 printf '%s\n%s\n' "$folder" "$requirements" >"$ready"
 rm -f "$begun"
+"$venv/bin/python" -m vlmkit fetch cobble ||
+    echo "cobble is missing, so the course runs with pebble. To try again: $venv/bin/vlmkit fetch cobble"

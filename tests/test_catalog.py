@@ -4,6 +4,7 @@ import pytest
 
 import vlmkit as vk
 from vlmkit import catalog
+from vlmkit.catalog.bundled import BUNDLED
 from vlmkit.errors import CheckpointError
 
 
@@ -51,5 +52,6 @@ def test_a_name_without_its_owner_is_recognised():
 def test_every_folder_is_listed_and_every_name_has_its_folder():
     root = catalog.folder_of(catalog.NAMES[0]).parents[1]
     folders = {str(file.parent.relative_to(root)) for file in root.glob("*/*/config.json")}
-    assert folders == set(catalog.NAMES)
+    cobble = {f"cobble/{name}" for name, model in BUNDLED.items() if model.fetched}
+    assert folders == {*catalog.NAMES, *cobble}
     assert catalog.folder_of("nobody/nothing") is None

@@ -24,7 +24,7 @@ def test_not_a_checkpoint(tmp_path):
 
 
 def test_an_installation_without_pebble(tmp_path, monkeypatch):
-    monkeypatch.setattr("vlmkit.checkpoints.BUNDLED", tmp_path / "gone")
+    monkeypatch.setattr("vlmkit.catalog.bundled.MODELS", tmp_path / "gone")
     with pytest.raises(CheckpointError, match="'pebble' is bundled .* incomplete"):
         vk.load("pebble")
 

@@ -19,6 +19,7 @@ case "$1 $2" in
 "-c import sys; sys.exit"*) [ -z "$FAKE_VERSION" ] ;;
 "-c import ensurepip"*) [ -z "$FAKE_WITHOUT_VENV" ] ;;
 "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+"-m vlmkit") echo "$3 $4" >>fetch.log && [ -z "$FAKE_OFFLINE" ] ;;
 "-m pip") shift 2 && echo "pip $*" >>pip.log && [ -z "$FAKE_FAILURE" ] ;;
 esac
 """
@@ -63,6 +64,23 @@ def test_installs_the_package_under_the_constraints_and_then_no_more(checkout):
     assert checkout.installations == [
         "pip install --no-compile --constraint constraints.txt --editable .[course,dev,site]"
     ]
+
+
+def test_cobble_is_fetched_once_and_the_course_runs_without_it(checkout):
+    outcome = checkout.set_up(FAKE_OFFLINE="yes")
+    assert outcome.returncode == 0
+    assert outcome.stdout.endswith("To try again: .venv/bin/vlmkit fetch cobble\n")
+    assert checkout.set_up().stdout == ""
+    assert (checkout.folder / "fetch.log").read_text() == "fetch cobble\n"
+
+
+def test_new_weights_of_cobble_are_put_together(checkout):
+    checkout.set_up()
+    weights = checkout.folder / "vlmkit" / "models" / "cobble" / "weights"
+    weights.mkdir(parents=True)
+    (weights / "vision_encoder.safetensors").write_text("new")
+    checkout.set_up()
+    assert (checkout.folder / "fetch.log").read_text() == "fetch cobble\n" * 2
 
 
 def test_changed_requirements_are_installed_into_the_same_environment(checkout):

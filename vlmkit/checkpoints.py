@@ -1,7 +1,8 @@
 """Checkpoints: from a name to a folder, and what its files hold.
 
-A name is "pebble", a folder, or a hub id (`owner/name`). `find` turns it into a folder. Everything
-else here works on a folder, so a checkpoint from the hub and one on disk pass the same checks.
+A name is that of a model of the course ("pebble", "cobble"), a folder, or a hub id (`owner/name`).
+`find` turns it into a folder. Everything else here works on a folder, so a checkpoint from the hub
+and one on disk pass the same checks.
 """
 
 import json
@@ -9,12 +10,12 @@ import re
 from pathlib import Path
 
 from vlmkit import catalog
+from vlmkit.catalog.bundled import BUNDLED
 from vlmkit.errors import CheckpointError, brief, did_you_mean
 
-PEBBLE = "pebble"
-BUNDLED = Path(__file__).parent / "models" / "pebble" / "checkpoint"
 OFFLINE = 'vk.load("pebble") works without a network.'
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTERS = "adapters"  # a folder in a checkpoint's folder, as peft writes it
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # safetensors' names and ours
 _STATE = re.compile(r"\.quant_state\.bitsandbytes__(nf4|fp4)$")
@@ -25,19 +26,13 @@ def find(name, *, revision=None, weights=True, trust_remote_code=False):
 
     A hub id is looked up in the local cache first. Only what is missing there is downloaded.
     weights: whether the weights are wanted too. Without weights and without a revision, a model of
-        `vlmkit.catalog` needs neither cache nor network.
+        `vlmkit.catalog` needs neither cache nor network, and cobble need not be fetched.
 
     Raises CheckpointError if there is no such checkpoint.
     """
     text = str(name)
-    if text == PEBBLE:
-        if not BUNDLED.is_dir():
-            raise CheckpointError(
-                f"{PEBBLE!r} is bundled with vlmkit, but {BUNDLED} is not there. This installation "
-                "is incomplete. Install vlmkit again, or train pebble: "
-                "python -m vlmkit.models.pebble.train"
-            )
-        return BUNDLED
+    if text in BUNDLED:
+        return BUNDLED[text].find(weights)
     folder = Path(text).expanduser()
     if text and folder.is_dir():
         return folder
@@ -47,7 +42,7 @@ def find(name, *, revision=None, weights=True, trust_remote_code=False):
             "config.json, the weights and the processor's files."
         )
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
-        short = {name.split("/")[-1]: name for name in (PEBBLE, *catalog.NAMES)}
+        short = {name.split("/")[-1]: name for name in (*BUNDLED, *catalog.NAMES)}
         raise CheckpointError(
             f"There is no checkpoint {text!r}. It is not a folder here, and a hub id has the form "
             f"'owner/name'. {did_you_mean(text, short, 0.6, short)}{OFFLINE}"

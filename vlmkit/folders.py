@@ -1,4 +1,4 @@
-"""Folders that are written completely or not at all."""
+"""Folders that are written completely or not at all, and the folder of vlmkit's cache."""
 
 import contextlib
 import os
@@ -8,6 +8,17 @@ from pathlib import Path
 
 from vlmkit.errors import CheckpointError, brief
 from vlmkit.units import MEGABYTE
+
+
+def cache_folder():
+    """The folder in which vlmkit keeps what it fetches: the value of the environment variable
+    VLMKIT_CACHE, or else `vlmkit` in the folder that this system has for caches."""
+    if given := os.environ.get("VLMKIT_CACHE"):
+        return Path(given).expanduser()
+    variable, usual = "XDG_CACHE_HOME", "~/.cache"
+    if os.name == "nt":
+        variable, usual = "LOCALAPPDATA", "~/AppData/Local"
+    return Path(os.environ.get(variable) or usual).expanduser() / "vlmkit"
 
 
 @contextlib.contextmanager

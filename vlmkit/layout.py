@@ -16,6 +16,7 @@ from functools import cached_property
 from vlmkit import COMPONENTS
 from vlmkit.anatomy import anatomy_of, on_meta, unwrapped
 from vlmkit.backend import converting
+from vlmkit.catalog.bundled import BUNDLED
 from vlmkit.checkpoints import find, quantization_method, read_config, stored_formats
 from vlmkit.errors import CheckpointError, PlanError, did_you_mean
 from vlmkit.formats import DEFAULT, FORMATS
@@ -58,10 +59,40 @@ class Layout:
         """Full names of the outermost modules in which nothing is quantized."""
         return converting.skip_list(self.linears, self.quantized)
 
+    @property
+    def projector_hint(self):
+        """A sentence if the plan has a component in another format than the projector saw in its
+        training, according to the config. Empty if it has not, or if the config does not say it.
+        Between the float formats the projector makes no difference."""
+        said = getattr(self.config, "projector_trained_with", None) or {}
+        trained = {c: said[c] for c in COMPONENTS if c in said}
+        given = {component: _without_float(self.plan[component]) for component in trained}
+        other = [c for c, name in trained.items() if _without_float(name) != given[c]]
+        if not other:
+            return ""
+        then = " and ".join(f"the {c} in {trained[c]}" for c in other)
+        now = " and ".join(self.plan[c] for c in other)
+        siblings = [
+            bundled.name
+            for bundled in BUNDLED.values()
+            if bundled.fetched
+            and given == {"vision_encoder": DEFAULT, "language_model": bundled.trained_with}
+        ]
+        fits = f" {siblings[0]} has a projector that fits this plan." if siblings else ""
+        return (
+            f"The projector was trained with {then}, and the plan has {now}: the answers can be "
+            f"fluent and wrong.{fits}"
+        )
+
     def quantization_config(self):
         """transformers' config for this layout, or None where nothing is quantized. See
         `vlmkit.backend.converting.quantization_config`."""
         return converting.quantization_config(self.linears, self.quantized)
+
+
+def _without_float(name):
+    """`name`, or "bf16" if it is a float format. int3 is none of FORMATS, since no plan has it."""
+    return name if name not in FORMATS or FORMATS[name].quantized else DEFAULT
 
 
 def layout_of(x, plan=None, *, loadable=True, revision=None, trust_remote_code=False):

@@ -4,7 +4,8 @@
     vk.memory.predict("meta-llama/Llama-3.2-11B-Vision-Instruct", plan)
 
 Anatomy and prediction need only a config. Each folder here has the name of a model's id on the hub
-and holds the config.json that the model's owner published.
+and holds the config.json that the model's owner published. The models that come with the course are
+in `vlmkit.catalog.bundled`; the folder cobble holds the configs of cobble.
 """
 
 from pathlib import Path

@@ -2,6 +2,7 @@
 
     vlmkit                                            # the bundled model and picture
     vlmkit ask cat.jpg "What is on the sofa?"         # your own picture, or another model
+    vlmkit fetch cobble                               # the model for photographs, 93 MB, once
     vlmkit anatomy pebble                             # which component has which parameters
     vlmkit memory pebble --plan nf4                   # what a model needs
     vlmkit fit                                        # what fits on which graphics card
@@ -17,12 +18,13 @@ vlmkit.
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import typer
 
 from vlmkit import __version__
-from vlmkit.cli import answering, checking, sizing, training
+from vlmkit.cli import answering, checking, fetching, sizing, training
 from vlmkit.cli.options import option
 from vlmkit.errors import VlmkitError
 
@@ -36,6 +38,7 @@ app = typer.Typer(
 )
 for command, short, epilog in (
     (answering.ask, "Ask a model about your own pictures.", answering.EXAMPLES),
+    (fetching.fetch, "Download the model for photographs, once.", fetching.EXAMPLES),
     (checking.anatomy, "Which component has which parameters.", checking.ANATOMY_EXAMPLES),
     (sizing.memory, "What a model needs, by component.", sizing.MEMORY_EXAMPLES),
     (sizing.fit, "Which models fit on which graphics cards.", sizing.FIT_EXAMPLES),
@@ -72,6 +75,7 @@ def main(argv=None):
     """Run the command line on `argv`, by default the process's own. Returns the exit status."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model may answer in any alphabet
+    formatted, warnings.formatwarning = warnings.formatwarning, _as_one_line
     try:
         status = typer.main.get_command(app).main(argv, _program(), standalone_mode=False)
         sys.stdout.flush()
@@ -92,7 +96,14 @@ def main(argv=None):
         help_at = where.command_path if where else _program()
         print(f"vlmkit: {error.format_message()}\nTry {help_at} --help", file=sys.stderr)
         return 2
+    finally:
+        warnings.formatwarning = formatted
     return status or 0
+
+
+def _as_one_line(message, *where, **more):
+    """A warning as text, without the line of code that caused it."""
+    return f"vlmkit: {message}\n"
 
 
 def _program():

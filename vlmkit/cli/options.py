@@ -22,7 +22,7 @@ def argument(kind, text, metavar):
     return Annotated[kind, typer.Argument(help=text, metavar=metavar, show_default=False)]
 
 
-MODEL = 'A folder, a hub id, a model of the catalog or "pebble"'
+MODEL = "pebble, cobble, a folder, a hub id or a model of the catalog"
 Model = argument(str, f"{MODEL}; by default what VLMKIT_MODEL names, else pebble.", "MODEL")
 PlanText = option(
     str,

@@ -152,8 +152,8 @@ def check():
 def diagnose(models=None, *, progress=False):
     """Look at everything. Returns an Environment; raises nothing, whatever is missing.
 
-    models: names for `vlmkit.fit`. By default pebble and the catalog, which takes some 15 seconds;
-        () leaves the models out. progress: whether to show a bar.
+    models: names for `vlmkit.fit`. By default pebble, cobble and the catalog, which takes some 15
+        seconds; () leaves the models out. progress: whether to show a bar.
 
     `vlmkit.memory.fitting` says which models fit in the memory that is free now, on the GPU with
     the most free memory, or on the CPU. Nothing is downloaded and nothing is contacted.
@@ -192,7 +192,7 @@ def _fit(models, where, memory, progress):
     from vlmkit.memory.fitting import fit
 
     table = fit(
-        ("pebble", *NAMES) if models is None else models,
+        ("pebble", "cobble", *NAMES) if models is None else models,
         gpus=[memory],
         allocator=None if where == "CPU" else "cuda",
         reserved=RESERVED,

@@ -33,6 +33,7 @@ PACKAGES = {  # name: (oldest version tried, version tested with)
     "matplotlib": ("3.10", "3.11.2"),
     "typer": ("0.20", "0.29.2"),
     "pyyaml": ("6.0.2", "6.0.3"),
+    "gguf": ("0.18.0", "0.19.0"),
 }
 """The packages that the course needs: the lower bounds of `pyproject.toml`, and the versions of
 `constraints.txt`. A test compares the table with the two files. They cannot be read here: an
@@ -67,8 +68,8 @@ def needs():
 
 
 def rest():
-    """The rest: GPUs, disk, caches, the hub, optional packages and the notebooks' kernel."""
-    return (*gpus(), *disks(), hub(), *extras(), torchvision(), kernel())
+    """The rest: GPUs, disk, caches, cobble, the hub, optional packages and the kernel."""
+    return (*gpus(), *disks(), cobble(), hub(), *extras(), torchvision(), kernel())
 
 
 # --- Python, packages, processor, memory ---------------------------------------------------------
@@ -251,6 +252,18 @@ def _folder(what, path, otherwise):
     if free < WANTED_DISK:
         return Status(what, found, f"little: {WANTED_DISK / GIGABYTE:.0f} GB is plenty", NOTE)
     return Status(what, found)
+
+
+def cobble():
+    """Whether cobble was fetched."""
+    from vlmkit.catalog.bundled import BUNDLED
+
+    fetched = [bundled for bundled in BUNDLED.values() if bundled.fetched]
+    place = str(fetched[0].folder.parent)
+    if all(bundled.is_current for bundled in fetched):
+        return Status("cobble", place)
+    found = "none" if not fetched[0].folder.is_dir() else f"{place}, not of this vlmkit"
+    return Status("cobble", found, "chapters with photographs need it: vlmkit fetch cobble", NOTE)
 
 
 def hub():

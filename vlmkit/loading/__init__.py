@@ -10,16 +10,17 @@ transformers' own BitsAndBytesConfig, and the checkpoint's AutoProcessor.
 """
 
 import os
+import warnings
 
 from vlmkit.backend.boundaries import join_dtypes
 from vlmkit.backend.cpu import guard_against_cpu_traps
 from vlmkit.backend.quiet import is_watched, quiet, without_garbage_collection
-from vlmkit.checkpoints import PEBBLE, find, weight_dtypes, weight_files
+from vlmkit.checkpoints import find, weight_dtypes, weight_files
 from vlmkit.layout import layout_of
 from vlmkit.loading.audit import Audit, Preview, audit, audit_layout, plan_of, preview
 from vlmkit.loading.processors import load_processor
 from vlmkit.loading.saving import save
-from vlmkit.loading.weights import check_formats, load_weights, resolve_device
+from vlmkit.loading.weights import check_formats, load_weights, resolve_device, with_adapters
 from vlmkit.plan import Plan
 from vlmkit.units import GIGABYTE
 
@@ -29,13 +30,13 @@ __all__ = ["Audit", "Preview", "audit", "default_model", "load", "plan_of", "pre
 def default_model():
     """The name of the model that the chapters load: the value of the environment variable
     VLMKIT_MODEL, or "pebble"."""
-    return os.environ.get("VLMKIT_MODEL") or PEBBLE
+    return os.environ.get("VLMKIT_MODEL") or "pebble"
 
 
 def load(name, plan=None, *, processor=True, device=None, revision=None, trust_remote_code=False):
     """Load the model `name` under `plan`. Returns (model, processor), audited.
 
-    name: "pebble", a folder, or a hub id.
+    name: a model of the course ("pebble", "cobble"), a folder, or a hub id.
     plan: a Plan or anything that `Plan.parse` takes. None is `Plan.recommended()`. For a checkpoint
         that is quantized already, None is what it holds, and any other plan has to agree with that.
     processor: False leaves the processor out. It is returned as None, and no file of it is needed.
@@ -44,7 +45,11 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
     trust_remote_code: whether Python code that comes with the checkpoint may run.
 
     The plan is resolved to full module names before any weight is read. If anything is wrong,
-    nothing is returned.
+    nothing is returned. If the projector was trained with another format of the language model or
+    the vision encoder than the plan has, a warning says so.
+
+    If the checkpoint's folder has a folder `adapters`, as cobble-chat has, they are put on the
+    model, in whatever formats the plan gives it, and a PeftModel is returned.
 
     Raises PlanError (the plan does not fit the model or the device), CheckpointError (files are
     missing, damaged or refused), AnatomyError (not a VLM, or it has unknown parts), AuditError
@@ -67,6 +72,9 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
             guard_against_cpu_traps(model)
             join_dtypes(model, layout)
             audit_layout(model, layout)
+            model = with_adapters(folder, model)
+    if layout.projector_hint:
+        warnings.warn(layout.projector_hint, stacklevel=2)
     return model, loaded_processor
 
 

@@ -74,10 +74,18 @@ class Formats(Table):
             yield textwrap.fill(text, 98, initial_indent="  ", subsequent_indent="    ")
 
 
+@dataclass(frozen=True)
 class Preview(Formats):
-    """What a load under a plan will give, predicted to the byte."""
+    """What a load under a plan will give, predicted to the byte. hint: what `vk.load` would warn
+    of, or an empty string."""
 
+    hint: str = ""
     found = "gets"
+
+    def _remarks(self):
+        yield from super()._remarks()
+        if self.hint:
+            yield textwrap.fill(self.hint, 98)
 
 
 class Audit(Formats):
@@ -125,7 +133,7 @@ def preview(name, plan=None, *, revision=None, trust_remote_code=False):
     Raises CheckpointError, AnatomyError and PlanError as `vk.load` does.
     """
     layout = layout_of(name, plan, revision=revision, trust_remote_code=trust_remote_code)
-    return Preview(layout.plan, layout.rows)
+    return Preview(layout.plan, layout.rows, layout.projector_hint)
 
 
 def audit(model, plan):

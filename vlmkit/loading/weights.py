@@ -8,6 +8,7 @@ from math import isfinite
 from vlmkit.anatomy import shape_of
 from vlmkit.backend.quiet import environment
 from vlmkit.backend.storages import state_tensors
+from vlmkit.checkpoints import ADAPTERS
 from vlmkit.errors import CheckpointError, PlanError, brief
 from vlmkit.formats import torch_dtype
 
@@ -103,6 +104,24 @@ def load_weights(folder, layout, device, trust_remote_code=False):
     _require_scales(folder, model, layout)
     _round_to_layout(model, parameters, layout)
     return model
+
+
+def with_adapters(folder, model):
+    """`model` with the adapters that the checkpoint in `folder` has: a PeftModel in eval mode, or
+    the model itself if there are none.
+
+    Raises CheckpointError if the adapters are damaged or do not fit.
+    """
+    if not (folder / ADAPTERS / "adapter_config.json").is_file():
+        return model
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, folder / ADAPTERS).eval()
+    except Exception as error:  # peft's, safetensors' and torch's
+        raise CheckpointError(
+            f"{folder / ADAPTERS}: the adapters cannot be loaded: {brief(error)}"
+        ) from error
 
 
 def _quantizer(layout):

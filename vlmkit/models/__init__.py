@@ -1,8 +1,9 @@
-"""The models that come with the course. `vlmkit.models.pebble` is the one to take apart."""
+"""The models that come with the course. `vlmkit.models.pebble` is the one to take apart,
+`vlmkit.models.cobble` the one with a real language model."""
 
 import importlib
 
-_MODULES = ("pebble",)
+_MODULES = ("pebble", "cobble")
 
 
 def __getattr__(name):

@@ -7,3 +7,18 @@ train.py         `python -m vlmkit.models.cobble.train`: the stages of its train
 weights/         vision encoder, projectors and adapters, all trained here
 MODEL_CARD.md    where every weight comes from, what cobble can and cannot do, measured
 """
+
+
+def fetch(file=None):
+    """Put cobble together in vlmkit's cache. See `vlmkit.models.cobble.fetching.fetch`."""
+    from vlmkit.models.cobble import fetching
+
+    return fetching.fetch(file)
+
+
+def path(name="cobble"):
+    """The folder of the checkpoint of a state of cobble, as `from_pretrained` takes it. Raises
+    CheckpointError if cobble was not fetched."""
+    from vlmkit.catalog.bundled import BUNDLED
+
+    return BUNDLED[name].find()
