@@ -64,7 +64,7 @@ def questions(given):
 
     rng = random.Random("cobble")
     if given.folder and (given.folder / "pictures").is_dir():
-        kept = train.Pictures(given.folder, "cpu")
+        kept = train.Arrays(given.folder, "cpu")
         photos, labels = kept["photographs-test"], kept["photographs-test-labels"]
         photos, labels = photos.permute(0, 2, 3, 1).numpy(), labels.numpy()
     else:

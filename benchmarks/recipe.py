@@ -102,7 +102,7 @@ def one_training(given, vision, language, hidden, seed):
     device = torch.device(given.device)
     name = f"v-{vision}_l-{language}_h-{hidden}_s-{seed}"
     file = given.folder / "recipe" / f"{name}.safetensors"
-    pictures = train.Pictures(given.folder, device)
+    pictures = train.Arrays(given.folder, device)
     model, tokenizer = train.load_parts(given.folder, given.language_model, device)
     parts = {
         "vision": model.model.vision_tower,
@@ -173,7 +173,9 @@ def all_trainings(given):
             kind = todo.pop(0)
             own = dict(os.environ, CUDA_VISIBLE_DEVICES=str(next(devices)), OMP_NUM_THREADS="2")
             words = [sys.executable, __file__, *sys.argv[1:], "--one", *map(str, kind)]
-            log = (given.folder / "recipe" / "log-{}-{}-{}-{}.txt".format(*kind)).open("w")
+            log = (given.folder / "recipe" / "log-{}-{}-{}-{}.txt".format(*kind)).open(
+                "w", encoding="utf-8"
+            )
             process = subprocess.Popen(words, env=own, stdout=log, stderr=subprocess.STDOUT)
             running[process] = kind
         process = next(iter(running))

@@ -43,7 +43,7 @@ CHUNK = 250
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Schedule:
     """How a stage learns: AdamW, a linear warm-up, then a cosine down to 2% of `learning_rate`."""
 
     max_steps: int
@@ -54,10 +54,10 @@ class Settings:
 
 
 SETTINGS = {
-    "teacher": Settings(3_000, 512, 2e-3, 0.05, 300),
-    "vision_encoder": Settings(9_000, 1_024, 2e-3, 0.05, 300),
-    "projector": Settings(800, 128, 1e-3),
-    "chat": Settings(1_500, 128, 5e-4),
+    "teacher": Schedule(3_000, 512, 2e-3, 0.05, 300),
+    "vision_encoder": Schedule(9_000, 1_024, 2e-3, 0.05, 300),
+    "projector": Schedule(800, 128, 1e-3),
+    "chat": Schedule(1_500, 128, 5e-4),
 }
 
 
@@ -141,7 +141,7 @@ def read_easy_vqa(split):
     return np.stack(pictures), list(rows.values())
 
 
-class Pictures:
+class Arrays:
     """The arrays of `prepare_pictures`, on a device."""
 
     def __init__(self, folder, device):
@@ -239,7 +239,7 @@ def _write_log(file, lines):
 # --- the vision encoder ---------------------------------------------------------------------------
 
 
-class Block(torch.nn.Module):
+class Residual(torch.nn.Module):
     """Convolution, normalization, ReLU; a pool; then two more convolutions that are added."""
 
     def __init__(self, before, after, residual):
@@ -264,9 +264,9 @@ def build_teacher():
     """A small residual network for 32 × 32 pixels (He et al., 2016, arXiv 1512.03385)."""
     return torch.nn.Sequential(
         _convolution(3, 64),
-        Block(64, 128, True),
-        Block(128, 256, True),
-        Block(256, 512, True),
+        Residual(64, 128, True),
+        Residual(128, 256, True),
+        Residual(256, 512, True),
         torch.nn.AdaptiveMaxPool2d(1),
         torch.nn.Flatten(),
         torch.nn.Linear(512, len(photographs.THINGS)),
@@ -305,7 +305,7 @@ def train_teacher(folder, pictures, device, seed, settings):
     return teacher
 
 
-class Reader(torch.nn.Module):
+class Heads(torch.nn.Module):
     """Reads the targets from the vision encoder's features, and is not kept: the classes of
     photographs, digits and easy-VQA from the mean of the patches, and pebble's targets from each
     patch, through noise, so that each target must take enough room in the features."""
@@ -345,7 +345,7 @@ def train_vision_encoder(folder, encoder, pictures, device, seed, settings):
     """Train `encoder` in place. Photographs: only the teacher's distribution on the same mixed
     pictures (Beyer et al., 2022, arXiv 2106.05237, "A good teacher is patient and consistent")."""
     torch.manual_seed(seed)
-    reader = Reader(recipe.VISION_WIDTH).to(device)
+    reader = Heads(recipe.VISION_WIDTH).to(device)
     teacher = train_teacher(folder, pictures, device, seed, SETTINGS["teacher"])
     facts = [easy_vqa_facts(rows) for rows in pictures["easy_vqa-train-questions"]]
     facts = torch.tensor(facts, device=device)
@@ -633,7 +633,7 @@ def train(folder, photos, language_model_file, device, stages=STAGES, workers=0,
     device = torch.device(device)
     if "pictures" in stages:
         prepare_pictures(folder, photos, workers)
-    pictures = Pictures(folder, device)
+    pictures = Arrays(folder, device)
     if "teacher" in stages:
         train_teacher(folder, pictures, device, seed, SETTINGS["teacher"])
     file = folder / "vision_encoder.safetensors"
