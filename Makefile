@@ -84,13 +84,13 @@ benchmark-sensitivity: setup ## time a sweep of formats and scopes against a pla
 benchmark-damage: setup ## record for chapter 05 what pebble loses in eleven formats
 	$(quietly) $(python) benchmarks/damage.py $(BENCHMARK_ARGS)
 
-benchmark-budgets: setup ## record for chapter 06 what layers lose, and planned and uniform formats
+benchmark-budgets: setup ## record for chapter 07 what layers lose, and planned and uniform formats
 	$(quietly) $(python) benchmarks/budgets.py $(BENCHMARK_ARGS)
 
-benchmark-domains: setup ## record for chapter 07 which component learns a new domain
+benchmark-domains: setup ## record for chapter 08 which component learns a new domain
 	$(quietly) $(python) benchmarks/domains.py $(BENCHMARK_ARGS)
 
-benchmark-stages: setup ## train chapter 09's recipes, each with a stage left out or changed
+benchmark-stages: setup ## train chapter 10's recipes, each with a stage left out or changed
 	$(quietly) $(python) benchmarks/stages.py $(BENCHMARK_ARGS)
 
 benchmark-gpu: setup ## compare predictions with an NVIDIA GPU at full size; minutes, 25 GB of disk

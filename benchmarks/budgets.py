@@ -1,4 +1,4 @@
-"""Chapter 06 with more questions: what each layer of pebble loses, what its scores foretell, and
+"""Chapter 07 with more questions: what each layer of pebble loses, what its scores foretell, and
 what the planner makes of a budget.
 
     python benchmarks/budgets.py                              # recorded; 20 minutes
@@ -6,9 +6,9 @@ what the planner makes of a budget.
 
 Two tables, both of `vlmkit`'s own functions, which the chapter shows:
 
-06_layers.csv    a row per layer, or per Linear layer, and format: the four scores on calibration
+07_layers.csv    a row per layer, or per Linear layer, and format: the four scores on calibration
                  questions, and on others the true damage (kl_true; difference with its interval)
-06_frontier.csv  `Planner.frontier`, planned against uniform: by layer and by component, in formats
+07_frontier.csv  `Planner.frontier`, planned against uniform: by layer and by component, in formats
                  for experiments
 
 What is in them already for the same weights of pebble is not repeated.
@@ -49,10 +49,10 @@ def main(argv=None):
     args.output.mkdir(parents=True, exist_ok=True)
     for name, (by, formats) in PLANNERS.items():
         measure = partial(frontier, model, processor, by, formats, args.n)
-        record(args.output / "06_frontier.csv", "planner", name, measure)
+        record(args.output / "07_frontier.csv", "planner", name, measure)
     for by in BITS:
         measure = partial(layers, model, processor, by, args.n)
-        record(args.output / "06_layers.csv", "by", by, measure)
+        record(args.output / "07_layers.csv", "by", by, measure)
 
 
 def layers(model, processor, by, n):

@@ -1,6 +1,6 @@
 """What each student of a class needs of a shared machine: memory and time of whole chapters.
 
-    python benchmarks/class.py                              # chapters 00, 04, 07: ten minutes
+    python benchmarks/class.py                              # chapters 00, 04, 08: ten minutes
     python benchmarks/class.py --chapters 00 --cores 1
     python benchmarks/class.py --markdown table.md          # write the tables there too
 
@@ -27,7 +27,7 @@ from pathlib import Path
 import psutil
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-CHAPTERS = ("00", "04", "07")
+CHAPTERS = ("00", "04", "08")
 MEGABYTE = 10**6
 TOKEN = "measured"
 

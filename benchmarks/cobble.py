@@ -57,7 +57,8 @@ def questions(given):
     import torch
 
     from vlmkit import tasks
-    from vlmkit.models.cobble import photographs, tensors, train
+    from vlmkit.models.cobble import tensors, train
+    from vlmkit.tasks import real
 
     def pixels(pictures):
         return tensors.pixel_values(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
@@ -68,7 +69,7 @@ def questions(given):
         photos, labels = kept["photographs-test"], kept["photographs-test-labels"]
         photos, labels = photos.permute(0, 2, 3, 1).numpy(), labels.numpy()
     else:
-        photos, labels = photographs.read(given.photographs, "test")
+        photos, labels = real.read_photographs(given.photographs, "test")
     order = np.random.default_rng(0).permutation(len(photos))
     photos, labels = photos[order], labels[order].tolist()
     asked = {}
@@ -82,10 +83,10 @@ def questions(given):
     ):
         n = min(n, given.n or n, len(photos))
         asked[task] = (pixels(photos[:n]), *make(labels[:n], rng))
-    written, values = train.read_digits()
-    n = min(given.n or train.DIGITS_HELD_OUT, train.DIGITS_HELD_OUT)
+    written, values = real.read_digits("test")
+    n = min(given.n or len(written), len(written))
     asked["handwritten digits"] = (pixels(written[-n:]), *digits(values[-n:].tolist(), rng))
-    pictures, pairs = train.read_easy_vqa("test")
+    pictures, pairs = real.read_easy_vqa("test")
     rows = [(i, q, a) for i, about in enumerate(pairs) for q, a in about]
     rng.shuffle(rows)
     rows = rows[: given.n or None]

@@ -1,4 +1,4 @@
-"""Chapter 07 with all parts: which component must learn for which domain, and what training brings
+"""Chapter 08 with all parts: which component must learn for which domain, and what training brings
 back after rounding.
 
     python benchmarks/domains.py                                     # the recorded runs
@@ -12,7 +12,7 @@ are questions of the domain, and of pebble's own tasks, for what it forgets.
 "recovery": a component is rounded, and adapters on it learn pebble's own tasks, which the same
 training without the rounding is held against.
 
-The result is notebooks/data/07_domains.csv, a row per run and task that was asked about: how many
+The result is notebooks/data/08_domains.csv, a row per run and task that was asked about: how many
 answers were right before and after, and how many were regressions and fixes. It is written after
 every run, and a run that is in it already, for the same weights of pebble, is not repeated.
 """
@@ -26,7 +26,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-OUTPUT = Path(__file__).resolve().parent.parent / "notebooks" / "data" / "07_domains.csv"
+OUTPUT = Path(__file__).resolve().parent.parent / "notebooks" / "data" / "08_domains.csv"
 SEED = 20_260_700  # of the questions; training has a split of its own
 VISION, PROJECTOR, LANGUAGE = "vision_encoder", "projector", "language_model"
 DOMAINS = ("clock", "dutch")

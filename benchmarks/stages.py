@@ -1,4 +1,4 @@
-"""Chapter 09's ablations: pebble's early stages with one of them left out or changed.
+"""Chapter 10's ablations: pebble's early stages with one of them left out or changed.
 
     python benchmarks/stages.py                  # what is recorded, half an hour on two cores
     python benchmarks/stages.py --steps 3 3 3 --lesson-steps 3 --n 8 --output trial.csv  # a trial
@@ -12,7 +12,7 @@ questions, equally many a task.
 The lessons begin at the end of `instruct` with the batches of the run that made pebble, so that its
 log is what they are compared with; they are scored on the pictures they learn from, each seen once.
 
-The result is notebooks/data/09_stages.csv, a row per recipe, seed, stage and task, and a row per 50
+The result is notebooks/data/10_stages.csv, a row per recipe, seed, stage and task, and a row per 50
 or 100 steps of training. It is written after every recipe, and what is in it already for the same
 weights is not repeated: what was stopped continues.
 """
@@ -27,7 +27,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-OUTPUT = Path(__file__).resolve().parent.parent / "notebooks" / "data" / "09_stages.csv"
+OUTPUT = Path(__file__).resolve().parent.parent / "notebooks" / "data" / "10_stages.csv"
 QUESTIONS = 20_260_900  # their seed
 BRIDGE, EYES = ("multi_modal_projector",), ("vision_tower",)
 TONGUE = ("language_model", "lm_head")

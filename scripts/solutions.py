@@ -1,6 +1,6 @@
 """Make notebooks/solutions/ from the chapters: `make solutions`, or one by its number.
 
-    python scripts/solutions.py 07
+    python scripts/solutions.py 08
 
 An exercise is a stub in a chapter: a cell that calls `vk.course.check`. Its solution is in the
 metadata of that cell, as {"code": ..., "text": ...}, and nowhere else. A notebook of solutions has

@@ -296,7 +296,7 @@ def test_a_list_of_targets_has_suffixes_and_reaches_the_tower(clip):
 
 @fact
 def test_all_linear_means_every_component(clip):
-    """target_modules="all-linear" adapts vision encoder and projector too; chapter 07 and
+    """target_modules="all-linear" adapts vision encoder and projector too; chapter 08 and
     docs/from_unsloth.md say so."""
     found = adapted(clip, target_modules="all-linear")
     assert any("vision_tower" in name for name in found)

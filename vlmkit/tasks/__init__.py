@@ -8,6 +8,7 @@ order and for any `n`. Because the split is part of that key, training and evalu
 Three more tasks are domains that pebble was not trained on: `clock`, `dutch` and
 `dutch_throughout`. "all" means the six tasks.
 
+`handwriting`, `photographs` and `easy_vqa` give pictures that nobody drew for this course.
 `from_dataset` gives published data, from a disk or the hub, and your own data in the same form.
 """
 
@@ -18,6 +19,7 @@ from vlmkit.tasks.drawing import SIZE, to_image
 from vlmkit.tasks.ocr import OCR
 from vlmkit.tasks.published import SCHEMAS, from_dataset
 from vlmkit.tasks.questions import NONE, generator
+from vlmkit.tasks.real import easy_vqa, handwriting, photographs
 from vlmkit.tasks.scenes import CAPTION, VQA
 from vlmkit.tasks.several import MULTI_IMAGE, VIDEO
 
@@ -31,9 +33,12 @@ __all__ = [
     "SPLITS",
     "TASKS",
     "dataset",
+    "easy_vqa",
     "example",
     "from_dataset",
     "generator",
+    "handwriting",
+    "photographs",
 ]
 
 RECIPES = {recipe.name: recipe for recipe in (CAPTION, VQA, OCR, CHART, MULTI_IMAGE, VIDEO)}

@@ -6,14 +6,13 @@ answer is a sentence, or one word where the question asks for one word.
 
 import re
 
-from vlmkit.models.cobble.photographs import THINGS
 from vlmkit.tasks.questions import article
+from vlmkit.tasks.real import DIGITS, THINGS
 
 ANIMALS = ("bird", "cat", "deer", "dog", "frog", "horse")
 FLYING = ("airplane", "bird")
 LEGS = {thing: "four legs" if thing in ANIMALS else "no legs" for thing in THINGS}
 LEGS["bird"] = "two legs"
-DIGITS = tuple("0123456789")
 
 SENTENCE, WORD, CAPTION, YES_NO, YES_NO_WORD = (
     "sentence",

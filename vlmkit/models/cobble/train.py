@@ -30,13 +30,13 @@ from tqdm import tqdm
 
 from vlmkit import formats, tasks
 from vlmkit.errors import VlmkitError
-from vlmkit.models.cobble import instructions, photographs, recipe, tensors
+from vlmkit.models.cobble import instructions, recipe, tensors
 from vlmkit.models.pebble import batches
 from vlmkit.models.pebble.train import replace
+from vlmkit.tasks import real
 
 FORMATS = ("bf16", "int8", "nf4", "nf4-dq", "int3")
 STAGES = ("pictures", "teacher", "vision_encoder", *(f"projector-{f}" for f in FORMATS), "chat")
-DIGITS_HELD_OUT = 597
 DRAWINGS = 24_000
 CHUNK = 250
 """Steps between two checkpoints of a run."""
@@ -71,16 +71,14 @@ def prepare_pictures(folder, source, workers=0):
     part = folder / "pictures.part"
     part.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
-        _write(part, f"photographs-{split}", *photographs.read(source, split))
-    digits, labels = read_digits()
-    _write(part, "digits-train", digits[:-DIGITS_HELD_OUT], labels[:-DIGITS_HELD_OUT])
-    _write(part, "digits-test", digits[-DIGITS_HELD_OUT:], labels[-DIGITS_HELD_OUT:])
+        _write(part, f"photographs-{split}", *real.read_photographs(source, split))
+        _write(part, f"digits-{split}", *real.read_digits(split))
     drawings = _in_processes(draw, range(DRAWINGS), workers)
     _write(part, "drawings-train", np.stack([d[0] for d in drawings]))
     np.save(part / "drawings-marks.npy", np.stack([d[1] for d in drawings]))
     _write_json(part / "drawings-questions.json", [d[2] for d in drawings])
     for split in ("train", "test"):
-        pictures, questions = read_easy_vqa(split)
+        pictures, questions = real.read_easy_vqa(split)
         _write(part, f"easy_vqa-{split}", pictures)
         _write_json(part / f"easy_vqa-{split}-questions.json", questions)
     os.replace(part, folder / "pictures")
@@ -103,16 +101,6 @@ def _in_processes(function, items, workers):
         return list(pool.map(function, items, chunksize=200))
 
 
-def read_digits():
-    """scikit-learn's handwritten digits as dark ink on white paper: (1797, 8, 8, 3) uint8, and
-    their labels. The last 597 are held out."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    gray = (255 - digits.images * 255 / 16).round().astype(np.uint8)
-    return np.repeat(gray[..., None], 3, axis=-1), digits.target.astype(np.int64)
-
-
 def draw(index):
     """One drawing for training: its pixels, its dense targets, and questions with answers."""
     rng = tasks.generator("train", "cobble", index)
@@ -124,21 +112,6 @@ def draw(index):
             found = [tasks.RECIPES[name].ask(kind, picture, rng) for _ in range(3)]
             asked += [[kind, *pair] for pair in found if pair]
     return picture.frames[0], batches.dense_targets(picture.marks[0]), asked
-
-
-def read_easy_vqa(split):
-    """(pictures, questions) of a half of easy-VQA: (n, 64, 64, 3) uint8, and for each picture its
-    [question, answer] pairs."""
-    import easy_vqa
-    from PIL import Image
-
-    questions, answers, owners = getattr(easy_vqa, f"get_{split}_questions")()
-    paths = getattr(easy_vqa, f"get_{split}_image_paths")()
-    pictures = [np.asarray(Image.open(paths[key]).convert("RGB")) for key in sorted(paths)]
-    rows = {key: [] for key in sorted(paths)}
-    for question, answer, owner in zip(questions, answers, owners, strict=True):
-        rows[owner].append([question, answer])
-    return np.stack(pictures), list(rows.values())
 
 
 class Arrays:
@@ -269,7 +242,7 @@ def build_teacher():
         Residual(256, 512, True),
         torch.nn.AdaptiveMaxPool2d(1),
         torch.nn.Flatten(),
-        torch.nn.Linear(512, len(photographs.THINGS)),
+        torch.nn.Linear(512, len(real.THINGS)),
     )
 
 
@@ -604,7 +577,7 @@ def naming(model, tokenizer, pictures, n=1_000):
     test, labels = pictures["photographs-test"][:n], pictures["photographs-test-labels"][:n]
     pixels = tensors.pixel_values(test)
     found = tensors.answers(model, tokenizer, ["What is in the picture?"] * n, pixels)
-    things = [photographs.THINGS[label] for label in labels.tolist()]
+    things = [real.THINGS[label] for label in labels.tolist()]
     return sum(map(instructions.is_right, found, things)) / n
 
 
@@ -624,8 +597,8 @@ def load_parts(folder, language_model_file, device, vision="bf16", language="bf1
 def train(folder, photos, language_model_file, device, stages=STAGES, workers=0, seed=0):
     """Run `stages` in the order of STAGES and write what they learned to `folder`.
 
-    photos: see `photographs.read`. language_model_file: the GGUF file of SmolLM2. workers:
-    processes that draw. A folder of a run that was killed continues it.
+    photos: see `tasks.real.read_photographs`. language_model_file: the GGUF file of SmolLM2.
+    workers: processes that draw. A folder of a run that was killed continues it.
     """
     from safetensors.torch import load_file, save_file
 
@@ -679,7 +652,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("runs/cobble"), help="where to write")
     parser.add_argument(
-        "--photographs", default=photographs.HUB, help="a folder, or a data set on the hub"
+        "--photographs", default=real.HUB, help="a folder, or a data set on the hub"
     )
     parser.add_argument(
         "--language-model", type=Path, required=True, help="the GGUF file of SmolLM2"

@@ -65,7 +65,7 @@ SKILLS = {
 In a mixture with everything else, "left of" stayed at chance for 7,000 steps. Trained alone, a
 skill comes in a few hundred steps: the color of a shape, then where a thing is, then which of two
 things is left of the other. An earlier model that was asked where things are before it knew colors
-by shape stayed at 55%, hence this order; the present recipe does not need it (chapter 09). The
+by shape stayed at 55%, hence this order; the present recipe does not need it (chapter 10). The
 other skills come when all skills take turns, and then stay."""
 
 CAPTIONS = Group("captions", ("caption",), 64, 1)

@@ -1,8 +1,9 @@
-"""Photographs of ten kinds of things, from a folder, parquet files or the hub.
+"""Pictures that nobody drew for this course: photographs, handwriting, and easy-VQA.
 
-Made for CIFAR-10 (Krizhevsky, 2009, "Learning Multiple Layers of Features from Tiny Images"). Any
-photographs of the same ten kinds will do. Each is cropped to a square and reduced to 32 × 32
-pixels.
+Photographs are of ten kinds of things, and come from a folder, parquet files or the hub: CIFAR-10
+(Krizhevsky, 2009, "Learning Multiple Layers of Features from Tiny Images"), or others of the same
+ten. Handwriting is scikit-learn's copy of the UCI digits. easy-VQA is a published data set of
+questions about simple shapes; the package easy-vqa has it.
 """
 
 import io
@@ -16,13 +17,15 @@ from vlmkit.errors import TaskError, brief, did_you_mean
 THINGS = ("airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 """In the order of CIFAR-10's labels."""
 
+DIGITS = tuple("0123456789")
+DIGITS_HELD_OUT = 597
 SIDE = 32
 HUB = "uoft-cs/cifar10"
 _OTHER_NAMES = {"automobile": "car", "aeroplane": "airplane", "plane": "airplane"}
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def read(source=HUB, split="train", *, skip_broken=False):
+def read_photographs(source=HUB, split="train", *, skip_broken=False):
     """(pictures, labels) of one split: (n, 32, 32, 3) uint8, and (n,) int64 indices of THINGS.
 
     source: a folder with a folder for each split ("train", "test") and in it a folder for each
@@ -64,6 +67,98 @@ def read(source=HUB, split="train", *, skip_broken=False):
             f"things: {', '.join(THINGS)}."
         )
     return np.stack(pictures), np.array(labels, dtype=np.int64)
+
+
+def read_digits(split="train"):
+    """(pictures, labels) of scikit-learn's handwritten digits as dark ink on white paper:
+    (n, 8, 8, 3) uint8 and (n,) int64. split: "train" (1,200), or "test", the last 597.
+
+    Raises TaskError if scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise _missing("handwriting", "scikit-learn") from error
+    digits = load_digits()
+    gray = (255 - digits.images * 255 / 16).round().astype(np.uint8)
+    half = slice(-DIGITS_HELD_OUT) if split == "train" else slice(-DIGITS_HELD_OUT, None)
+    return np.repeat(gray[..., None], 3, axis=-1)[half], digits.target.astype(np.int64)[half]
+
+
+def read_easy_vqa(split="train"):
+    """(pictures, questions) of a half of easy-VQA: (n, 64, 64, 3) uint8, and for each picture its
+    [question, answer] pairs. split: "train" (4,000 pictures) or "test" (1,000).
+
+    Raises TaskError if the package easy-vqa is not installed.
+    """
+    try:
+        import easy_vqa
+    except ModuleNotFoundError as error:
+        raise _missing("easy-VQA", "easy-vqa") from error
+    questions, answers, owners = getattr(easy_vqa, f"get_{split}_questions")()
+    paths = getattr(easy_vqa, f"get_{split}_image_paths")()
+    pictures = [np.asarray(Image.open(paths[key]).convert("RGB")) for key in sorted(paths)]
+    rows = {key: [] for key in sorted(paths)}
+    for question, answer, owner in zip(questions, answers, owners, strict=True):
+        rows[owner].append([question, answer])
+    return np.stack(pictures), list(rows.values())
+
+
+def _missing(data, package):
+    return TaskError(
+        f"{data} comes with the package {package}, which is not installed: pip install {package}"
+    )
+
+
+def photographs(source=HUB, n=100, seed=0, split="evaluation"):
+    """`n` rows about photographs as a `datasets.Dataset`, with the columns of `tasks.dataset`. The
+    answer is one of THINGS. source: see `read_photographs`, with its errors."""
+    pictures, labels = read_photographs(source, _half(split))
+    question = "What is in the picture? Answer in one word."
+    return _rows(pictures, [(question, THINGS[i]) for i in labels], "photographs", "name", n, seed)
+
+
+def handwriting(n=100, seed=0, split="evaluation"):
+    """`n` rows about handwritten digits as a `datasets.Dataset`, with the columns of
+    `tasks.dataset`. The answer is the digit. See `read_digits`, with its errors."""
+    pictures, labels = read_digits(_half(split))
+    question = "Which digit is this? Answer with the digit alone."
+    return _rows(pictures, [(question, DIGITS[i]) for i in labels], "handwriting", "digit", n, seed)
+
+
+def easy_vqa(n=100, seed=0, split="evaluation"):
+    """`n` rows of easy-VQA as a `datasets.Dataset`, with the columns of `tasks.dataset`. See
+    `read_easy_vqa`, with its errors."""
+    pictures, questions = read_easy_vqa(_half(split))
+    flat = [(i, pair) for i, pairs in enumerate(questions) for pair in pairs]
+    pictures, pairs = pictures[[i for i, _ in flat]], [pair for _, pair in flat]
+    return _rows(pictures, pairs, "easy_vqa", "published", n, seed)
+
+
+def _half(split):
+    if split not in ("train", "evaluation"):
+        raise TaskError(f"{split!r} is not a split. The splits are train, evaluation.")
+    return "test" if split == "evaluation" else "train"
+
+
+def _rows(pictures, pairs, task, kind, n, seed):
+    import datasets
+
+    if isinstance(n, bool) or not isinstance(n, int) or not 0 < n <= len(pairs):
+        raise TaskError(f"n, the number of rows, must be from 1 to {len(pairs):,}, and is {n!r}.")
+    chosen = np.random.default_rng(seed).permutation(len(pairs))[:n]
+    columns = {
+        "images": [[Image.fromarray(pictures[i])] for i in chosen],
+        "question": [pairs[i][0] for i in chosen],
+        "answer": [pairs[i][1] for i in chosen],
+        "task": [task] * n,
+        "kind": [kind] * n,
+    }
+    features = datasets.Features(
+        images=datasets.List(datasets.Image()),
+        **dict.fromkeys(("question", "answer", "task", "kind"), datasets.Value("string")),
+    )
+    return datasets.Dataset.from_dict(columns, features=features)
 
 
 def _index(name):
