@@ -44,10 +44,10 @@ browser: setup ## install what the tests in a browser need, and Chromium if none
 	$(python) -m pip install -q -c constraints.txt -e '.[browser]'
 	-$(python) scripts/chromium.py --install
 
-test: lint ## check style, run the tests, run every chapter and compare its outputs
+test: lint ## check style, run the tests, run the chapters and compare their outputs
 	@$(quietly) $(python) scripts/run_tests.py $(PYTEST_ARGS)
 
-test-all: lint browser ## the same with the slow tests, and the notebooks of solutions
+test-all: lint browser ## the same with the slow tests, all chapters and the solutions
 	$(pytest)
 	$(pytest) $(nbval)
 

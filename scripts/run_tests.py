@@ -1,4 +1,4 @@
-"""Run the tests and every chapter, several at a time: `make test`.
+"""Run the tests and the chapters, several at a time: `make test`.
 
     python scripts/run_tests.py -x       # options for every pytest; none by default
 
@@ -26,6 +26,9 @@ from vlmkit.environment import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = 2
+SLOW = ("02_connectors", "10_making_pebble")
+"""Chapters that train for minutes, on which `make test-all` alone spends the time: a third of all.
+08_lora_on_vqa trains as they do and stays in `make test`."""
 SECONDS = 300
 """What a part of the tests takes, about; a chapter takes what `make times` has recorded."""
 SELECTED_NOTHING = 5  # pytest's status; with -k, the other jobs may have had something to run
@@ -40,6 +43,7 @@ def jobs(options=()):
     found = [
         (seconds.get(name, math.inf), name, [*nbval, times.NOTEBOOKS / f"{name}.ipynb"])
         for name in times.chapters()
+        if name not in SLOW
     ]
     tests = sorted((ROOT / "tests").glob("test_*.py"))
     for part in range(PARTS):
