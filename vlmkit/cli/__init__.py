@@ -1,7 +1,7 @@
 """The command line: a first answer, your own pictures, questions about memory, and training.
 
-    vlmkit                                            # the bundled model and picture
-    vlmkit ask cat.jpg "What is on the sofa?"         # your own picture, or another model
+    vlmkit                                            # pebble on a drawing, cobble on a photograph
+    vlmkit ask cat.jpg "What is this?" --model cobble # your own picture, or another model
     vlmkit fetch cobble                               # the model for photographs, 93 MB, once
     vlmkit anatomy pebble                             # which component has which parameters
     vlmkit memory pebble --plan nf4                   # what a model needs
@@ -64,8 +64,8 @@ def _first(
 ):
     """How a vision-language model is built, what it needs, and what it answers.
 
-    Without a command: load the bundled model with its language model in 4 bits, ask it about a
-    bundled picture, and show what was loaded and what that saves.
+    Without a command: load pebble with its language model in 4 bits, ask it about a drawing, and
+    show what was loaded and what that saves; then the same with cobble and a photograph.
     """
     if context.invoked_subcommand is None:
         answering.first_answer()

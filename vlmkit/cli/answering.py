@@ -13,8 +13,10 @@ EXAMPLES = """\
 Examples:
 
 \b
-  vlmkit ask photo.jpg "What is in this picture?"
+  vlmkit ask drawing.png "How many circles are there?"
   vlmkit ask before.png after.png "Which picture has more circles?"
+  vlmkit ask photo.jpg "What is in the picture?" --model cobble
+  vlmkit ask photo.jpg "Can it fly?" --model cobble-chat --answer-only
   vlmkit ask photo.jpg "What is this?" --model PATH_OR_HUB_ID --plan language_model=nf4
 """
 
@@ -69,13 +71,30 @@ def ask(
 
 
 def first_answer():
-    """The bundled model's answer about a bundled picture, with all that there is to see."""
-    from vlmkit.course.pictures import FIRST
+    """The default model's answer about a picture that comes with the course, with all that there is
+    to see. If the default is pebble, cobble answers about a photograph as well."""
+    from vlmkit.course import pictures
 
+    name = name_of(None)
+    if name.startswith("cobble"):  # knows photographs better than drawings
+        _ask_about(pictures.photograph(), pictures.ABOUT_PHOTOGRAPHS, name)
+    else:
+        _ask_about(pictures.FIRST.path, pictures.FIRST.question, name)
+    if name == "pebble":
+        print()
+        if missing := pictures.missing_for_photographs():
+            print(missing)
+        else:
+            _ask_about(pictures.photograph(), pictures.ABOUT_PHOTOGRAPHS, "cobble")
+    print('\nNow ask about a picture of your own:\n  python -m vlmkit ask PICTURE "QUESTION"')
+    if name == "pebble":
+        print('  python -m vlmkit ask PHOTO "QUESTION" --model cobble')
+
+
+def _ask_about(path, question, name):
     here = Path.cwd()
-    path = FIRST.path.relative_to(here) if FIRST.path.is_relative_to(here) else FIRST.path
-    ask([str(path), FIRST.question])
-    print('\nNow ask about a picture of your own:  python -m vlmkit ask PICTURE "QUESTION"')
+    path = path.relative_to(here) if path.is_relative_to(here) else path
+    ask([str(path), question], name)
 
 
 def _read(paths):
