@@ -35,6 +35,7 @@ include_patterns = [
     "docs/*.rst",
     "notebooks/*.ipynb",
     "notebooks/solutions/*.ipynb",
+    "vlmkit/models/cobble/MODEL_CARD.md",
     "vlmkit/models/pebble/MODEL_CARD.md",
     "README.md",
     "CONTRIBUTING.md",

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it returns, and how it says what is wrong."""
 
+import importlib.util
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from PIL import Image
 
 import vlmkit as vk
 from vlmkit import cli
+from vlmkit.catalog.bundled import BUNDLED
 from vlmkit.course import pictures
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -51,11 +53,47 @@ def test_the_first_answer(monkeypatch, llava, capsys):
     assert lines[1] == "question   What color is the circle?"
     assert lines[2] == f"model      {llava}"
     assert lines[3].startswith("answer     ")
+    assert out.count("\nanswer ") == 1  # another model than pebble is asked alone
     assert "nf4 + bf16" in out and "measured on the loaded model: the same" in out
     for part in ("vision_encoder", "projector", "language_model", "total"):
         assert sum(line.startswith(part) for line in lines) == 2  # audited, and predicted
     named = (str(llava), "answer")
     assert max(len(line) for line in lines if not any(name in line for name in named)) <= 100
+
+
+def test_a_first_answer_without_cobble_is_pebbles_and_says_what_to_run(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.delenv("VLMKIT_MODEL", raising=False)
+    monkeypatch.setenv("VLMKIT_CACHE", str(tmp_path))
+    assert run() == 0
+    out, err = capsys.readouterr()
+    answers = [line for line in out.splitlines() if line.startswith("answer ")]
+    assert [line.split()[-1] for line in answers] == [pictures.FIRST.answer]
+    assert len([line for line in out.splitlines() if "vlmkit fetch cobble" in line]) == 1
+    assert err == "" and "measured on the loaded model: the same" in out
+
+
+def test_a_first_answer_without_scikit_image_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(type(BUNDLED["cobble"]), "is_current", True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install -c constraints.txt scikit-image" in pictures.missing_for_photographs()
+    with pytest.raises(vk.VlmkitError, match="scikit-image"):
+        pictures.photograph()
+
+
+@pytest.mark.skipif(not BUNDLED["cobble"].is_current, reason="run vlmkit fetch cobble")
+def test_a_first_answer_is_about_a_drawing_and_a_photograph(monkeypatch, capsys):
+    monkeypatch.delenv("VLMKIT_MODEL", raising=False)
+    assert run() == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    drawing, photograph = out.split("\npicture ")
+    assert re.search(r"model +pebble\nanswer +green\n", drawing)
+    assert re.search(r"model +cobble\nanswer +.*\bcat\b", photograph)
+    for name, part in (("pebble", drawing), ("cobble", photograph)):
+        total = vk.memory.predict(name, "recommended").total
+        assert f"predicted {total:,} bytes; measured on the loaded model: the same" in part
 
 
 def test_asking_about_pictures_of_ones_own(llava, red, capsys):

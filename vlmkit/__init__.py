@@ -2,17 +2,20 @@
 
     import vlmkit as vk
 
-    vk.anatomy("pebble")                          # which parameter belongs to which component
+    vk.anatomy("cobble")                          # which parameter belongs to which component
     plan = vk.Plan(vision_encoder="bf16", projector="bf16", language_model="nf4")
-    model, processor = vk.load("pebble", plan)    # a transformers model, an AutoProcessor
+    model, processor = vk.load("cobble", plan)    # a transformers model, an AutoProcessor
     vk.audit(model, plan)                         # what each component got; raises where it differs
-    vk.ask(model, processor, image, "What color is the circle?")
-    vk.memory.predict("pebble", plan)             # what it needs: no weights, no network
+    vk.ask(model, processor, image, "What is in the photo?")
+    vk.memory.predict("cobble", plan)             # what it needs: no weights, no network
     vk.evaluate(model, processor, dataset)        # accuracy with its interval, by task
     vk.sensitivity.sweep(model, processor, dataset, formats=[...], scopes=[...])
-    vk.planner.best_plan(model, processor, dataset, budget="3 MB")
+    vk.planner.best_plan(model, processor, dataset, budget="100 MB")
     model = vk.finetuning.add_adapters(model, projector="full", language_model=vk.LoRA(r=16))
     vk.finetuning.train(model, processor, dataset, "runs/first", max_steps=200)
+
+Two models come with the course. pebble was made here, on drawings, and is there to be taken apart.
+cobble is a real pretrained language model with eyes, which `vlmkit fetch cobble` fetches once.
 
 A model is a short table of components (`COMPONENTS`, `architectures`, `anatomy`). A plan gives
 each component a number format (`formats`, `plan`, `layout`). Everything else is a question about

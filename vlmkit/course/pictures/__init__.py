@@ -45,8 +45,8 @@ SAMPLES = (
 FIRST = SAMPLES[0]
 
 CAT, CUP = "chelsea.png", "coffee.png"
-"""Photographs in scikit-image: a cat, which is one of the ten things that cobble knows, and a cup of
-coffee, which is none of them."""
+"""Photographs in scikit-image: a cat, which is one of the ten things that cobble knows, and a cup
+of coffee, which is none of them."""
 ABOUT_PHOTOGRAPHS = "What is in the picture?"
 
 
