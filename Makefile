@@ -20,7 +20,7 @@ nbval := --nbval --nbval-current-env --nbval-cell-timeout=1800 notebooks
 as_root := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab site times browser test test-all test-oldest test-newest lint format benchmark-pebble benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity benchmark-damage benchmark-budgets benchmark-finetuning benchmark-domains benchmark-stages benchmark-gpu benchmark-several-gpus benchmark-class solutions clean
+.PHONY: help setup lab site times browser test test-all test-oldest test-newest lint format benchmark-pebble benchmark-cobble benchmark-recipe benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity benchmark-damage benchmark-budgets benchmark-finetuning benchmark-domains benchmark-stages benchmark-gpu benchmark-several-gpus benchmark-class solutions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-22s %s\n", $$1, $$2}'
@@ -68,6 +68,12 @@ format: setup ## change code and notebooks to that style
 
 benchmark-pebble: setup ## measure the bundled model on questions that it has never seen
 	$(quietly) $(python) benchmarks/pebble.py $(BENCHMARK_ARGS)
+
+benchmark-cobble: setup ## measure cobble on photographs, handwriting, easy-VQA and drawings
+	$(quietly) $(python) benchmarks/cobble.py $(BENCHMARK_ARGS)
+
+benchmark-recipe: setup ## train cobble's projectors in each format, and ask them in each; a GPU
+	$(quietly) $(python) benchmarks/recipe.py $(BENCHMARK_ARGS)
 
 benchmark-connectors: setup ## train chapter 02's connectors for longer, and record their accuracy
 	$(quietly) $(python) benchmarks/connectors.py $(BENCHMARK_ARGS)
