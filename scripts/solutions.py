@@ -213,6 +213,12 @@ def solutions(path):
     return v4.new_notebook(cells=cells, metadata=metadata)
 
 
+def is_bar(output):
+    """Whether an output is a piece of a progress bar, which differs in every run."""
+    text = output.get("text", "")
+    return output.get("name") == "stderr" and (text.startswith("\r") or not text.strip())
+
+
 def main(numbers):
     from nbclient import NotebookClient
 
@@ -224,6 +230,8 @@ def main(numbers):
         NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)
+            if cell.cell_type == "code":
+                cell.outputs = [output for output in cell.outputs if not is_bar(output)]
         nbformat.write(notebook, FOLDER / path.name)
         print(f"{path.name}: {len(notebook.cells)} cells")
 

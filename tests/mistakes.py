@@ -205,4 +205,18 @@ MISTAKES = {
         "vk.Plan.parse('nf4-dq')": "the vision encoder should stay in bf16",
         "'nf4-dq'": "a vk.Plan",
     },
+    "cells left out": {
+        '{"bf16": 88, "nf4": 68}': "the other way round",
+        '{"bf16": 88, "nf4": 88}': "88 for bf16 is too high",
+        '{"bf16": 68, "nf4": 50}': "50 for nf4 is too low",
+        '{"bf16": 0.68, "nf4": 0.88}': "these are shares",
+        '{"bf16": 68}': "a prediction for nf4 is missing",
+        '{"bf16": 68, "int8": 88}': "no format of a training here is int8",
+        '{"bf16": 68, "nf4": 880}': "from 0 to 100",
+    },
+    "train where it is used": {
+        'load("cobble-int3", "nf4")[0]': "reads 0 of 50",
+        'load("cobble", "nf4")[0]': "trained in nf4; begin with cobble-int3",
+        'load("cobble-int3", "bf16")[0]': "its language model is in bf16",
+    },
 }

@@ -139,3 +139,34 @@ def rate(answer, stage):
         right = learning_rate_at(step, stage)
         require(near(step, right), f"{found[step]:.6g} at step {step}, where {right:.6g} is right.")
     return "the same at every step that was tried."
+
+
+@exercise("train where it is used", lambda answer: answer)
+def train_where_it_is_used(model, processor, digits):
+    """cobble-int3 with its language model in NF4, after a training of the projector alone with
+    which it reads four of five of `digits`."""
+    from transformers import PreTrainedModel
+
+    from vlmkit.evaluation import evaluate
+    from vlmkit.loading import plan_of
+
+    of_type(model, PreTrainedModel, "the trained model")
+    trained_with = getattr(model.config, "projector_trained_with", {}).get("language_model")
+    require(
+        trained_with == "int3",
+        f"this model came with a projector trained in {trained_with}; begin with cobble-int3.",
+    )
+    plan = plan_of(model)
+    require(
+        plan["language_model"] == "nf4",
+        f"its language model is in {plan['language_model']}, and the projector is for NF4.",
+    )
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    other = [name for name in learning if "projector" not in name]
+    model.eval()
+    found = evaluate(model, processor, digits)
+    right, n = int(found.answers["correct"].sum()), len(digits)
+    require(right, f"it reads 0 of {n}, as before a training. Train its projector first.")
+    require(not other, f"not only the projector was trained, but also {len(other)} other tensors.")
+    require(right >= 0.8 * n, f"it reads {right} of {n}. More steps, or a higher rate?")
+    return "it reads more than four of five. So few digits are enough to connect what is there."

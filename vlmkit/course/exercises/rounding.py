@@ -162,3 +162,32 @@ def make_up(answer, net, format):
     old, new = losses
     require(new < old / 2, f"{new:.3f} nats; the old weight loses {old:.3f}.")
     return f"{new:.3f} nats instead of {old:.3f}: one rounding can make up for another."
+
+
+@exercise("cells left out", of_type, dict, "a dict")
+def cells_left_out(answer, means, asked_in, within):
+    """{format that a projector was trained with: percent right, asked in `asked_in`}, for bf16 and
+    nf4; means: the recorded percents by both formats."""
+    trained = ("bf16", "nf4")
+    known(answer, trained, "format of a training")
+    missing = " and ".join(name for name in trained if name not in answer)
+    require(not missing, f"a prediction for {missing} is missing.")
+    found = {name: number(answer[name], "a percentage") for name in trained}
+    require(all(0 <= one <= 100 for one in found.values()), "percentages go from 0 to 100.")
+    right = {name: means[name, asked_in] for name in trained}
+
+    def near(name, wanted):
+        return abs(found[name] - wanted) <= within
+
+    require(max(found.values()) > 1, "these are shares; the answer should be percentages.")
+    swapped = near("bf16", right["nf4"]) and near("nf4", right["bf16"])
+    require(not swapped, "it is the other way round: which of the two knows such weights?")
+    hints = {
+        "bf16": f"{asked_in} has NF4's codes, so this projector loses about what it loses in NF4.",
+        "nf4": f"the weights in {asked_in} are nearly those that this projector was trained with.",
+    }
+    for name, hint in hints.items():
+        side = "high" if found[name] > right[name] else "low"
+        require(near(name, right[name]), f"{found[name]:g} for {name} is too {side}: {hint}")
+    recorded = " and ".join(f"{right[name]:.0f}%" for name in trained)
+    return f"recorded are {recorded}. To a projector, {asked_in} and NF4 are nearly the same."
