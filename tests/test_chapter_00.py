@@ -23,7 +23,7 @@ def test_its_map_of_the_course_is_the_readmes(notebook):
     readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\[\d\d .+\]\()notebooks/(.+\.ipynb\)) \|", readme, re.M)
     mapped = re.findall(r"^\| (\[\d\d .+\]\()(.+\.ipynb\)) \|", text(notebook), re.M)
-    assert len(mapped) == 10 and set(mapped) <= set(rows)
+    assert len(mapped) == 11 and set(mapped) <= set(rows)
 
 
 def test_claims_about_bytes():

@@ -139,8 +139,8 @@ def test_claims_about_the_live_figure(notebook):
 
     matplotlib.use("agg")
     scope = {}
-    starts = ("import random", "def load", "with warnings", "recommended, _")
-    for start in (*starts, "content = ", "def hidden_states", "lines = "):
+    starts = ("import random", "def load", "images = ", "with warnings", "recommended, _")
+    for start in (*starts, "content = ", "def hidden_states", "original = ", "lines = "):
         source = chapters.cell(notebook, start).source
         exec("\n".join(line for line in source.splitlines() if "said" not in line), scope)
     lines = [line.get_ydata() for line in scope["ax"].lines]
