@@ -1,17 +1,21 @@
 """How often is cobble right? Fresh questions, greedy answers in free text, 95% Wilson intervals.
 
-    make benchmark-cobble BENCHMARK_ARGS="--photographs photos --n 200"
+    make benchmark-cobble                     # a few questions, without photographs: minutes
+    make benchmark-cobble BENCHMARK_ARGS="--photographs photos --n 1000"
 
-Loads the states by name and asks them. With --folder, it asks what
-`python -m vlmkit.models.cobble.train` wrote there instead, with weights rounded in place of
-quantized ones (for NF4 these are the same to the bit), which is how the recorded table was made on
-a GPU. Held out: CIFAR-10's test photographs, the last 597 of scikit-learn's digits, easy-VQA's test
+Loads the states by name and asks them. Before that, a process of its own measures on a CPU how long
+loading, a first answer and 100 questions take, and the memory that they need. With --folder, it
+asks what `python -m vlmkit.models.cobble.train` wrote there instead, with weights rounded in place
+of quantized ones (for NF4 these are the same to the bit), which is how the recorded table was made
+on a GPU. Held out: CIFAR-10's test photographs, the last 597 of scikit-learn's digits, easy-VQA's test
 half, drawings of the evaluation split, and the phrasings of `instructions.UNSEEN`.
 """
 
 import argparse
 import csv
+import os
 import random
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +24,8 @@ from vlmkit.evaluation.statistics import wilson
 from vlmkit.models.cobble import instructions as ins
 
 COLUMNS = ("state", "language_model", "task", "n", "right", "low", "high", "seconds")
+SMALL = 30
+"""Questions a task, unless --n or --folder says otherwise: a few minutes on two cores."""
 STATES = {"cobble-bf16": "bf16", "cobble": "nf4", "cobble-chat": "nf4"}
 
 
@@ -68,19 +74,24 @@ def questions(given):
         kept = train.Arrays(given.folder, "cpu")
         photos, labels = kept["photographs-test"], kept["photographs-test-labels"]
         photos, labels = photos.permute(0, 2, 3, 1).numpy(), labels.numpy()
-    else:
+    elif given.photographs:
         photos, labels = real.read_photographs(given.photographs, "test")
+    else:
+        print("Without --photographs: only handwriting, easy-VQA and drawings are asked about.")
+        photos, labels = [], np.zeros(0, int)
     order = np.random.default_rng(0).permutation(len(photos))
-    photos, labels = photos[order], labels[order].tolist()
+    if len(photos):
+        photos, labels = photos[order], labels[order].tolist()
     asked = {}
-    for task, n, make in (
+    about_photographs = (
         ("photographs: name", 10_000, naming),
         ("photographs: name, used phrasings", 2_000, lambda x, r: naming(x, r, ins.USED)),
         ("photographs: name, unseen phrasings", 2_000, lambda x, r: naming(x, r, ins.UNSEEN)),
         ("photographs: yes/no", 2_000, lambda x, r: yes_no(x, r, ins.USED)),
         ("photographs: yes/no, unseen phrasings", 2_000, lambda x, r: yes_no(x, r, ins.UNSEEN)),
         ("photographs: facts", 1_000, facts),
-    ):
+    )
+    for task, n, make in about_photographs if len(photos) else ():
         n = min(n, given.n or n, len(photos))
         asked[task] = (pixels(photos[:n]), *make(labels[:n], rng))
     written, values = real.read_digits("test")
@@ -129,18 +140,54 @@ def model_of(given, state):
     return model, tokenizer
 
 
+TIMES = """
+import resource, sys, time
+import numpy, torch, transformers
+import vlmkit as vk
+from vlmkit.models.cobble import tensors
+digits = vk.tasks.real.handwriting(100)
+clock = [time.perf_counter()]
+model, processor = vk.load("cobble")
+clock.append(time.perf_counter())
+vk.ask(model, processor, digits[0]["images"], digits[0]["question"])
+clock.append(time.perf_counter())
+vk.evaluate(model, processor, digits)
+clock.append(time.perf_counter())
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak *= 1 if sys.platform == "darwin" else 1024
+print(*(after - before for before, after in zip(clock, clock[1:])), peak / 1e9)
+"""
+WANTED = {"load, s": 6, "first answer, s": 3, "100 questions, s": 60, "peak memory, GB": 2}
+
+
+def measure():
+    """Print the seconds and the memory of `cobble` on this machine's CPU, in a fresh process."""
+    own = dict(os.environ, CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", TIMES], env=own, text=True,
+                          capture_output=True)  # fmt: skip
+    if done.returncode:
+        print(f"not measured: {done.stderr.strip().splitlines()[-1]}")
+        return
+    numbers = done.stdout.split()[-len(WANTED) :]
+    for (name, wanted), number in zip(WANTED.items(), map(float, numbers), strict=True):
+        print(f"cobble       {name:40} {number:6.2f} (wanted: at most {wanted})", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--photographs", help="a folder, or a data set on the hub")
     parser.add_argument("--folder", type=Path, help="what the training wrote")
     parser.add_argument("--language-model", type=Path, help="the GGUF file, with --folder")
     parser.add_argument("--device", default="cuda", help="with --folder")
-    parser.add_argument("--n", type=int, help="at most so many questions a task")
+    parser.add_argument("--n", type=int, help=f"at most so many questions a task ({SMALL})")
     parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES))
     parser.add_argument("--csv", type=Path, help="write the table there")
     given = parser.parse_args()
     from vlmkit.models.cobble import tensors
 
+    if not given.folder:
+        measure()
+        given.n = given.n or SMALL
     asked, rows = questions(given), []
     for state in given.states:
         model, tokenizer = model_of(given, state)

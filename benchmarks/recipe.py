@@ -1,6 +1,7 @@
 """Does a trained projector survive quantization, and does training it afterwards help?
 
-    make benchmark-recipe BENCHMARK_ARGS="--folder runs/cobble --language-model smollm2.gguf"
+    make benchmark-recipe                         # the recorded results as tables, at once
+    make benchmark-recipe BENCHMARK_ARGS="--folder runs/cobble"  # trains and asks; a GPU
 
 Trains projectors of cobble with its language model or its vision encoder in one number format, and
 asks them in every other. Needs what `python -m vlmkit.models.cobble.train` wrote to --folder. Each
@@ -23,6 +24,7 @@ LANGUAGE = ("bf16", "int8", "nf4", "nf4-dq", "int4", "int3")
 VISION = ("bf16", "int4", "int3", "int2")
 SMALL, LLAVA, LARGE = 64, 576, 2304
 PROJECTOR = ("int8", "nf4", "int3", "int2")
+RECORDED = Path(__file__).resolve().parent / "results" / "recipe.csv"
 COLUMNS = [
     "trained_vision",
     "trained_language",
@@ -196,16 +198,53 @@ def all_trainings(given):
     return failed
 
 
+def show(file):
+    """Print what a CSV has: a row for each cell, all seeds of the projector together.
+
+    The Wilson interval knows of the photographs' chance only. The range is that of the seeds.
+    """
+    import pandas as pd
+
+    from vlmkit.evaluation.statistics import wilson
+
+    table = pd.read_csv(file)
+    print("| question | projector trained with | asked in | seeds | n | right, % | seeds, % |")
+    print("|---|---|---|---:|---:|---:|---:|")
+    names = ["trained_vision", "trained_language", "hidden"]
+    names += ["asked_vision", "asked_language", "asked_projector"]
+    for (question, *cell), rows in table.groupby(["question", *names], sort=False):
+        vision, language, hidden, *asked = cell
+        trained = _named(vision, language) + f", {hidden} wide" * (hidden != LLAVA)
+        right, n, each = rows["right"].sum(), rows["n"].sum(), 100 * rows["right"] / rows["n"]
+        low, high = wilson(right, n)
+        share = f"{100 * right / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        print(f"| {question} | {trained} | {_named(*asked)} | {len(rows)} | {n:,} | {share} | "
+              f"{each.min():.1f} to {each.max():.1f} |")  # fmt: skip
+
+
+def _named(vision, language, projector="bf16"):
+    parts = {"vision encoder": vision, "language model": language, "projector": projector}
+    other = [f"{name} {format}" for name, format in parts.items() if format != "bf16"]
+    return ", ".join(other) or "bf16"
+
+
 def main():
+    from vlmkit.folders import cache_folder
+    from vlmkit.models.cobble.fetching import GGUF
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/cobble"))
-    parser.add_argument("--language-model", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, help="train and ask; what cobble's training wrote")
+    parser.add_argument("--show", type=Path, nargs="?", const=RECORDED, help="only print this CSV")
+    parser.add_argument("--language-model", type=Path, default=cache_folder() / GGUF)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--n", type=int, default=2000, help="photographs in a cell")
     parser.add_argument("--jobs", type=int, default=6, help="trainings at a time on one device")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.show or not given.folder:
+        show(given.show or RECORDED)
+        return 0
     if given.one:
         vision, language, hidden, seed = given.one
         one_training(given, vision, language, int(hidden), int(seed))
