@@ -7,8 +7,8 @@ Loads the states by name and asks them. Before that, a process of its own measur
 loading, a first answer and 100 questions take, and the memory that they need. With --folder, it
 asks what `python -m vlmkit.models.cobble.train` wrote there instead, with weights rounded in place
 of quantized ones (for NF4 these are the same to the bit), which is how the recorded table was made
-on a GPU. Held out: CIFAR-10's test photographs, the last 597 of scikit-learn's digits, easy-VQA's test
-half, drawings of the evaluation split, and the phrasings of `instructions.UNSEEN`.
+on a GPU. Held out: CIFAR-10's test photographs, the last 597 of scikit-learn's digits, easy-VQA's
+test half, drawings of the evaluation split, and the phrasings of `instructions.UNSEEN`.
 """
 
 import argparse
