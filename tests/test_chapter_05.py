@@ -213,3 +213,70 @@ def test_the_benchmark_counts_answers_as_evaluate_does(benchmark, tmp_path, monk
     assert first["regressions"].sum() == (before & ~after).sum()
     assert first["fixes"].sum() == (after & ~before).sum()
     assert len(set(table["scope"])) == 4 and set(table["weights"]) == {benchmark["digest"]()}
+
+
+# --- cobble ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cobble(benchmark):
+    """The recorded damage to cobble, which has to be of the weights that are committed."""
+    table = pd.read_csv(benchmark["COBBLE"])
+    assert set(table["weights"]) == {benchmark["digest"]("cobble-bf16")}
+    return table
+
+
+def test_the_record_of_cobble_is_complete(benchmark, cobble):
+    cells = cobble.groupby(["scope", "format"])
+    assert set(cells.groups) == {(s, f) for s in SINGLE for f in benchmark["COBBLES"]}
+    assert set(cobble["n"]) == {150} and set(cobble["task"]) == {"handwriting", "photographs"}
+
+
+def test_claims_about_cobbles_matrix(cobble, damage, states):
+    """The order is the opposite of pebble's."""
+    of = Damage(cobble)
+    for format in ("nf4", "int4", "int3"):
+        assert min(SINGLE, key=lambda scope: of(scope, format)) == LANGUAGE
+        assert not of.by_chance(LANGUAGE, format) and of.by_chance(PROJECTOR, format)
+    unchanged = of.rows.xs("int8", level="format")
+    assert not unchanged[["regressions", "fixes"]].any(axis=None)
+    nf4 = of.rows.loc[(LANGUAGE, "nf4")]
+    states(nf4["regressions"], nf4["fixes"], nf4["n"], f"{of(LANGUAGE, 'nf4'):.1f}")
+    assert not of.rows.loc[[(LANGUAGE, f) for f in ("int4", "int3")], "right"].any()
+    assert all(of.by_chance(VISION, format) for format in ("nf4", "int4", "int3"))
+    assert of(VISION, "int2") < -50
+    for format in ("int3", "int2-asym", "int2"):
+        assert min(SINGLE, key=lambda scope: damage(scope, format)) == VISION
+
+
+def test_claims_about_names_in_free_text(benchmark, states):
+    from vlmkit.models.cobble import recipe
+
+    grid = pd.read_csv(benchmark["DATA"].parent.parent / "benchmarks" / "results" / "recipe.csv")
+    trained = grid["trained_vision"].eq("bf16") & grid["trained_language"].eq("bf16")
+    grid = grid[trained & grid["question"].eq("name")]
+    grid = grid[grid["hidden"].eq(recipe.LANGUAGE_WIDTH)]
+    cells = grid.groupby(["asked_vision", "asked_projector", "asked_language"])
+    sums = cells[["right", "n"]].sum()
+    assert set(cells["seed"].nunique()) == {3} and set(grid["n"]) == {2000}
+    share = 100 * sums["right"] / sums["n"]
+    whole = share["bf16", "bf16", "bf16"]
+    states(f"{whole - share['bf16', 'bf16', 'nf4']:.0f}")
+    states(f"{whole - share['bf16', 'bf16', 'int4']:.0f}")
+    assert share["bf16", "bf16", "int3"] < 0.1
+    assert 1 < whole - share["int3", "bf16", "bf16"] < 2
+    assert whole - share["bf16", "int3", "bf16"] < 0.2
+
+
+def test_claims_about_outliers(benchmark, states):
+    channels = pd.read_csv(benchmark["DATA"] / benchmark["OUTLIERS"])
+    names = {name: benchmark["digest"](name) for name in ("cobble-bf16", "pebble")}
+    assert dict(zip(channels["model"], channels["weights"], strict=True)) == names
+    times = (channels["largest"] / channels["median"]).groupby(
+        [channels["model"], channels["layer"], channels["linear"]]
+    )
+    times = times.max()
+    for layer in (11, 28):
+        states(f"{times['cobble-bf16', layer, 'mlp.down_proj']:.0f}")
+    states(f"{times['pebble'].max():.0f}")
+    assert times["pebble"].max() < 24
