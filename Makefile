@@ -72,7 +72,7 @@ benchmark-pebble: setup ## measure the bundled model on questions that it has ne
 benchmark-cobble: setup ## measure cobble on photographs, handwriting, easy-VQA and drawings
 	$(quietly) $(python) benchmarks/cobble.py $(BENCHMARK_ARGS)
 
-benchmark-recipe: setup ## train cobble's projectors in each format, and ask them in each; a GPU
+benchmark-recipe: setup ## show the recorded grid of cobble's projectors; with a folder, train them
 	$(quietly) $(python) benchmarks/recipe.py $(BENCHMARK_ARGS)
 
 benchmark-connectors: setup ## train chapter 02's connectors for longer, and record their accuracy
@@ -87,7 +87,7 @@ benchmark-memory: setup ## compare predictions of memory, ours and others', with
 benchmark-sensitivity: setup ## time a sweep of formats and scopes against a plain loop
 	$(quietly) $(python) benchmarks/sensitivity.py $(BENCHMARK_ARGS)
 
-benchmark-damage: setup ## record for chapter 05 what pebble loses in eleven formats
+benchmark-damage: setup ## record for chapter 05 what pebble, or cobble, loses in many formats
 	$(quietly) $(python) benchmarks/damage.py $(BENCHMARK_ARGS)
 
 benchmark-budgets: setup ## record for chapter 07 what layers lose, and planned and uniform formats
