@@ -63,7 +63,8 @@ def questions(given):
     import torch
 
     from vlmkit import tasks
-    from vlmkit.models.cobble import tensors, train
+    from vlmkit.models.cobble import tensors
+    from vlmkit.models.cobble.arrays import Arrays
     from vlmkit.tasks import real
 
     def pixels(pictures):
@@ -71,7 +72,7 @@ def questions(given):
 
     rng = random.Random("cobble")
     if given.folder and (given.folder / "pictures").is_dir():
-        kept = train.Arrays(given.folder, "cpu")
+        kept = Arrays(given.folder, "cpu")
         photos, labels = kept["photographs-test"], kept["photographs-test-labels"]
         photos, labels = photos.permute(0, 2, 3, 1).numpy(), labels.numpy()
     elif given.photographs:
@@ -123,12 +124,11 @@ def model_of(given, state):
         return model, processor.tokenizer
     from safetensors.torch import load_file
 
-    from vlmkit.models.cobble import recipe, train
+    from vlmkit.models.cobble import recipe
+    from vlmkit.models.cobble.conversations import load_parts
 
     format = STATES[state]
-    model, tokenizer = train.load_parts(
-        given.folder, given.language_model, given.device, language=format
-    )
+    model, tokenizer = load_parts(given.folder, given.language_model, given.device, language=format)
     weights = load_file(
         given.folder / f"projector-{recipe.STATES[state].language_model}.safetensors"
     )

@@ -99,13 +99,16 @@ def one_training(given, vision, language, hidden, seed):
     import torch
     from safetensors.torch import load_file, save_file
 
-    from vlmkit.models.cobble import tensors, train
+    from vlmkit.models.cobble import conversations, tensors
+    from vlmkit.models.cobble.arrays import Arrays
+    from vlmkit.models.cobble.train import SETTINGS
+    from vlmkit.models.pebble.train import replace
 
     device = torch.device(given.device)
     name = f"v-{vision}_l-{language}_h-{hidden}_s-{seed}"
     file = given.folder / "recipe" / f"{name}.safetensors"
-    pictures = train.Arrays(given.folder, device)
-    model, tokenizer = train.load_parts(given.folder, given.language_model, device)
+    pictures = Arrays(given.folder, device)
+    model, tokenizer = conversations.load_parts(given.folder, given.language_model, device)
     parts = {
         "vision": model.model.vision_tower,
         "language": model.model.language_model,
@@ -118,18 +121,19 @@ def one_training(given, vision, language, hidden, seed):
 
     def put(part, format):
         parts[part].load_state_dict(kept[part])
-        train.round_linear_layers(parts[part], format)
+        conversations.round_linear_layers(parts[part], format)
 
     put("vision", vision)
     put("language", language)
     if file.exists():
-        train.prepare_projector(model, pictures, seed, hidden).to(torch.bfloat16)
+        conversations.prepare_projector(model, pictures, seed, hidden).to(torch.bfloat16)
         kept["projector"] = load_file(file, device=given.device)
     else:
-        weights = train.train_projector(
-            file.parent, model, pictures, tokenizer, device, name=name, seed=seed, hidden=hidden
+        learned = (SETTINGS["projector"], name, seed, hidden)
+        weights = conversations.train_projector(
+            file.parent, model, pictures, tokenizer, device, *learned
         )
-        train.replace(file, lambda path: save_file(weights, path))
+        replace(file, lambda path: save_file(weights, path))
         kept["projector"] = {key: tensor.to(device) for key, tensor in weights.items()}
     rows = []
     for asked_vision, asked_language, asked_projector, question in cells(vision, language, hidden):

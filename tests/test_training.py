@@ -60,19 +60,19 @@ def test_a_run(rows, tmp_path, capfd):
     before = trained(model)
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     run = vk.finetuning.train(
-        model, processor, rows, tmp_path, eval_dataset=rows.select(range(6)), max_steps=6,
-        per_device_train_batch_size=2, gradient_accumulation_steps=2, eval_steps=3,
+        model, processor, rows, tmp_path, eval_dataset=rows.select(range(6)), max_steps=4,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, eval_steps=2,
         learning_rate={"projector": 1e-4, "language_model": 1e-3},
     )  # fmt: skip
-    assert run.curve["step"].tolist() == [1, 2, 3, 4, 5, 6] and run.curve.notna().all(axis=None)
+    assert run.curve["step"].tolist() == [1, 2, 3, 4] and run.curve.notna().all(axis=None)
     assert run.curve.columns.tolist() == ["step", "loss", "learning_rate", "grad_norm"]
-    assert run.evaluations["step"].tolist() == [3, 6]
+    assert run.evaluations["step"].tolist() == [2, 4]
     assert (run.evaluations["low"] <= run.evaluations["accuracy"]).all()
     assert run.no_gradient.empty and run.skipped == {} and run.model is model
     after = trained(model)
     assert all(not torch.equal(before[n], after[n]) for n in before if "lora_A" not in n)
     assert all(torch.equal(p, dict(model.named_parameters())[n]) for n, p in frozen.items())
-    assert last_checkpoint(tmp_path).name == "checkpoint-6"
+    assert last_checkpoint(tmp_path).name == "checkpoint-4"
     assert "Casting" not in capfd.readouterr().err  # its own progress bar, and no other
 
 
@@ -87,7 +87,8 @@ def test_the_loss_is_that_of_a_bare_loop(rows, tmp_path):
 def test_each_component_has_its_learning_rate(rows, tmp_path):
     with pytest.raises(FinetuningError, match="learning_rate names language_model, and trained"):
         train(tmp_path, rows, learning_rate={"language_model": 1e-3})
-    slow = train(tmp_path, rows, learning_rate={"projector": 1e-9, "language_model": 1e-3})
+    rates = {"projector": 1e-9, "language_model": 1e-3}
+    slow = train(tmp_path, rows, learning_rate=rates, max_steps=2)
     start = trained(adapted()[0])
     moved = {n: (p - start[n]).abs().max().item() for n, p in trained(slow.model).items()}
     assert max(v for n, v in moved.items() if "projector" in n) < 1e-5
@@ -184,20 +185,20 @@ folder, ways = Path(sys.argv[1]), WITHOUT_DROPOUT
 KILLED = """
 class Kills(trainer.Progress):
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 5:
+        if state.global_step == 3:
             os._exit(9)
 trainer.Progress = Kills
-train(folder, rows, max_steps=8, save_steps=2)
+train(folder, rows, max_steps=4, save_steps=2)
 """
 
 
 def test_killed_and_continued_as_if_it_had_not_been(rows, tmp_path):
-    whole = train(tmp_path / "whole", rows, max_steps=8, save_steps=2)
+    whole = train(tmp_path / "whole", rows, max_steps=4, save_steps=2)
     command = [sys.executable, "-c", HEAD + KILLED, tmp_path / "killed"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 9, done.stderr
-    assert last_checkpoint(tmp_path / "killed").name == "checkpoint-4"
-    again = train(tmp_path / "killed", rows, max_steps=8, save_steps=2)
+    assert last_checkpoint(tmp_path / "killed").name == "checkpoint-2"
+    again = train(tmp_path / "killed", rows, max_steps=4, save_steps=2)
     assert again.curve["loss"].tolist() == whole.curve["loss"].tolist()
     for name, parameter in trained(again.model).items():
         assert torch.equal(parameter, trained(whole.model)[name]), name
@@ -233,7 +234,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(rows, tmp_path,
 
 @pytest.mark.parametrize("plan", ["bf16", None])
 def test_what_was_trained_comes_back(plan, rows, tmp_path):
-    run = train(tmp_path / "run", rows, plan=plan, learning_rate=1e-2)
+    run = train(tmp_path / "run", rows, plan=plan, learning_rate=1e-2, max_steps=2)
     wanted = logits(run.model, rows)
     vk.finetuning.save(run.model, tmp_path / "kept")
     base, _ = vk.load("pebble", plan)
@@ -246,7 +247,7 @@ def test_what_was_trained_comes_back(plan, rows, tmp_path):
 
 
 def test_merged_answers_are_the_adapters(rows, tmp_path):
-    run = train(tmp_path, rows, plan="fp32", learning_rate=1e-2)
+    run = train(tmp_path, rows, plan="fp32", learning_rate=1e-2, max_steps=2)
     wanted = logits(run.model, rows)
     merged, report = vk.finetuning.merge(run.model)
     assert torch.allclose(logits(merged, rows), wanted, atol=1e-3)

@@ -65,7 +65,7 @@ def fetch(file=None):
             return _folders()
         _require_ingredients()
         gguf = cache_folder() / GGUF
-        if not _is_language_model(gguf):
+        if not is_language_model(gguf):
             print(_what_comes(file), flush=True)
             _room_for(DISK)
             if file is None:
@@ -169,7 +169,7 @@ def _made_of(name):
 # --- the language model's file --------------------------------------------------------------------
 
 
-def _is_language_model(file):
+def is_language_model(file):
     """Whether `file` is the very file that cobble's projectors were trained with."""
     if not file.is_file() or file.stat().st_size != SIZE:
         return False
@@ -224,7 +224,7 @@ def _take(file, target):
                 source = stack.enter_context(file.open("rb"))
             if size == SIZE:
                 shutil.copyfileobj(source, stack.enter_context(part.open("wb")), 1 << 20)
-        if not _is_language_model(part):
+        if not is_language_model(part):
             raise CheckpointError(_why_not(file, size))
         os.replace(part, target)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:

@@ -12,7 +12,13 @@ IGNORED = -100
 
 def pixel_values(pictures):
     """(n, 3, 84, 84) float32 in [-1, 1] of (n, 3, height, width) uint8 or float tensors from 0 to
-    255, as the processor does it: bicubic, rounded to whole steps."""
+    255: nearly what the processor makes of the same pictures, much faster.
+
+    Both resize with the same bicubic filter and round to whole steps of 255. But Pillow resizes in
+    one direction first, and rounds and clips before the other. A fifth of the values of photographs
+    and digits differ. Most differ by one step; 0.03% (photographs) and 5% (digits) by more, where
+    bright and dark meet and Pillow has clipped, by up to 26 steps.
+    """
     resized = F.interpolate(
         pictures.float(), size=(recipe.SIZE, recipe.SIZE), mode="bicubic", antialias=True
     )
@@ -88,7 +94,7 @@ class Prompts:
     def __init__(self, tokenizer):
         self.tokenizer, self._known = tokenizer, {}
         turn = f"{recipe.END}\n<|im_start|>"
-        self.head = self._encode(f"<|im_start|>system\n{recipe.SYSTEM}{turn}user\n")
+        self.head = f"<|im_start|>system\n{recipe.SYSTEM}{turn}user\n"
         self.tail = f"{turn}assistant\n"
 
     def _encode(self, text):
@@ -97,10 +103,11 @@ class Prompts:
         return self._known[text]
 
     def prompt(self, question, picture=True):
-        """Token ids up to the answer."""
-        visual = [recipe.IMAGE_ID] * recipe.PATCHES if picture else []
-        text = f"\n{question}" if picture else question
-        return self.head + visual + self._encode(text + self.tail)
+        """Token ids up to the answer, as a list. A picture comes before the question."""
+        if not picture:
+            return self._encode(self.head + question + self.tail)
+        visual = [recipe.IMAGE_ID] * recipe.PATCHES
+        return self._encode(self.head) + visual + self._encode(f"\n{question}{self.tail}")
 
     def training_batch(self, rows, device):
         """rows: [(question, answer, whether there is a picture)]. Returns input_ids,
