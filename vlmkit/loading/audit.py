@@ -79,7 +79,7 @@ class Preview(Formats):
     """What a load under a plan will give, predicted to the byte. hint: what `vk.load` would warn
     of, or an empty string."""
 
-    hint: str = ""
+    hint: str = field(default="", repr=False)
     found = "gets"
 
     def _remarks(self):
