@@ -68,30 +68,26 @@ def cells(vision, language, hidden):
 
 def questions_about(kind, labels, rng):
     """(questions, functions that say whether an answer is right) for pictures with these labels."""
+    import cobble  # benchmarks/cobble.py asks the same
+
     from vlmkit.models.cobble import instructions as ins
 
+    phrasings = ins.UNSEEN if "unseen" in kind else None
     if kind == "digit":
-        right = [
-            lambda answer, d=ins.DIGITS[i]: ins.is_right(answer, d, ins.DIGITS) for i in labels
-        ]
-        return ["Which digit is this?"] * len(labels), right
-    if kind == "animal or vehicle":
-        words = {"animal", "vehicle"}
-        true = ["animal" if ins.THINGS[i] in ins.ANIMALS else "vehicle" for i in labels]
-        right = [lambda answer, t=t: ins.is_right(answer, t, words) for t in true]
-        return ["Is this an animal or a vehicle?"] * len(labels), right
+        return cobble.digits(labels, rng)
     if kind.startswith("yes/no"):
-        phrasings = ins.UNSEEN if "unseen" in kind else ins.USED
-        pairs = [ins.about_photograph(i, rng, ins.YES_NO, phrasings) for i in labels]
-        right = [
-            lambda answer, t=true: ins.says_yes(answer) is ins.says_yes(t) for _, true in pairs
-        ]
-        return [question for question, _ in pairs], right
-    right = [lambda answer, t=ins.THINGS[i]: ins.is_right(answer, t) for i in labels]
-    if "unseen" in kind:
-        unseen = [q for k in (ins.SENTENCE, ins.WORD, ins.CAPTION) for q in ins.UNSEEN[k]]
-        return [rng.choice(unseen) for _ in labels], right
-    return ["What is in the picture?"] * len(labels), right
+        return cobble.yes_no(labels, rng, phrasings or ins.USED)
+    if kind != "animal or vehicle":
+        return cobble.naming(labels, rng, phrasings)
+    words = {"animal", "vehicle"}
+    true = ["animal" if ins.THINGS[i] in ins.ANIMALS else "vehicle" for i in labels]
+    right = [lambda answer, t=t: ins.is_right(answer, t, words) for t in true]
+    return ["Is this an animal or a vehicle?"] * len(labels), right
+
+
+def file_of(folder, training, end):
+    """A file of one training, a tuple as in `trainings`."""
+    return folder / "recipe" / ("v-{}_l-{}_h-{}_s-{}".format(*training) + end)
 
 
 def one_training(given, vision, language, hidden, seed):
@@ -105,8 +101,7 @@ def one_training(given, vision, language, hidden, seed):
     from vlmkit.models.pebble.train import replace
 
     device = torch.device(given.device)
-    name = f"v-{vision}_l-{language}_h-{hidden}_s-{seed}"
-    file = given.folder / "recipe" / f"{name}.safetensors"
+    file = file_of(given.folder, (vision, language, hidden, seed), ".safetensors")
     pictures = Arrays(given.folder, device)
     model, tokenizer = conversations.load_parts(given.folder, given.language_model, device)
     parts = {
@@ -129,7 +124,7 @@ def one_training(given, vision, language, hidden, seed):
         conversations.prepare_projector(model, pictures, seed, hidden).to(torch.bfloat16)
         kept["projector"] = load_file(file, device=given.device)
     else:
-        learned = (SETTINGS["projector"], name, seed, hidden)
+        learned = (SETTINGS["projector"], file.stem, seed, hidden)
         weights = conversations.train_projector(
             file.parent, model, pictures, tokenizer, device, *learned
         )
@@ -149,16 +144,16 @@ def one_training(given, vision, language, hidden, seed):
         score = sum(bool(test(answer)) for test, answer in zip(right, found, strict=True))
         asked = (asked_vision, asked_language, asked_projector, question)
         rows.append((vision, language, hidden, seed, *asked, len(labels), score))
-    write(given.folder / "recipe" / f"{name}.csv", rows)
+    write(file.with_suffix(".csv"), rows)
 
 
 def write(file, rows):
-    part = file.with_suffix(".part")
-    with part.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(rows)
-    os.replace(part, file)
+    import pandas as pd
+
+    from vlmkit.models.pebble.train import replace
+
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    replace(file, lambda path: table.to_csv(path, index=False, lineterminator="\n"))
 
 
 def all_trainings(given):
@@ -167,9 +162,9 @@ def all_trainings(given):
 
     gpus = max(1, torch.cuda.device_count())
     todo = [
-        kind
-        for kind in trainings(given.seeds)
-        if not (given.folder / "recipe" / "v-{}_l-{}_h-{}_s-{}.csv".format(*kind)).exists()
+        training
+        for training in trainings(given.seeds)
+        if not file_of(given.folder, training, ".csv").exists()
     ]
     (given.folder / "recipe").mkdir(exist_ok=True)
     running, devices = {}, itertools.cycle(range(gpus))
@@ -179,10 +174,8 @@ def all_trainings(given):
             kind = todo.pop(0)
             own = dict(os.environ, CUDA_VISIBLE_DEVICES=str(next(devices)), OMP_NUM_THREADS="2")
             words = [sys.executable, __file__, *sys.argv[1:], "--one", *map(str, kind)]
-            log = (given.folder / "recipe" / "log-{}-{}-{}-{}.txt".format(*kind)).open(
-                "w", encoding="utf-8"
-            )
-            process = subprocess.Popen(words, env=own, stdout=log, stderr=subprocess.STDOUT)
+            with file_of(given.folder, kind, ".log").open("w", encoding="utf-8") as log:
+                process = subprocess.Popen(words, env=own, stdout=log, stderr=subprocess.STDOUT)
             running[process] = kind
         process = next(iter(running))
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -191,11 +184,9 @@ def all_trainings(given):
             kind = running.pop(process)
             failed += process.returncode != 0
             print(*kind, "done" if process.returncode == 0 else "FAILED", flush=True)
-    files = [given.folder / "recipe" / "v-{}_l-{}_h-{}_s-{}.csv".format(*k) for k in
-             trainings(given.seeds)]  # fmt: skip
     rows = []
-    for file in files:
-        if file.exists():
+    for training in trainings(given.seeds):
+        if (file := file_of(given.folder, training, ".csv")).exists():
             with file.open(newline="", encoding="utf-8") as stream:
                 rows += list(csv.reader(stream))[1:]
     write(given.folder / "recipe.csv", rows)

@@ -19,7 +19,6 @@ import argparse
 import csv
 import hashlib
 import math
-import os
 import re
 import sys
 import time
@@ -136,12 +135,12 @@ def main(argv=None):
 
 
 def _write(file, head, rows):
-    part = file.with_suffix(".part")
-    with part.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(head)
-        writer.writerows(rows)
-    os.replace(part, file)
+    import pandas as pd
+
+    from vlmkit.models.pebble.train import replace
+
+    table = pd.DataFrame(rows, columns=head)
+    replace(file, lambda path: table.to_csv(path, index=False, lineterminator="\n"))
 
 
 if __name__ == "__main__":

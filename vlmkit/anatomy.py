@@ -201,7 +201,9 @@ def on_meta(config, dtype=None, trust_remote_code=False):
     remote = trust_remote_code and "AutoModelForImageTextToText" in getattr(config, "auto_map", {})
     known = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or remote
     if not known or config.model_type in NOT_VLMS:
-        why = NOT_VLMS.get(config.model_type, "is not in transformers' list of such models")
+        why = NOT_VLMS.get(
+            config.model_type, "is not in transformers' list of vision-language models"
+        )
         raise AnatomyError(
             f"{type(config).__name__} ({config.model_type}) is not a vision-language model: it "
             f"{why}. vlmkit works with LLaVA, PaliGemma, SmolVLM, Qwen-VL, Llama 3.2 Vision and "
