@@ -1,29 +1,23 @@
 """How cobble's projectors, and the adapters of cobble-chat, learn to answer."""
 
 import contextlib
-import json
 
 import torch
 
 from vlmkit import finetuning, formats, tasks
 from vlmkit.adapters import LoRA
 from vlmkit.models.cobble import instructions, recipe, tensors
-from vlmkit.models.cobble.arrays import write_json
 from vlmkit.models.cobble.loop import learn
-from vlmkit.models.pebble.train import replace
 from vlmkit.tasks import real
 
 PROJECTOR_SHARES = {"photographs": 84, "digits": 20, "drawings": 12, "easy_vqa": 12}
-CHAT_SHARES = {
-    "photographs": 40,
-    "facts": 16,
-    "digits": 12,
-    "drawings": 32,
-    "easy_vqa": 16,
-    "text": 12,
-}
+CHAT_SHARES = {"photographs": 36, "facts": 12, "digits": 8, "drawings": 56, "easy_vqa": 16}
 """Rows of a batch of 128 that come from a source. Facts are questions about photographs that ask
-for more than a name. Text has no pictures."""
+for more than a name."""
+
+SEVERAL = 2
+"""How much more often than others a question about a drawing is asked that is about all of its
+objects: count, count_color, exist. These are learned last."""
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -108,8 +102,8 @@ def naming(model, tokenizer, pictures, most=1_000):
 class Conversations:
     """Batches of pictures with questions and answers.
 
-    pictures: `arrays.Arrays`. shares: PROJECTOR_SHARES or CHAT_SHARES. answers: of `own_answers`,
-        for CHAT_SHARES.
+    pictures: `arrays.Arrays`. shares: PROJECTOR_SHARES or CHAT_SHARES. answers: of
+        `own_words.own_answers`, for CHAT_SHARES.
     """
 
     def __init__(self, pictures, shares, batch_size, answers=None):
@@ -120,14 +114,9 @@ class Conversations:
         }
 
     def batch(self, rng, device):
-        """(rows for `Prompts.training_batch`, pixel values (n, 3, 84, 84) of those that have a
-        picture)."""
+        """(rows for `Prompts.training_batch`, pixel values (rows, 3, 84, 84))."""
         rows, pixels = [], []
         for name, size in self.sizes.items():
-            if name == "text":
-                asked = [rng.choice(instructions.TEXT_PROMPTS) for _ in range(size)]
-                rows += [(question, self.answers[question], False) for question in asked]
-                continue
             source = "photographs" if name == "facts" else name
             seen = self.pictures[f"{source}-train"]
             chosen = [rng.randrange(len(seen)) for _ in range(size)]
@@ -150,25 +139,10 @@ class Conversations:
         if name == "digits":
             return instructions.about_digit(self.labels[name][i], rng)
         if name == "drawings":
-            return rng.choice(self.pictures["drawings-questions"][i])[1:]
+            asked = self.pictures["drawings-questions"][i]
+            often = [SEVERAL if kind.startswith(("count", "exist")) else 1 for kind, *_ in asked]
+            return rng.choices(asked, often)[0][1:]
         return rng.choice(self.pictures["easy_vqa-train-questions"][i])
-
-
-def own_answers(file, model, tokenizer):
-    """{question: the language model's own answer}, without pictures, from `file` if it exists.
-
-    Asked before the language model is quantized. An answer ends with its last whole sentence.
-    """
-    if not file.exists():
-        questions = [*instructions.knowledge_prompts(), *instructions.TEXT_PROMPTS]
-        found = tensors.answers(model, tokenizer, questions, max_new_tokens=48, batch_size=250)
-        ends = [max(answer.rfind(mark) for mark in ".!?") + 1 for answer in found]
-        kept = {
-            question: answer[: end or None].strip()
-            for question, answer, end in zip(questions, found, ends, strict=True)
-        }
-        replace(file, lambda path: write_json(path, kept))
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -190,11 +164,11 @@ def train_projector(
     return {key: tensor.cpu().contiguous() for key, tensor in projector.state_dict().items()}
 
 
-def train_chat(folder, model, pictures, tokenizer, device, settings, answers, seed=0):
+def train_chat(folder, model, pictures, tokenizer, device, settings, answers, words, seed=0):
     """Train adapters on the language model, which is rounded already, and its projector.
 
-    answers: of `own_answers`. Writes folder/adapters as `vk.finetuning.save` does, and returns the
-    model with its adapters.
+    answers: of `own_words.own_answers`. words: `own_words.OwnWords`. Writes folder/adapters as
+    `vk.finetuning.save` does, and returns the model with its adapters.
     """
     torch.manual_seed(seed)
     model.model.multi_modal_projector.float()
@@ -202,18 +176,27 @@ def train_chat(folder, model, pictures, tokenizer, device, settings, answers, se
     adapted = finetuning.add_adapters(model, projector="full", language_model=lora).to(device)
     conversations = Conversations(pictures, CHAT_SHARES, settings.batch_size, answers)
     base, modules = adapted.get_base_model(), {"adapted": adapted}
-    _train_answers("chat", folder, base, modules, conversations, tokenizer, device, settings, seed)
+    _train_answers(
+        "chat", folder, base, modules, conversations, tokenizer, device, settings, seed, words
+    )
     finetuning.save(adapted.to(torch.bfloat16), folder / "adapters", overwrite=True)
     return adapted
 
 
-def _train_answers(name, folder, model, modules, conversations, tokenizer, device, settings, seed):
-    """Train whatever requires gradients, on `conversations`."""
+def _train_answers(
+    name, folder, model, modules, conversations, tokenizer, device, settings, seed, words=None
+):
+    """Train whatever requires gradients, on `conversations` and, where given, on `words`."""
     prompts = tensors.Prompts(tokenizer)
 
     def loss_of(step):
-        rows, pixels = conversations.batch(tasks.generator(name, seed, step, "rows"), device)
-        return tensors.answer_loss(model, prompts.training_batch(rows, device), pixels.bfloat16())
+        rng = tasks.generator(name, seed, step, "rows")
+        rows, pixels = conversations.batch(rng, device)
+        batch = prompts.training_batch(rows, device)
+        loss, right = tensors.answer_loss(model, batch, pixels.bfloat16())
+        if words is not None:
+            loss = loss + words.loss(model, rng, device)
+        return loss, right
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     with _compiled(model.model.language_model.layers, device):

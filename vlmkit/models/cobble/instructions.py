@@ -38,6 +38,18 @@ USED = {
         "What is the main subject of this picture?",
         "Which animal or vehicle is this?",
         "Please say what the image shows.",
+        "What object does the picture show?",
+        "Look at the image. What is it?",
+        "Do you know what this is?",
+        "What is visible in this image?",
+        "Please identify what is in the photograph.",
+        "What kind of thing is in this picture?",
+        "What is this a photo of?",
+        "State what you see in the picture.",
+        "I cannot see the photo. What does it show?",
+        "Who or what is in the picture?",
+        "Help me: what is in this photograph?",
+        "Which of the things you know is this?",
     ),
     WORD: (
         "What is in the picture? Answer in one word.",
@@ -48,6 +60,14 @@ USED = {
         "Which animal or vehicle is this? One word, please.",
         "Name it in one word.",
         "Say in a single word what the image shows.",
+        "What is this a picture of? One word only.",
+        "Use one word to name what you see.",
+        "Your answer should be one word: what is in the image?",
+        "What is it? Just the name.",
+        "Label this photo with one word.",
+        "Which thing is it? Answer briefly, with one word.",
+        "What do you see here? Keep it to one word.",
+        "Name the main subject. Use a single word.",
     ),
     CAPTION: (
         "Describe the picture.",
@@ -56,6 +76,13 @@ USED = {
         "Finish the sentence: This is a photo of",
         "Complete: Here we see",
         "Continue the sentence: The image shows",
+        "Finish this sentence: In the photo there is",
+        "Complete the caption: A photo of",
+        "Fill in the rest: This picture shows",
+        "Caption this.",
+        "Suggest a caption for the picture.",
+        "Describe this image in a few words.",
+        "Write a short description of the photo.",
     ),
     YES_NO: (
         "Is there {a} in the picture?",
@@ -66,12 +93,28 @@ USED = {
         "Is it {a}?",
         "Does this look like {a}?",
         "Is {a} in this photo?",
+        "Would you call this {a}?",
+        "Does the picture contain {a}?",
+        "Is the thing in the photo {a}?",
+        "Am I looking at {a}?",
+        "Could this be {a}?",
+        "Is {a} visible here?",
+        "Do we see {a} in the image?",
+        "Is the subject of the photo {a}?",
+        "I think this is {a}. Is that right?",
+        "Tell me, is that {a}?",
     ),
     YES_NO_WORD: (
         "Is there {a} in the picture? Answer yes or no.",
         "Yes or no: does the photo show {a}?",
         "Is this {a}? Answer in one word.",
         "Does the image have {a} in it? Answer the question using a single word or phrase.",
+        "Is {a} visible? Just say yes or no.",
+        "Does this show {a}? Yes or no.",
+        "Answer yes or no: is this {a}?",
+        "Do you see {a}? One word, please.",
+        "Is it {a}? Say yes or no.",
+        "Yes or no, is there {a} here?",
     ),
 }
 UNSEEN = {
@@ -100,8 +143,8 @@ DIGIT_QUESTIONS = {
     YES_NO: ("Is this the digit {n}?", "Does it say {n}?"),
     YES_NO_WORD: ("Is this a {n}? Answer yes or no.",),
 }
-SHARES = {SENTENCE: 4, WORD: 3, CAPTION: 2, YES_NO: 3, YES_NO_WORD: 2}
-"""How often a kind of question is asked in training."""
+SHARES = {SENTENCE: 4, WORD: 3, CAPTION: 2, YES_NO: 5, YES_NO_WORD: 3}
+"""How often a kind of question is asked in training. Yes/no questions are learned last."""
 
 KNOWLEDGE = {
     "Tell me a fact about it.": "Tell me a fact about {things}.",

@@ -14,6 +14,7 @@ call of its own with --stages. A run that was killed continues where it last sav
 """
 
 import argparse
+import copy
 import os
 import sys
 from pathlib import Path
@@ -27,12 +28,12 @@ from vlmkit.models.cobble.arrays import Arrays, prepare_pictures
 from vlmkit.models.cobble.conversations import (
     load_parts,
     naming,
-    own_answers,
     round_linear_layers,
     train_chat,
     train_projector,
 )
 from vlmkit.models.cobble.loop import Schedule
+from vlmkit.models.cobble.own_words import OwnWords, own_answers, own_texts
 from vlmkit.models.cobble.vision import build_encoder, train_teacher, train_vision_encoder
 from vlmkit.models.pebble.train import replace
 from vlmkit.tasks import real
@@ -42,8 +43,8 @@ PROJECTORS = {f"projector-{format}": format for format in FORMATS}
 SETTINGS = {
     "teacher": Schedule(3_000, 512, 2e-3, 0.05, 300),
     "vision_encoder": Schedule(9_000, 1_024, 2e-3, 0.05, 300),
-    "projector": Schedule(800, 128, 1e-3),
-    "chat": Schedule(1_500, 128, 5e-4),
+    "projector": Schedule(1_200, 128, 1e-3),
+    "chat": Schedule(2_000, 128, 5e-4),
 }
 RESULTS = {
     "pictures": "pictures",
@@ -116,12 +117,13 @@ def _chat(folder, pictures, language_model, device, seed):
 
     model, tokenizer = load_parts(folder, language_model, device)
     answers = own_answers(folder / "own_answers.json", model, tokenizer)
+    texts = own_texts(folder / "own_texts.pt", model, seed)
+    settings, reference = SETTINGS["chat"], copy.deepcopy(model.model.language_model)
+    words = OwnWords(reference, tokenizer, answers, texts, settings.batch_size)
     round_linear_layers(model.model.language_model, "nf4")
     weights = load_file(folder / RESULTS["projector-nf4"])
     model.model.multi_modal_projector.load_state_dict(weights)
-    adapted = train_chat(
-        folder, model, pictures, tokenizer, device, SETTINGS["chat"], answers, seed
-    )
+    adapted = train_chat(folder, model, pictures, tokenizer, device, settings, answers, words, seed)
     _report("chat", adapted, tokenizer, pictures)
 
 
