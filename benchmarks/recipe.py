@@ -125,9 +125,9 @@ def one_training(given, vision, language, hidden, seed):
         kept["projector"] = load_file(file, device=given.device)
     else:
         learned = (SETTINGS["projector"], file.stem, seed, hidden)
-        weights = conversations.train_projector(
-            file.parent, model, pictures, tokenizer, device, *learned
-        )
+        logs = file.parent / "training"  # a log of training has the name of the result
+        logs.mkdir(exist_ok=True)
+        weights = conversations.train_projector(logs, model, pictures, tokenizer, device, *learned)
         replace(file, lambda path: save_file(weights, path))
         kept["projector"] = {key: tensor.to(device) for key, tensor in weights.items()}
     rows = []

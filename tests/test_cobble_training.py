@@ -4,6 +4,7 @@ unbroken one.
 The stages are trained with a tiny language model on random pictures, for a few steps each.
 """
 
+import copy
 import dataclasses
 import random
 import re
@@ -328,6 +329,67 @@ def test_facts_come_from_the_language_model_or_from_the_table():
                 assert answer == ins.FACTS[question](thing)
             else:
                 assert re.search(rf"\b{thing}s?\b", answer)
+
+
+# --- the language model's own words ---------------------------------------------------------------
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    """(model, its own words, its tokenizer), with a tiny language model."""
+    monkeypatch.setattr(own_words, "TEXTS", 5)
+    monkeypatch.setattr(ins, "TEXT_PROMPTS", ins.TEXT_PROMPTS[:3])
+    monkeypatch.setattr(ins, "KNOWLEDGE", dict([*ins.KNOWLEDGE.items()][:1]))
+    model, tokenizer = tiny_model(monkeypatch)
+    answers = own_words.own_answers(tmp_path / "answers.json", model, tokenizer)
+    texts = own_words.own_texts(tmp_path / "texts.pt", model)
+    reference = copy.deepcopy(model.model.language_model)
+    return model, own_words.OwnWords(reference, tokenizer, answers, texts, 64), tokenizer
+
+
+def test_own_texts_are_drawn_once(words, tmp_path):
+    model, own, _ = words
+    assert own.texts.shape == (5, own_words.LENGTH)
+    assert (own.texts[:, 0] == own_words.NEW_DOCUMENT).all()
+    assert len({tuple(row) for row in own.texts.tolist()}) == 5
+    torch.manual_seed(7)  # neither the state of the generator nor a second call changes them
+    assert torch.equal(own_words.own_texts(tmp_path / "texts.pt", None), own.texts)
+    assert torch.equal(own_words.own_texts(tmp_path / "again.pt", model), own.texts)
+
+
+def test_the_loss_on_own_words_is_the_divergence_of_the_next_tokens(words):
+    """Row by row, through transformers' own logits, without padding."""
+    model, own, _ = words
+    device = torch.device("cpu")
+    model.float(), own.reference.float()
+    assert own.loss(model, random.Random(0), device).abs() < 1e-6
+    with torch.no_grad():
+        for weight in model.model.language_model.layers[0].parameters():
+            weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    found = own.loss(model, random.Random(0), device)
+    ids, filled = own.batch(random.Random(0), device)
+    assert ids.shape[0] == sum(own.sizes.values()) == 12
+    total = 0
+    changed = model.model.language_model
+    for row, there in zip(ids, filled, strict=True):
+        logits = []
+        for language_model in (own.reference, changed):
+            model.model.language_model = language_model
+            logits.append(model(input_ids=row[there][None]).logits[0].log_softmax(-1))
+        total += (logits[0].exp() * (logits[0] - logits[1])).sum()
+    assert total > 0.1
+    torch.testing.assert_close(found, total / filled.sum())
+
+
+def test_own_words_change_what_learns_and_leave_the_reference(words):
+    model, own, _ = words
+    model.requires_grad_(False)
+    layer = model.model.language_model.layers[0].self_attn.q_proj.requires_grad_(True)
+    with torch.no_grad():
+        layer.weight += 0.1
+    own.loss(model, random.Random(0), torch.device("cpu")).backward()
+    assert layer.weight.grad.abs().sum() > 0
+    assert all(weight.grad is None for weight in own.reference.parameters())
 
 
 # --- rounding -------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ SETTINGS = {
     "teacher": Schedule(3_000, 512, 2e-3, 0.05, 300),
     "vision_encoder": Schedule(9_000, 1_024, 2e-3, 0.05, 300),
     "projector": Schedule(1_200, 128, 1e-3),
-    "chat": Schedule(2_000, 128, 5e-4),
+    "chat": Schedule(1_000, 256, 5e-4),
 }
 RESULTS = {
     "pictures": "pictures",
