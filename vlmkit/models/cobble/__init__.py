@@ -5,7 +5,8 @@ fetching.py      `vlmkit fetch cobble`: the language model, and checkpoints put 
 instructions.py  pictures with questions and answers, for training and for tests
 tensors.py       pictures and text as tensors, for training
 train.py         `python -m vlmkit.models.cobble.train`: the stages of its training, which are in
-                 arrays.py (pictures), vision.py and conversations.py, with their loop in loop.py
+                 arrays.py (pictures), vision.py, conversations.py and own_words.py (text that keeps
+                 the language model talking), with their loop in loop.py
 weights/         vision encoder, projectors and adapters, all trained here
 MODEL_CARD.md    where every weight comes from, what cobble can and cannot do, measured
 """

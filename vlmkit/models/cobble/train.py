@@ -7,7 +7,8 @@ teacher          a convolutional network learns the photographs, and is not kept
 vision_encoder   learns what the teacher sees, digits, and what is where in drawings
 projector-nf4    learns to answer, with the language model frozen in NF4; other formats likewise
                  (conversations.py)
-chat             adapters on the language model in NF4, and its projector, learn mixed instructions
+chat             adapters on the language model in NF4, and its projector, learn mixed instructions,
+                 and to write as the language model did before (own_words.py)
 
 The projectors depend on the vision encoder alone. So they can be trained side by side, each by a
 call of its own with --stages. A run that was killed continues where it last saved.
