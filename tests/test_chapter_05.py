@@ -264,7 +264,7 @@ def test_claims_about_names_in_free_text(benchmark, states):
     states(f"{whole - share['bf16', 'bf16', 'nf4']:.0f}")
     states(f"{whole - share['bf16', 'bf16', 'int4']:.0f}")
     assert share["bf16", "bf16", "int3"] < 0.1
-    assert 1 < whole - share["int3", "bf16", "bf16"] < 2
+    assert whole - share["int3", "bf16", "bf16"] == pytest.approx(2, abs=0.5)
     assert whole - share["bf16", "int3", "bf16"] < 0.2
 
 
