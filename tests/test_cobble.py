@@ -318,6 +318,8 @@ def test_adapters_come_under_any_plan(small, gguf, plan, recwarn):
     assert any("trained with" in str(w.message) for w in recwarn) == (plan != "recommended")
     assert type(model).__name__ == "PeftModel" and not model.training
     assert vk.audit(model, plan).total == vk.preview(find("cobble-chat"), plan).total
+    predicted = vk.memory.predict(find("cobble-chat"), plan)
+    assert predicted.by_kind == vk.memory.measure(model).by_kind and predicted.by_kind["adapter"]
     picture = Image.new("RGB", (60, 40), "red")
     assert isinstance(vk.ask(model, processor, picture, "What?", max_new_tokens=2), str)
     inputs = processor(images=picture, text="<image>", return_tensors="pt")
@@ -355,6 +357,25 @@ def test_adapters_that_are_damaged(small, gguf):
     file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(CheckpointError, match="adapters cannot be loaded"):
         vk.load("cobble-chat")
+    folder = find("cobble-chat")
+    (file.parent / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="adapters do not fit"):
+        vk.memory.predict(folder)
+
+
+def test_predictions_count_the_adapters_of_a_checkpoint(small):
+    """Nothing was fetched. A training step begins without them."""
+    use = {"tokens": 9, "images": 1, "new_tokens": 2}
+    chat, plain = (vk.memory.predict(name, "bf16", **use) for name in ("cobble-chat", "cobble"))
+    more = {
+        kind: size - plain.by_kind.get(kind, 0)
+        for kind, size in chat.by_kind.items()
+        if size != plain.by_kind.get(kind, 0)
+    }
+    assert more.pop("adapter") > 0 and set(more) <= {"activation"}
+    for way in ({"projector": "full"}, {"language_model": vk.LoRA(r=2)}):
+        chat, plain = (vk.memory.predict(n, training=way) for n in ("cobble-chat", "cobble"))
+        assert chat.by_kind == plain.by_kind
 
 
 def test_new_weights_are_put_together_without_a_download(
@@ -619,6 +640,16 @@ def test_an_interrupt_leaves_nothing_half_written(fails, small, gguf, tmp_path, 
 
 
 # --- the real one ---------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not FETCHED, reason="cobble is not in the cache: run vlmkit fetch cobble")
+@pytest.mark.parametrize("plan", [None, "bf16"])
+def test_the_real_one_with_adapters_takes_the_predicted_bytes(plan):
+    model, _ = vk.load("cobble-chat", plan, processor=False)
+    measured, predicted = vk.memory.measure(model), vk.memory.predict("cobble-chat", plan)
+    assert measured.by_kind == predicted.by_kind
+    assert measured.by_component == predicted.by_component
+    assert measured.by_kind["adapter"] == 4 * (vk.anatomy(model).total - vk.anatomy("cobble").total)
 
 
 @pytest.mark.skipif(not FETCHED, reason="cobble is not in the cache: run vlmkit fetch cobble")
