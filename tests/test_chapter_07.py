@@ -46,12 +46,14 @@ def test_runs_to_its_end_on_another_family(notebook, other_family, monkeypatch):
         notebook,
         ("range(12)", "range(2)"),
         ("< 0.01", "< 0.2"),
-        ('vk.tasks.dataset("all", n=48, seed=7)', "questions.select(range(6))"),
+        ("vk.course.questions(name, n=48, seed=7, least=4)", "questions.select(range(6))"),
+        ("calibration = vk.course.in_its_words(model, processor, calibration)", ""),
         ("* 2 // 5", "* 3 // 5"),  # because most of its bytes are embeddings
         ("progress=False", "progress=False, max_new_tokens=4"),
     )
-    (start,) = (c for c in notebook.cells if "questions = vk.tasks" in c.source)
-    start.source = start.source.replace("n=240", "n=60") + (
+    start = chapters.cell(notebook, "import itertools")
+    asked, _, _ = start.source.replace("n=240", "n=60").rpartition("\n")
+    start.source = asked + (
         "\nscores = vk.evaluate(model, processor, questions, max_new_tokens=4)"
         '\nanswers = scores.answers["predicted"]'
         '\nquestions = questions.remove_columns("answer").add_column("answer", answers.tolist())'

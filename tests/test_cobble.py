@@ -8,8 +8,11 @@ was fetched.
 import errno
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -17,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from filelock import FileLock
 from PIL import Image
 from safetensors.torch import save_file
@@ -70,7 +74,6 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     weights = folder / "cobble" / "weights"
     weights.mkdir(parents=True)
-    shutil.copy(recipe.__file__, weights.parent)
     shutil.copytree(bundled.MODELS / "pebble" / "checkpoint", folder / "pebble" / "checkpoint")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe, "build_config", small_config)
@@ -315,6 +318,8 @@ def test_adapters_come_under_any_plan(small, gguf, plan, recwarn):
     assert any("trained with" in str(w.message) for w in recwarn) == (plan != "recommended")
     assert type(model).__name__ == "PeftModel" and not model.training
     assert vk.audit(model, plan).total == vk.preview(find("cobble-chat"), plan).total
+    predicted = vk.memory.predict(find("cobble-chat"), plan)
+    assert predicted.by_kind == vk.memory.measure(model).by_kind and predicted.by_kind["adapter"]
     picture = Image.new("RGB", (60, 40), "red")
     assert isinstance(vk.ask(model, processor, picture, "What?", max_new_tokens=2), str)
     inputs = processor(images=picture, text="<image>", return_tensors="pt")
@@ -352,6 +357,25 @@ def test_adapters_that_are_damaged(small, gguf):
     file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(CheckpointError, match="adapters cannot be loaded"):
         vk.load("cobble-chat")
+    folder = find("cobble-chat")
+    (file.parent / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="adapters do not fit"):
+        vk.memory.predict(folder)
+
+
+def test_predictions_count_the_adapters_of_a_checkpoint(small):
+    """Nothing was fetched. A training step begins without them."""
+    use = {"tokens": 9, "images": 1, "new_tokens": 2}
+    chat, plain = (vk.memory.predict(name, "bf16", **use) for name in ("cobble-chat", "cobble"))
+    more = {
+        kind: size - plain.by_kind.get(kind, 0)
+        for kind, size in chat.by_kind.items()
+        if size != plain.by_kind.get(kind, 0)
+    }
+    assert more.pop("adapter") > 0 and set(more) <= {"activation"}
+    for way in ({"projector": "full"}, {"language_model": vk.LoRA(r=2)}):
+        chat, plain = (vk.memory.predict(n, training=way) for n in ("cobble-chat", "cobble"))
+        assert chat.by_kind == plain.by_kind
 
 
 def test_new_weights_are_put_together_without_a_download(
@@ -374,6 +398,63 @@ def test_new_weights_are_put_together_without_a_download(
         vk.load("cobble")
     fetching.fetch()
     assert vk.load("cobble", processor=False)
+
+
+def test_a_fetched_copy_is_of_this_config_and_processor(small, gguf, tmp_path, monkeypatch):
+    """What counts is what would be written, not how its file looks nor who wrote it."""
+    fetching.fetch(gguf)
+    for bundle in map(BUNDLED.get, COBBLE):
+        shutil.copytree(bundle.config_folder, tmp_path / "catalog" / bundle.name)
+    for file in bundled.PROCESSOR:
+        shutil.copy(BUNDLED["cobble"].config_folder.parent / file, tmp_path / "catalog")
+    elsewhere = property(lambda bundle: tmp_path / "catalog" / bundle.name)
+    monkeypatch.setattr(bundled.Bundled, "config_folder", elsewhere)
+
+    def write(path, **changed):
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changed), "utf-8")
+
+    config = tmp_path / "catalog" / "cobble" / "config.json"
+    write(config, transformers_version="4.0")
+    assert all(BUNDLED[name].is_current for name in COBBLE)
+    write(config, pad_token_id=0)
+    assert [name for name in COBBLE if not BUNDLED[name].is_current] == ["cobble"]
+    write(tmp_path / "catalog" / "processor_config.json", patch_size=14)
+    assert not any(BUNDLED[name].is_current for name in COBBLE)
+    fetching.fetch()
+    assert all(BUNDLED[name].is_current for name in COBBLE)
+    with monkeypatch.context() as patch:
+        patch.setattr(bundled, "FORMAT", bundled.FORMAT + 1)
+        assert not BUNDLED["cobble"].is_current
+    made = find("cobble") / bundled.MADE_OF
+    made.write_text("[]")
+    assert not BUNDLED["cobble"].is_current
+
+
+def test_the_processor_of_the_catalog_is_that_of_the_recipe(small, gguf):
+    """After a change of the recipe: copy these files from what `fetch` writes."""
+    kept = BUNDLED["cobble"].config_folder
+    version = json.loads((kept / "config.json").read_text("utf-8"))["transformers_version"]
+    if version != transformers.__version__:
+        pytest.skip(f"another transformers than {version} may write more or fewer settings")
+    folders = fetching.fetch(gguf).values()
+    for file in bundled.PROCESSOR:
+        written = {(folder / file).read_text("utf-8") for folder in folders}
+        assert written == {(kept.parent / file).read_text("utf-8")}
+
+
+def test_the_mark_is_read_in_no_time_and_without_torch(small, gguf):
+    fetching.fetch(gguf)
+    code = (
+        "import sys, time\n"
+        "from vlmkit.catalog import bundled\n"
+        f"bundled.MODELS = type(bundled.MODELS)({str(bundled.MODELS)!r})\n"
+        "start = time.process_time()\n"
+        "assert bundled.BUNDLED['cobble-chat'].is_current\n"
+        "print(time.process_time() - start)\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout
+    assert float(said) < 0.05
 
 
 def test_without_hard_links_the_files_are_copied(small, gguf, monkeypatch):
@@ -559,6 +640,16 @@ def test_an_interrupt_leaves_nothing_half_written(fails, small, gguf, tmp_path, 
 
 
 # --- the real one ---------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not FETCHED, reason="cobble is not in the cache: run vlmkit fetch cobble")
+@pytest.mark.parametrize("plan", [None, "bf16"])
+def test_the_real_one_with_adapters_takes_the_predicted_bytes(plan):
+    model, _ = vk.load("cobble-chat", plan, processor=False)
+    measured, predicted = vk.memory.measure(model), vk.memory.predict("cobble-chat", plan)
+    assert measured.by_kind == predicted.by_kind
+    assert measured.by_component == predicted.by_component
+    assert measured.by_kind["adapter"] == 4 * (vk.anatomy(model).total - vk.anatomy("cobble").total)
 
 
 @pytest.mark.skipif(not FETCHED, reason="cobble is not in the cache: run vlmkit fetch cobble")

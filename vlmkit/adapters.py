@@ -13,7 +13,7 @@ from typing import Literal
 from vlmkit import COMPONENTS
 from vlmkit.anatomy import anatomy_of, component_finder, shape_of, unwrapped
 from vlmkit.backend.validation import Checked
-from vlmkit.errors import FinetuningError, did_you_mean
+from vlmkit.errors import CheckpointError, FinetuningError, brief, did_you_mean
 from vlmkit.rows import LINEAR, kind_of
 
 FULL = "full"
@@ -214,7 +214,7 @@ def adapted(model, training):
 
 
 def _with_adapters(model, loras):
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     first = loras[0].lora
     rest = [(f"^{re.escape(name)}", t.lora) for t in loras[1:] for name in t.modules]
@@ -227,6 +227,23 @@ def _with_adapters(model, loras):
         rank_pattern={name: lora.r for name, lora in rest if lora.r != first.r},
         alpha_pattern={name: lora.scale for name, lora in rest if lora.scale != first.scale},
     )
+    return _with_config(model, config)
+
+
+def as_stored(model, folder):
+    """`model`, on the meta device, with adapters like those that peft wrote to `folder`. Only their
+    config is read. Raises CheckpointError if it is damaged or does not fit."""
+    from peft import PeftConfig
+
+    try:
+        return _with_config(model, PeftConfig.from_pretrained(folder)).eval()
+    except Exception as error:  # peft's
+        raise CheckpointError(f"{folder}: the adapters do not fit: {brief(error)}") from error
+
+
+def _with_config(model, config):
+    from peft import get_peft_model
+
     on_meta = next(model.parameters()).is_meta
     with warnings.catch_warnings():
         # peft 0.21 asks transformers about checkpointing by its older name

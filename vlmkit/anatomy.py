@@ -261,8 +261,9 @@ def anatomy(x, *, revision=None, trust_remote_code=False):
     """Anatomy of `x`: "pebble", a folder, a hub id, a transformers config, or a model.
 
     From a name or a config, the model is built on the meta device: no weights are read, and little
-    memory is used. Raises CheckpointError if there is no config of that name, and AnatomyError if
-    the config is not that of a vision-language model.
+    memory is used. A config does not name adapters, so those of a checkpoint count only once they
+    are loaded. Raises CheckpointError if there is no config of that name, and AnatomyError if the
+    config is not that of a vision-language model.
     """
     if hasattr(x, "named_parameters"):
         return anatomy_of(x)

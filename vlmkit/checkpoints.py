@@ -52,6 +52,15 @@ def find(name, *, revision=None, weights=True, trust_remote_code=False):
     return _from_hub(text, revision, weights, trust_remote_code)
 
 
+def adapters_of(name, *, revision=None):
+    """The folder with the adapters of the checkpoint that `name` means, as peft wrote it, or None
+    if it has none. Those of cobble need not be fetched. Raises CheckpointError as `find` does."""
+    if str(name) in BUNDLED:
+        return BUNDLED[str(name)].adapters
+    folder = find(name, revision=revision, weights=False) / ADAPTERS
+    return folder if (folder / "adapter_config.json").is_file() else None
+
+
 def _from_hub(name, revision, weights, trust_remote_code):
     from huggingface_hub import snapshot_download
 

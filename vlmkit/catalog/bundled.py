@@ -3,7 +3,7 @@
 The checkpoint of pebble lies in the package. The checkpoints of cobble lie in vlmkit's cache, where
 `vlmkit fetch cobble` puts them together from weights in the package and a language model that it
 downloads. Their configs lie here, beside those of published models, so that anatomy and predictions
-of memory need no download.
+of memory need no download. Beside them lie the settings of their processor, which `fetch` writes.
 """
 
 import hashlib
@@ -15,24 +15,33 @@ from vlmkit.errors import CheckpointError
 from vlmkit.folders import cache_folder
 
 MODELS = Path(__file__).parent.parent / "models"
+WEIGHTS = "cobble/weights"
+"""The folder in MODELS with the weights of cobble that were trained here."""
+
+PROCESSOR = ("processor_config.json", "tokenizer_config.json", "chat_template.jinja")
 MADE_OF = "made_of.json"
-"""A file in the folder of a fetched checkpoint: of which files of the package it was made, with
-their sha256, and the sizes of its own files."""
+"""A file in the folder of a fetched checkpoint: what it was made of, as `Bundled.made_of` says it,
+and the sizes of its own files."""
+
+FORMAT = 1
+"""Add 1 if `fetch` writes something else, and neither config, processor nor weights show it."""
 
 
 @dataclass(frozen=True)
 class Bundled:
     """A model that comes with the course.
 
-    parameters: their number. Tied weights count once.
+    parameters: their number, without adapters. Tied weights count once.
     fetched: whether its checkpoint is put together in the cache.
     trained_with: the format in which the language model was while the projector was trained.
+    has_adapters: whether adapters on the language model come with it.
     """
 
     name: str
     parameters: int
     fetched: bool = False
     trained_with: str = "bf16"
+    has_adapters: bool = False
 
     @property
     def folder(self):
@@ -47,15 +56,47 @@ class Bundled:
         return Path(__file__).parent / "cobble" / self.name if self.fetched else self.folder
 
     @property
+    def adapters(self):
+        """The folder in the package with its adapters, as peft wrote it; None if it has none."""
+        return MODELS / WEIGHTS / "adapters" if self.has_adapters else None
+
+    @property
+    def weights(self):
+        """The files in the package that a fetched checkpoint takes its weights from."""
+        files = ["vision_encoder.safetensors", f"projector-{self.trained_with}.safetensors"]
+        if self.has_adapters:
+            own = ("adapter_config.json", "adapter_model.safetensors")
+            files += [f"adapters/{file}" for file in (*own, "trained_in_full.safetensors")]
+            files.append("adapters/vlmkit.json")
+        return [MODELS / WEIGHTS / file for file in files]
+
+    def made_of(self):
+        """{what a fetched checkpoint is made of: its sha256}, of the package as it is now.
+
+        These are config, processor and weights, by their content: the code that puts them together
+        may change. Raises OSError if a file is missing.
+        """
+        config = json.loads((self.config_folder / "config.json").read_text(encoding="utf-8"))
+        config.pop("transformers_version", None)  # of whoever wrote the file
+        texts = [(self.config_folder.parent / n).read_text(encoding="utf-8") for n in PROCESSOR]
+        written = json.dumps([FORMAT, config, texts], sort_keys=True).encode()
+        found = {"config and processor": hashlib.sha256(written).hexdigest()}
+        for path in self.weights:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.relative_to(MODELS).as_posix()] = digest
+        return found
+
+    @property
     def is_current(self):
-        """Whether its checkpoint is complete and was made of the weights that the package has."""
+        """Whether its checkpoint is complete, and made of what the package has."""
         if not self.fetched:
             return self.folder.is_dir()
         try:
             made = json.loads((self.folder / MADE_OF).read_text(encoding="utf-8"))
             held = sizes(self.folder)
-            return made["files"].items() <= held.items() and made["of"] == digests(made["of"])
-        except (OSError, ValueError, KeyError):
+            return made["files"].items() <= held.items() and made["of"] == self.made_of()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
 
     def find(self, weights=True):
@@ -90,18 +131,9 @@ BUNDLED = {
         Bundled("cobble-int8", 136_782_976, True, "int8"),
         Bundled("cobble-nf4-dq", 136_782_976, True, "nf4-dq"),
         Bundled("cobble-int3", 136_782_976, True, "int3"),
-        Bundled("cobble-chat", 136_782_976, True, "nf4"),
+        Bundled("cobble-chat", 136_782_976, True, "nf4", has_adapters=True),
     )
 }
-
-
-def digests(names):
-    """{name: sha256} of files in vlmkit/models. Raises OSError if one is missing."""
-    found = {}
-    for name in names:
-        with (MODELS / name).open("rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
 
 
 def sizes(folder):

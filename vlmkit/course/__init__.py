@@ -5,12 +5,15 @@ vk.course.check("equal cost", 19)
 
 import importlib
 
-_MODULES = ("controls", "exercises", "explorer", "pictures")
+_MODULES = ("controls", "exercises", "explorer", "pictures", "suited")
+_SUITED = ("in_its_words", "number", "questions", "without_adapters")
 
 
 def __getattr__(name):
     if name == "check":
         return importlib.import_module("vlmkit.course.exercises").check
+    if name in _SUITED:
+        return getattr(importlib.import_module("vlmkit.course.suited"), name)
     if name in _MODULES:
         return importlib.import_module(f"vlmkit.course.{name}")
     raise AttributeError(f"module 'vlmkit.course' has no attribute {name!r}")

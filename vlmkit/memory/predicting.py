@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from vlmkit.adapters import parse
-from vlmkit.anatomy import on_meta
+from vlmkit.adapters import as_stored, parse
+from vlmkit.anatomy import component_finder, on_meta
 from vlmkit.backend.optimizers import check_optimizer
 from vlmkit.backend.quiet import without_garbage_collection
-from vlmkit.checkpoints import find
+from vlmkit.checkpoints import adapters_of, find
 from vlmkit.errors import FinetuningError, SizeError, did_you_mean
 from vlmkit.formats import torch_dtype
 from vlmkit.layout import layout_of
@@ -14,6 +14,7 @@ from vlmkit.memory.allocator import check_allocator, overhead
 from vlmkit.memory.batch import batch_of, picture_of, smallest
 from vlmkit.memory.ledger import Ledger
 from vlmkit.memory.parameters import predicted_weights
+from vlmkit.memory.training_state import adapter_entries
 
 OTHER_NAMES = {
     "batch": "batch_size",
@@ -53,8 +54,10 @@ def predict(
         stored if the checkpoint is quantized already.
 
     With these arguments alone, the ledger is that of the loaded model before it runs, to the byte:
-    parameters, quantization states and buffers. The next arguments add a prompt, or a training
-    step:
+    parameters, quantization states and buffers, and the adapters of a checkpoint that has some, as
+    cobble-chat has. A training step is that of a model without them, since
+    `vk.finetuning.add_adapters` wants them taken off. The next arguments add a prompt, or a
+    training step:
 
     tokens: tokens of text in each sample, beside those of its pictures.
     new_tokens: tokens that have gone through the model after the prompt.
@@ -101,7 +104,9 @@ def predict(
         model = build()
         title = f"predicted for {type(model).__name__}"
         weights = list(predicted_weights(model, layout))
-        more = [], []
+        more, adapters = ([], []), None
+        if training is None:
+            adapters = _adapters_of(x, revision)
         if training is not None:
             from vlmkit.memory.steps import Training, training_step
 
@@ -113,7 +118,10 @@ def predict(
         elif batch:
             from vlmkit.memory.steps import prompt
 
-            more = prompt(model, layout, batch, device=allocator)
+            more = prompt(model, layout, batch, device=allocator, adapters=adapters)
+        if adapters is not None:
+            adapted = as_stored(build(), adapters)
+            more[0].extend(adapter_entries(adapted, component_finder(adapted)))
     entries = weights + more[0]
     if allocator is not None:
         entries += overhead(layout, weights, more[0])
@@ -155,6 +163,12 @@ def _check_training(training, new_tokens, gradient_checkpointing, prepare_kbit):
         raise FinetuningError("a training step generates nothing: leave new_tokens out")
     if training is not None:
         parse(training)
+
+
+def _adapters_of(x, revision):
+    """The folder with the adapters of a checkpoint, or None."""
+    is_name = not (hasattr(x, "model_type") or hasattr(x, "config"))
+    return adapters_of(x, revision=revision) if is_name else None
 
 
 def _folder_of(x, revision):

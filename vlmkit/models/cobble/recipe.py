@@ -8,6 +8,8 @@ formats always have complete blocks.
 
 import dataclasses
 
+from vlmkit.models import llava
+
 SIZE, PATCH = 84, 12
 """Sides of a picture and of a patch in pixels: 84 / 12 = 7, so a picture has 49 visual tokens."""
 
@@ -71,45 +73,32 @@ STATES = {
 def build_config(state=STATES["cobble"]):
     """The LlavaConfig of cobble. Its `projector_trained_with` is {component: format}: what the
     projector saw while it was trained."""
-    from transformers import LlamaConfig, LlavaConfig, SiglipVisionConfig
-
-    vision = SiglipVisionConfig(
-        hidden_size=VISION_WIDTH,
-        intermediate_size=512,
-        num_hidden_layers=5,
-        num_attention_heads=6,
-        image_size=SIZE,
-        patch_size=PATCH,
-        vision_use_head=False,
-    )
-    text = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=LANGUAGE_WIDTH,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-        bos_token_id=START_ID,
-        eos_token_id=END_ID,
-        pad_token_id=END_ID,
-        tie_word_embeddings=True,
-    )
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=IMAGE_ID,
-        image_seq_length=PATCHES,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        projector_hidden_act="gelu",
-        pad_token_id=END_ID,
-        eos_token_id=END_ID,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
-        projector_trained_with={"vision_encoder": "bf16", "language_model": state.language_model},
+    vision = {
+        "hidden_size": VISION_WIDTH,
+        "intermediate_size": 512,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 6,
+        "image_size": SIZE,
+        "patch_size": PATCH,
+    }
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": LANGUAGE_WIDTH,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+        "bos_token_id": START_ID,
+        "eos_token_id": END_ID,
+        "pad_token_id": END_ID,
+        "tie_word_embeddings": True,
+    }
+    trained_with = {"vision_encoder": "bf16", "language_model": state.language_model}
+    return llava.build_config(
+        vision, text, IMAGE_ID, dtype="bfloat16", projector_trained_with=trained_with
     )
 
 
@@ -144,19 +133,13 @@ def with_image_token(tokenizer):
 
 def build_processor(tokenizer):
     """The LlavaProcessor of cobble. tokenizer: of `with_image_token`."""
-    from transformers import LlavaProcessor
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-
-    return LlavaProcessor(
-        image_processor=SiglipImageProcessorPil(
-            size={"height": SIZE, "width": SIZE}, do_convert_rgb=True
-        ),
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=0,
-        chat_template=CHAT_TEMPLATE,
-        image_token=IMAGE,
+    return llava.build_processor(
+        tokenizer,
+        size=SIZE,
+        patch=PATCH,
+        image=IMAGE,
+        template=CHAT_TEMPLATE,
+        do_convert_rgb=True,
     )
 
 

@@ -6,6 +6,7 @@ so that number formats always have complete blocks.
 """
 
 from vlmkit import tasks
+from vlmkit.models import llava
 
 PATCH = 12
 """The side of a patch in pixels: 84 / 12 = 7, so a picture has 49 visual tokens."""
@@ -83,59 +84,35 @@ def build_tokenizer():
 
 
 def build_processor(tokenizer):
-    from transformers import LlavaProcessor
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-
-    size = {"height": tasks.SIZE, "width": tasks.SIZE}
-    return LlavaProcessor(
-        image_processor=SiglipImageProcessorPil(size=size),
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=0,
-        chat_template=CHAT_TEMPLATE,
-        image_token=IMAGE,
+    return llava.build_processor(
+        tokenizer, size=tasks.SIZE, patch=PATCH, image=IMAGE, template=CHAT_TEMPLATE
     )
 
 
 def build_config(tokenizer):
-    from transformers import LlamaConfig, LlavaConfig, SiglipVisionConfig
-
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    vision = SiglipVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=tasks.SIZE,
-        patch_size=PATCH,
-        vision_use_head=False,
-    )
-    text = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=None,
-        eos_token_id=ids[END],
-        pad_token_id=ids[PAD],
-        tie_word_embeddings=False,
-    )
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=ids[IMAGE],
-        image_seq_length=PATCHES,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        projector_hidden_act="gelu",
-        pad_token_id=ids[PAD],
-        eos_token_id=ids[END],
-        tie_word_embeddings=False,
-    )
+    vision = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": tasks.SIZE,
+        "patch_size": PATCH,
+    }
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "max_position_embeddings": CONTEXT,
+        "bos_token_id": None,
+        "eos_token_id": ids[END],
+        "pad_token_id": ids[PAD],
+        "tie_word_embeddings": False,
+    }
+    return llava.build_config(vision, text, ids[IMAGE])
 
 
 def build_model(config, seed=0):
