@@ -27,6 +27,7 @@ Calibration and held-out questions, and calibration and held-out paragraphs, hav
 """
 
 import argparse
+import contextlib
 import hashlib
 import math
 import os
@@ -48,7 +49,7 @@ PLANNERS = {  # (by, formats of the planner)
 }
 COBBLES = ("int8", "nf4")  # formats for cobble's layers, beside bf16; vk.load knows them all
 BUDGETS = (None, 135_000_000, 150_000_000)  # bytes; None for those of the recommended plan
-ASKED = {"digits": (33, 100), "photographs": (0, 200)}  # to plan, and held out
+ASKED = {"digits": (33, 40), "photographs": (0, 200)}  # to plan, and held out
 DRAWS = 6  # random plans for each budget
 ROUNDED = {"weight_error": 4, "sqnr": 3, "fisher": 8, "kl": 8, "kl_true": 8, "bits": 4}
 ROUNDED |= {"predicted": 8, "joint": 8, "kl_low": 8, "kl_high": 8} | dict.fromkeys(
@@ -189,10 +190,11 @@ def cobble(output, photographs):
         print("Without --photographs: only handwriting is asked about.", flush=True)
     measured = Measurement(planner.choices, processor, Text(model, held_out), asked)
     joint = {"digits": planner.joint, "text": partial(on_text.divergence, planner.choices)}
-    rows = list(plans(planner.choices, damages, joint, measured))
-    rows.append(retrained(model, planner.choices, measured))
-    rows = pd.DataFrame(rows).assign(weights=digest("cobble"))
-    write(output / "07_cobble.csv", rows.round(ROUNDED))
+    rows = []
+    for row in plans(planner.choices, damages, joint, measured, retrained(model)):
+        rows.append(row)
+        table = pd.DataFrame(rows).assign(weights=digest("cobble"))
+        write(output / "07_cobble.csv", table.round(ROUNDED))
 
 
 def cobbles_layers(planner, text):
@@ -325,8 +327,9 @@ class Measurement:
         return {f"{kind}_{name}": value for name, value in found.items()}
 
 
-def plans(choices, damages, joint, measured):
-    """The rows of all plans of the unquantized model, the rivals first."""
+def plans(choices, damages, joint, measured, projector):
+    """The rows of all plans of the unquantized model, the rivals first, and one with another
+    projector: a context, see `retrained`."""
     from vlmkit.planner import least_damage
 
     named = {f"uniform {name}": choices.all_in(name) for name in (choices.base, *COBBLES)}
@@ -334,6 +337,9 @@ def plans(choices, damages, joint, measured):
     for name, assignment in named.items():
         asked = name != "uniform int8"  # which is slow, and larger than every budget
         yield measured.row(name, assignment, None, asked) | {"kind": name.partition(" ")[0]}
+    with projector:
+        row = measured.row("projector trained on NF4", recommended(choices), "recommended")
+    yield row | {"kind": "retrained"}
     sizes = {item.scope: item.sizes for item in choices.items}
     fixed, rival = sum(choices.fixed.values()), "recommended"
     for budget in BUDGETS:
@@ -369,19 +375,25 @@ def at_random(choices, budget, seed):
     return found
 
 
-def retrained(model, choices, measured):
-    """The row of the recommended plan with the projector that was trained with it, of `cobble`: no
-    plan, and as many bytes as the recommended one."""
+def retrained(model):
+    """A context in which `model` has the projector of `cobble`, which was trained on NF4."""
     import vlmkit as vk
 
-    with warnings.catch_warnings(action="ignore"):  # the other projector does not fit bf16
+    with warnings.catch_warnings(action="ignore"):  # that projector does not fit bf16
         other, _ = vk.load("cobble", "bf16", processor=False)
     projector = model.model.multi_modal_projector
-    before = {name: tensor.clone() for name, tensor in projector.state_dict().items()}
-    projector.load_state_dict(other.model.multi_modal_projector.state_dict())
-    row = measured.row("projector trained on NF4", recommended(choices), "recommended")
-    projector.load_state_dict(before)
-    return row | {"kind": "retrained"}
+    own, trained = (
+        {name: tensor.clone() for name, tensor in part.state_dict().items()}
+        for part in (projector, other.model.multi_modal_projector)
+    )
+
+    @contextlib.contextmanager
+    def exchanged():
+        projector.load_state_dict(trained)
+        yield
+        projector.load_state_dict(own)
+
+    return exchanged()
 
 
 if __name__ == "__main__":
