@@ -3,7 +3,7 @@ what the planner makes of a budget, for pebble and for cobble.
 
     python benchmarks/budgets.py                              # recorded; 20 minutes
     python benchmarks/budgets.py --n 120 --output trial       # a trial, in the folder trial
-    python benchmarks/budgets.py --model cobble-bf16 --photographs FOLDER       # MINUTES minutes
+    python benchmarks/budgets.py --model cobble-bf16 --photographs FOLDER       # 15 minutes
 
 For pebble two tables, both of `vlmkit`'s own functions, which the chapter shows:
 
@@ -22,8 +22,8 @@ Calibration and held-out questions, and calibration and held-out paragraphs, hav
                       handwritten digits, and on text, which has no picture
 07_cobble.csv         a row per plan: uniform, recommended, planned by either divergence, and random
                       ones of the same bytes; with the perplexity of held-out text, and right
-                      answers about held-out digits and photographs. Everything is paired with a
-                      rival, the best plan with one format for the language model that fits
+                      answers about held-out digits and photographs, paired with the recommended
+                      plan's. One row is that plan with the projector that was trained on NF4
 """
 
 import argparse
