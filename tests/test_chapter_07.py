@@ -290,14 +290,13 @@ def test_claims_about_what_cobbles_layers_lose(benchmark, cobble):
 
 def test_claims_about_text_under_cobbles_plans(cobble):
     _, plans = cobble
-    by_text, by_digits, drawn = (
+    by_text, drawn = (
         plans[plans["kind"] == kind].groupby("budget")["perplexity"].agg(list).tolist()
-        for kind in ("by text", "by digits", "random")
+        for kind in ("by text", "random")
     )
     assert (plans.loc[plans["kind"] == "by text", "ratio_high"] < 1).all()
     assert [min(d) > t[0] for d, t in zip(drawn, by_text, strict=True)] == [True, True, False]
     assert sum(one < by_text[2][0] for one in drawn[2]) == 1
-    assert by_digits[1][0] > max(drawn[1])  # "no better than random"
     smallest = formats_of(plans.loc["by text, 121 MB"])
     other = {scope: name for scope, name in smallest.items() if name != "nf4"}
     assert other == {"language_model:29": "int8"}
@@ -310,16 +309,15 @@ def test_claims_about_text_under_cobbles_plans(cobble):
 
 def test_claims_about_pictures_under_cobbles_plans(cobble):
     _, plans = cobble
-    named, exact = plans["photographs_right"], plans["photographs_exact"]
-    assert named["recommended"] <= named["uniform nf4"]
-    text, digits = plans.loc["by text, 135 MB"], plans.loc["by digits, 135 MB"]
-    assert text["photographs_difference_high"] > 0 and text["photographs_p"] > 0.05
-    assert text["photographs_exact"] < 0.75 * text["photographs_right"]
-    assert (exact / named)[plans["kind"] == "by digits"].min() > 0.97
-    assert digits["photographs_p"] > 0.05
-    trained = plans.loc["projector trained on NF4"]
-    assert trained["photographs_p"] < 0.01
-    assert (
-        plans.loc["uniform bf16", "photographs_low"]
-        < trained["photographs_right"] / trained["photographs_n"]
-    )
+    rival = plans.loc["recommended", "photographs_right"]
+    named, p = plans["photographs_right"], plans["photographs_p"]
+    assert named["by digits, 135 MB"] > rival and p["by digits, 135 MB"] < 0.01
+    assert p["by text, 135 MB"] > 0.05
+    exact = plans["photographs_exact"] / named
+    assert exact["by text, 135 MB"] < 0.9 < 0.97 < exact["by digits, 135 MB"]
+    for by in ("text", "digits"):
+        assert named[f"by {by}, 121 MB"] < rival and p[f"by {by}, 121 MB"] < 0.05
+    trained, bf16 = plans.loc["projector trained on NF4"], plans.loc["uniform bf16"]
+    assert trained["photographs_p"] < 0.01 and trained["photographs_right"] > rival
+    share = trained["photographs_right"] / trained["photographs_n"]
+    assert bf16["photographs_low"] < share < bf16["photographs_high"]
