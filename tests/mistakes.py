@@ -127,6 +127,14 @@ MISTAKES = {
         "{'projector': 'int1'}": "no format here is int1",
         "['int4']": "a dict",
     },
+    "the best of both": {
+        "{}": "times the least",
+        "best('kl_text')": "the plan for text alone",
+        "best('kl_digits')": "the plan for digits alone",
+        "dict.fromkeys(layers['scope'], 'int8')": "bytes too many",
+        "{'language_model:99': 'int8'}": "no layer here is language_model:99",
+        "{'projector': 'int4'}": "no format here is int4",
+    },
     "make up for it": {
         "second": "this is the old weight",
         "second.T": "this is transposed",

@@ -199,3 +199,123 @@ def test_the_benchmark_records_and_does_not_repeat(benchmark, tmp_path, one_thre
     assert len(written) == 2
     main(options)
     assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == written
+
+
+# --- cobble ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cobble(benchmark):
+    """(layers, plans), which have to be of the weights that are committed."""
+    tables = [pd.read_csv(benchmark["OUTPUT"] / f"07_cobble{end}.csv") for end in ("_layers", "")]
+    for table in tables:
+        assert set(table["weights"]) == {benchmark["digest"]("cobble")}
+    return tables[0], tables[1].set_index("plan")
+
+
+def formats_of(plan):
+    return dict(part.split(" ") for part in plan["formats"].split(", "))
+
+
+def test_the_record_of_cobble_is_complete(benchmark, cobble):
+    layers, plans = cobble
+    formats = ["bf16", *benchmark["COBBLES"]]
+    assert layers.groupby("scope")["format"].apply(list).map(lambda own: own == formats).all()
+    assert layers["scope"].str.startswith("language_model").sum() == 30 * len(formats)
+    kinds = plans["kind"].value_counts()
+    budgets = len(benchmark["BUDGETS"])
+    assert kinds["random"] == budgets * benchmark["DRAWS"] and kinds["retrained"] == 1
+    assert kinds["by text"] == kinds["by digits"] == budgets and kinds["uniform"] == 3
+    assert not plans.loc[plans["bytes"] > plans["budget"]].size
+
+
+def test_cobbles_bytes_are_those_of_its_plans(cobble):
+    _, plans = cobble
+    for name in ("uniform nf4", "by text, 135 MB", "random 0, 135 MB"):
+        plan = vk.Plan.uniform("nf4")
+        for scope, given in formats_of(plans.loc[name]).items():
+            if given != "nf4":  # in these plans, only layers of the language model
+                layer = scope.removeprefix("language_model:")
+                plan = plan.override(rf"language_model\.layers\.{layer}\.", given)
+        assert vk.memory.predict("cobble-bf16", plan).total == plans.loc[name, "bytes"]
+
+
+def test_cobbles_plans_are_the_least_damage_and_its_answers_are_paired(benchmark, cobble):
+    layers, plans = cobble
+
+    def options(column):
+        return {
+            scope: dict(zip(rows["format"], rows[column], strict=True))
+            for scope, rows in layers.groupby("scope", sort=False)
+        }
+
+    fixed = plans.loc["uniform nf4", "bytes"] - sum(s["nf4"] for s in options("bytes").values())
+    for by in ("digits", "text"):
+        damages = options(f"kl_{by}")
+        for _, plan in plans[plans["kind"] == f"by {by}"].iterrows():
+            best = vk.planner.least_damage(options("bytes"), damages, int(plan["budget"] - fixed))
+            assert best == formats_of(plan)
+            least = sum(damages[scope][name] for scope, name in best.items())
+            assert plan["predicted"] == pytest.approx(least, abs=1e-6)
+    rival = plans.loc["recommended"]
+    for kind in benchmark["ASKED"]:
+        asked = plans[plans[f"{kind}_lost"].notna()]
+        assert len(asked) == 2 * len(benchmark["BUDGETS"]) + 1
+        lost, won = asked[f"{kind}_lost"], asked[f"{kind}_won"]
+        assert (asked[f"{kind}_right"] == rival[f"{kind}_right"] - lost + won).all()
+        for (_, plan), *changes in zip(asked.iterrows(), lost, won, strict=True):
+            p = vk.sensitivity.mcnemar(*map(int, changes))
+            assert plan[f"{kind}_p"] == pytest.approx(p, abs=1e-5)
+
+
+def test_claims_about_what_cobbles_layers_lose(benchmark, cobble):
+    layers, _ = cobble
+    language = layers[layers["scope"].str.startswith("language_model") & layers["format"].eq("nf4")]
+    language = language.set_index("scope")
+    assert language["kl_text"].corr(language["kl_digits"], method="spearman") < 0.5
+    first = [set(language[f"kl_{by}"].nlargest(4).index) for by in ("text", "digits")]
+    assert first[0] & first[1] == {"language_model:11"}
+    places = language[["kl_text", "kl_digits"]].rank(ascending=False)
+    assert places.loc["language_model:29", "kl_text"] == 1
+    assert places.loc["language_model:8", "kl_digits"] == 1
+    assert places.loc["language_model:29", "kl_digits"] > 10
+    assert places.loc["language_model:8", "kl_text"] > 10
+    outliers = pd.read_csv(benchmark["OUTPUT"] / "05_outliers.csv")
+    outliers = outliers[outliers["model"] == "cobble-bf16"]
+    times = outliers["largest"] / outliers["median"]
+    assert outliers.loc[times.idxmax(), "layer"] == 11
+
+
+def test_claims_about_text_under_cobbles_plans(cobble):
+    _, plans = cobble
+    by_text, drawn = (
+        plans[plans["kind"] == kind].groupby("budget")["perplexity"].agg(list).tolist()
+        for kind in ("by text", "random")
+    )
+    assert (plans.loc[plans["kind"] == "by text", "ratio_high"] < 1).all()
+    assert [min(d) > t[0] for d, t in zip(drawn, by_text, strict=True)] == [True, True, False]
+    assert sum(one < by_text[2][0] for one in drawn[2]) == 1
+    smallest = formats_of(plans.loc["by text, 121 MB"])
+    other = {scope: name for scope, name in smallest.items() if name != "nf4"}
+    assert other == {"language_model:29": "int8"}
+    nf4 = plans.loc["uniform nf4", "bytes"]
+    assert round((plans.loc["by text, 121 MB", "bytes"] - nf4) / 1e6, 1) == 1.6
+    assert round((plans.loc["recommended", "bytes"] - nf4) / 1e6, 1) == 3.1
+    trained, rival = plans.loc["projector trained on NF4"], plans.loc["recommended"]
+    assert trained["perplexity"] == rival["perplexity"] and trained["bytes"] == rival["bytes"]
+
+
+def test_claims_about_pictures_under_cobbles_plans(cobble):
+    _, plans = cobble
+    rival = plans.loc["recommended", "photographs_right"]
+    named, p = plans["photographs_right"], plans["photographs_p"]
+    assert named["by digits, 135 MB"] > rival and p["by digits, 135 MB"] < 0.01
+    assert p["by text, 135 MB"] > 0.05
+    exact = plans["photographs_exact"] / named
+    assert exact["by text, 135 MB"] < 0.9 < 0.97 < exact["by digits, 135 MB"]
+    for by in ("text", "digits"):
+        assert named[f"by {by}, 121 MB"] < rival and p[f"by {by}, 121 MB"] < 0.05
+    trained, bf16 = plans.loc["projector trained on NF4"], plans.loc["uniform bf16"]
+    assert trained["photographs_p"] < 0.01 and trained["photographs_right"] > rival
+    share = trained["photographs_right"] / trained["photographs_n"]
+    assert bf16["photographs_low"] < share < bf16["photographs_high"]

@@ -85,7 +85,9 @@ def test_divergence_is_that_of_the_decoded_answers(pebble, questions, table):
     assert row.kl == pytest.approx(kl.mean(), rel=0.01) and row.kl > 0
     with quantized(model, "projector", "int8"):
         fine = base.compare()
+        alone = base.compare(answers=False)
     assert fine.kl.mean() < 0.01 * row.kl
+    assert (alone.kl == fine.kl).all() and alone.correct is None and alone.asked == 0
 
 
 def test_two_threads_give_the_same_numbers(pebble, questions, table):

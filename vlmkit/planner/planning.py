@@ -126,12 +126,13 @@ class Planner:
         full = self.choices.all_in(self.choices.base) | assignment
         key = tuple(full.items())
         if key not in self._joint:
-            self._joint[key] = self._outcome(self.calibration, full).kl.mean().item()
+            outcome = self._outcome(self.calibration, full, answers=False)
+            self._joint[key] = outcome.kl.mean().item()
         return self._joint[key]
 
-    def _outcome(self, baseline, assignment):
+    def _outcome(self, baseline, assignment, **options):
         with as_loaded(self.model, self.choices, assignment) as changed:
-            return baseline.compare(changed)
+            return baseline.compare(changed, **options)
 
     def table(self):
         """A pandas DataFrame of the damages: a row for each item and format, with its bytes."""

@@ -51,6 +51,7 @@ class Outcome:
     correct: whether the answer is the expected one. kl: the Kullback-Leibler divergence in nats,
     sum of p log(p / q), of its next-token probabilities q from the unquantized model's p, averaged
     over the tokens of the unquantized model's answer. asked: how many questions were asked again.
+    Without answers, correct is None.
     """
 
     correct: object
@@ -125,7 +126,7 @@ class Baseline:
         texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def compare(self, changed=None, *, as_asked=False, by_steps=False):
+    def compare(self, changed=None, *, as_asked=False, by_steps=False, answers=True):
         """The Outcome of the model as it is now, changed.
 
         changed: the changed weights, a list of `vlmkit.sensitivity.scopes.Weight`, if nothing else
@@ -152,12 +153,14 @@ class Baseline:
             read = self._for_each_batch(lambda batch: self._read(batch, ask_all, by_steps))
         for batch, (right, divergence) in zip(self.batches, read, strict=True):
             kl[batch.rows] = divergence
+            if not answers:
+                continue
             still_open = [place for place, one in enumerate(right) if one is None]
             asked += len(still_open)
             for place, one in zip(still_open, self._ask(batch, still_open), strict=True):
                 right[place] = one
             correct[batch.rows] = right
-        return Outcome(correct, kl, asked)
+        return Outcome(correct if answers else None, kl, asked)
 
     def _for_each_batch(self, work):
         """`work` of every batch. On a CPU each core takes a batch of its own: if the cores shared a

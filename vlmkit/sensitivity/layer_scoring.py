@@ -85,7 +85,7 @@ def layer_scores(
     for (scope, name), rounded in cells.items():
         own = rounded.selection.weights
         with rounded:
-            kl = baseline.compare(own).kl
+            kl = baseline.compare(own, answers=False).kl
         rows.append(
             {
                 "scope": scope,

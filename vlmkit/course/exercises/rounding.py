@@ -136,6 +136,43 @@ def plan_by_hand(answer, asked, formats, rival):
     return f"{share:.0%} of the divergence, with {-more:,} bytes to spare."
 
 
+@exercise("the best of both", of_type, dict, "a dict")
+def best_of_both(answer, layers, room):
+    """{layer: format} of the layers that are not in NF4, for at most `room` bytes in all, and a sum
+    of both damages within 1% of the least one; layers: a DataFrame with a row for each layer and
+    format, and columns scope, format, bytes, kl_digits and kl_text."""
+    from vlmkit.planner import least_damage
+
+    both = layers.assign(kl_both=layers["kl_digits"] + layers["kl_text"])
+
+    def options(column):
+        return {
+            scope: dict(zip(rows["format"], rows[column], strict=True))
+            for scope, rows in both.groupby("scope", sort=False)
+        }
+
+    sizes = options("bytes")
+    known(answer, sizes, "layer")
+    known(answer.values(), set(both["format"]), "format")
+    mine = dict.fromkeys(sizes, "nf4") | answer
+    more = sum(sizes[scope][name] for scope, name in mine.items()) - room
+    require(more <= 0, f"{more:,} bytes too many.")
+
+    def damage(choice, column):
+        return sum(options(column)[scope][name] for scope, name in choice.items())
+
+    least = damage(least_damage(sizes, options("kl_both"), room), "kl_both")
+    found = damage(mine, "kl_both")
+    alone = ""
+    for name, what in {"kl_text": "text", "kl_digits": "digits"}.items():
+        if mine == least_damage(sizes, options(name), room):
+            alone = f" This is the plan for {what} alone."
+    require(
+        found <= 1.01 * least, f"{found:.4f} nats are {found / least:.2f} times the least.{alone}"
+    )
+    return f"{found:.4f} nats, and the least is {least:.4f}. A sum of damages is a damage, too."
+
+
 @exercise("make up for it", lambda answer: answer)
 def make_up(answer, net, format):
     """A second weight that loses less than half, once both are rounded; net: (chances, original), a
