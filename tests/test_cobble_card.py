@@ -144,6 +144,16 @@ def test_the_tables_of_the_benchmarks_readme_are_the_recorded_ones():
         assert cells == [shown(hidden=width.replace(",", ""), **pair) for pair in pairs]
     for trained, cells in (vision := table("| trained with the vision encoder in |")).items():
         assert cells == [shown(trained_vision=trained, asked_vision=one) for one in vision]
+    with (ROOT / "notebooks" / "data" / "06_text.csv").open(encoding="utf-8") as stream:
+        text = {row["format"]: row for row in csv.DictReader(stream)}
+    for name, row in zip(text, table("| language model | perplexity |").values(), strict=True):
+        same = f"{100 * float(text[name]['same_next_token']):.1f}"
+        kl = f"{float(text[name]['kl']):.3f}"
+        assert row[:3] == [text[name]["perplexity"], kl, same]
+        assert row[3].partition(" ")[0] == text[name]["right"]
+    healed = CARD.partition("heal the language model's own text")[2].partition("\n\n")[0]
+    for name in ("bf16", "nf4", "cobble-chat"):
+        states(healed, f"{float(text[name]['perplexity']):.1f}", text[name]["right"])
 
 
 def test_its_stages_are_those_of_the_training():
