@@ -217,7 +217,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
         (
             "cobble-bf16",
             None,
-            "in bf16, and the plan has nf4.*68% of photographs, not 88%.*cobble has",
+            "in bf16, and the plan has nf4.*73% of photographs, not 88%.*cobble has",
         ),
         ("cobble-bf16", "language_model=int8", ""),
         ("cobble-nf4-dq", "language_model=nf4", ""),
