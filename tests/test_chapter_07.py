@@ -133,7 +133,7 @@ def test_claims_about_the_plan(notebook):
     """It fits, is larger than its uniform rival, and beats that in divergence, not in answers."""
     (count,) = (o for o in cell(notebook, "loaded, _ = ").outputs if o.output_type == "stream")
     size, budget = (int(n.replace(",", "")) for n in count.text.split()[:3:2])
-    _, planned, uniform, *_ = shown(cell(notebook, "budget = ")).values()
+    _, planned, uniform, *_ = shown(cell(notebook, "bytes_in = ")).values()
     assert size <= budget
     assert float(uniform[0]) < float(planned[0]) == pytest.approx(size / 1e6, abs=1e-3)
     assert interval(planned[3])[1] < interval(uniform[3])[0]
