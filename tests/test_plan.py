@@ -178,3 +178,131 @@ def test_no_torch_for_making_a_plan():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- files, mappings and BitsAndBytesConfigs ------------------------------------------------------
+
+PLANS = [
+    Plan(),
+    Plan.recommended(),
+    Plan.uniform("int8"),
+    Plan(projector="fp32", language_model="nf4-dq").override(r"layers\.0\.", "bf16"),
+    Plan.uniform("nf4").override("é\n'\"#: ", "fp16").override(r"\.q_proj\.", "int8"),
+]
+
+
+@pytest.mark.parametrize("name", ["plan.yaml", "plan.yml", "plan.JSON"])
+@pytest.mark.parametrize("plan", PLANS, ids=range(len(PLANS)))
+def test_a_plan_goes_through_a_file(plan, name, tmp_path):
+    path = plan.save(tmp_path / name)
+    assert Plan.parse(path) == Plan.parse(str(path)) == Plan.parse(plan.to_dict()) == plan
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_plan_in_a_file_loads_and_is_audited(tmp_path):
+    plan = Plan(language_model="nf4").override(r"layers\.0\.", "bf16")
+    path = str(plan.save(tmp_path / "plan.yaml"))
+    model, _ = vk.load("pebble", path)
+    assert vk.memory.predict("pebble", path).total == vk.memory.measure(model).total
+    vk.audit(model, path)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("", "no components"),
+        ("- bf16", "no components"),
+        ("[1, 2", "is not YAML"),
+        ("language_model: nf5", "plan.yaml: .*nf4"),
+        ("languag_model: nf4", "language_model"),
+        ("language_model: 4", "4"),
+        ("default: [nf4]", "nf4"),
+        ("overrides: nf4", "list of"),
+        ("overrides: [nf4]", "a pattern and a format"),
+        ("overrides: [{pattern: x, format: nf4, more: 1}]", "a pattern and a format"),
+        ("overrides: [{pattern: '(', format: nf4}]", "not a regular expression"),
+        ("!!python/object/apply:os.system [true]", "is not YAML"),
+        ("[" * 5000, "is not YAML"),
+    ],
+)
+def test_files_that_hold_no_plan(text, says, tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    with pytest.raises(PlanError, match=says):
+        Plan.parse(file)
+
+
+def test_plans_that_cannot_be_read_or_written(tmp_path):
+    with pytest.raises(PlanError, match=r"gone\.json cannot be read"):
+        Plan.parse(str(tmp_path / "gone.json"))
+    (tmp_path / "a.yaml").mkdir()
+    with pytest.raises(PlanError, match="cannot be read"):
+        Plan.parse(tmp_path / "a.yaml")
+    (tmp_path / "b.json").write_bytes(b"\xff")
+    with pytest.raises(PlanError, match="cannot be read"):
+        Plan.parse(tmp_path / "b.json")
+    for path in (tmp_path / "a.yaml", tmp_path / "none" / "plan.yaml"):
+        with pytest.raises(PlanError, match="cannot be written"):
+            Plan().save(path)
+    with pytest.raises(PlanError, match=r"ends in \.yaml"):
+        Plan().save(tmp_path / "plan.txt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.yaml", "b.json"]
+
+
+def bitsandbytes_config(skip=None, **given):
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    usual = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    usual["bnb_4bit_compute_dtype"] = torch.bfloat16
+    return BitsAndBytesConfig(llm_int8_skip_modules=skip, **({**usual, **given}))
+
+
+@pytest.mark.parametrize(
+    "skip",
+    [
+        None,
+        ["lm_head"],
+        ["q_proj", "lm_head"],
+        ["lm_head", "model.vision_tower", "model.multi_modal_projector.linear_1"],
+        ["lm_head", ".*vision_tower", "model.language_model.layers.1"],
+        ["lm_head", "fc1", "model.language_model.layers.*.mlp"],
+    ],
+)
+def test_a_bitsandbytes_config_is_the_plan_that_quantizes_the_same(skip):
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    config = bitsandbytes_config(skip, bnb_4bit_use_double_quant=True)
+    folder = vk.models.pebble.path()
+    theirs = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=config
+    )
+    config = bitsandbytes_config(skip, bnb_4bit_use_double_quant=True)
+    ours, _ = vk.load("pebble", config)
+    kinds = [{n: type(m) for n, m in model.named_modules()} for model in (ours, theirs)]
+    assert kinds[0] == kinds[1]
+    assert vk.memory.predict("pebble", config).total == vk.memory.measure(ours).total
+    vk.audit(ours, config)
+
+
+def test_what_a_bitsandbytes_config_says_otherwise():
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    assert Plan.parse(BitsAndBytesConfig(load_in_8bit=True)) == Plan.uniform("int8")
+    with pytest.warns(UserWarning, match="computes in float16"):
+        Plan.parse(bitsandbytes_config(bnb_4bit_compute_dtype=torch.float16))
+    with pytest.warns(UserWarning, match="lm_head"):
+        assert Plan.parse(bitsandbytes_config([])) == Plan.uniform("nf4")
+    for config, says in (
+        (BitsAndBytesConfig(), "quantizes nothing"),
+        (bitsandbytes_config(bnb_4bit_quant_storage=torch.bfloat16), "bnb_4bit_quant_storage"),
+        (BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0), "llm_int8_threshold"),
+        (bitsandbytes_config(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=True), "fp4"),
+        (bitsandbytes_config(["(", "lm_head"]), "not a regular expression"),
+    ):
+        with pytest.raises(PlanError, match=says):
+            Plan.parse(config)
+    with pytest.raises(PlanError, match="matches no module"):  # transformers ignores it silently
+        vk.preview("pebble", bitsandbytes_config(["vision_tower", "lm_head"]))

@@ -3,17 +3,27 @@
     plan = vk.Plan(vision_encoder="bf16", projector="bf16", language_model="nf4")
     plan = plan.override(r"language_model\\.layers\\.0\\.", "bf16")
     model, processor = vk.load("pebble", plan)
+    plan.save("plan.yaml")  # and vk.load("pebble", "plan.yaml") reads it
 
 A plan knows no model. `vlmkit.layout.layout_of(model, plan)` says what a plan does to a model.
 """
 
+import contextlib
+import json
+import os
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
+import yaml
+
 from vlmkit import COMPONENTS
-from vlmkit.errors import PlanError, did_you_mean
+from vlmkit.errors import PlanError, brief, did_you_mean
 from vlmkit.formats import DEFAULT, FORMATS, format_named
 from vlmkit.tables import Table
+
+FILES = (".yaml", ".yml", ".json")
 
 
 class Plan(Table):
@@ -58,14 +68,33 @@ class Plan(Table):
 
     @classmethod
     def parse(cls, x):
-        """A plan from a Plan, from None or "recommended", from a format's name, or from text such
-        as "vision_encoder=bf16,language_model=nf4". Raises PlanError for anything else."""
+        """A plan from anything that says one:
+
+        a Plan; None or "recommended"; a format's name; text such as
+        "vision_encoder=bf16,language_model=nf4"; the name of a file that `save` wrote, which ends
+        in .yaml, .yml or .json; a mapping as `to_dict` returns it; a transformers
+        BitsAndBytesConfig (see `vlmkit.backend.converting.formats_of_config`).
+
+        Raises PlanError for anything else.
+        """
         if isinstance(x, Plan):
             return x
         if x is None or x == "recommended":
             return cls.recommended()
+        if isinstance(x, Mapping):
+            return cls._of_mapping(x)
+        if type(x).__name__ == "BitsAndBytesConfig":
+            from vlmkit.backend.converting import formats_of_config
+
+            default, overrides = formats_of_config(x)
+            return cls._make({}, overrides, default)
+        if isinstance(x, os.PathLike) or (isinstance(x, str) and x.lower().endswith(FILES)):
+            return cls._of_file(Path(x).expanduser())
         if not isinstance(x, str):
-            raise PlanError(f"{x!r} is not a plan. Give a vk.Plan, the name of a format, or text.")
+            raise PlanError(
+                f"{x!r} is not a plan. Give a vk.Plan, the name of a format, text, a mapping, a "
+                "file or a BitsAndBytesConfig."
+            )
         if "=" not in x:
             return cls.uniform(x.strip())
         formats = {}
@@ -77,6 +106,71 @@ class Plan(Table):
                 raise PlanError(f"The plan {x!r} names {component} twice. Name it once.")
             formats[component] = name
         return cls(**formats)
+
+    @classmethod
+    def _of_mapping(cls, said):
+        said = dict(said)
+        default, overrides = said.pop("default", DEFAULT), said.pop("overrides", ())
+        if not isinstance(overrides, (list, tuple)):
+            raise PlanError(f"overrides is a list of {{pattern, format}}, not {overrides!r}.")
+        format_named(default)
+        plan = cls._make({}, (), default)
+        plan._set({str(component): name for component, name in said.items()}, (), default)
+        for one in overrides:
+            if not isinstance(one, Mapping) or set(one) != {"pattern", "format"}:
+                raise PlanError(f"an override has a pattern and a format, and no more: {one!r}.")
+            plan = plan.override(one["pattern"], one["format"])
+        return plan
+
+    @classmethod
+    def _of_file(cls, path):
+        try:
+            text = path.read_text(encoding="utf-8")
+            said = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"The plan {path} cannot be read: {brief(error)}") from error
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            kind = "JSON" if path.suffix.lower() == ".json" else "YAML"
+            raise PlanError(f"The plan {path} is not {kind}: {brief(error)}") from error
+        if not isinstance(said, Mapping):
+            raise PlanError(f"The plan {path} holds {said!r}, and no components with formats.")
+        try:
+            return cls._of_mapping(said)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
+
+    def to_dict(self):
+        """{component: format}, with "default" for those that are not named and "overrides", a list
+        of {"pattern": ..., "format": ...}, where the plan has them. `parse` reads it back."""
+        said = {} if self._default == DEFAULT else {"default": self._default}
+        said |= self.named
+        if self.overrides:
+            said["overrides"] = [{"pattern": p, "format": f} for p, f in self.overrides]
+        return said
+
+    def save(self, path):
+        """Write the plan to a file, as YAML or, if its name ends in .json, as JSON. Returns the
+        path. `vk.load`, the command line and a training file take its name as a plan.
+
+        Raises PlanError if the name ends otherwise, or if the file cannot be written.
+        """
+        path = Path(path).expanduser()
+        if path.suffix.lower() not in FILES:
+            raise PlanError(f"The name of a plan's file ends in {', '.join(FILES)}, not as {path}.")
+        said = self.to_dict() or {COMPONENTS[0]: DEFAULT}
+        if path.suffix.lower() == ".json":
+            text = json.dumps(said, indent=2) + "\n"
+        else:
+            text = yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
+        part = path.with_name(f"{path.name}.part")
+        try:
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise PlanError(f"The plan cannot be written to {path}: {brief(error)}") from error
+        return path
 
     def override(self, pattern, name):
         """A new plan in which the modules that `pattern` finds get the format `name`.

@@ -13,8 +13,13 @@ is the only way to say what to quantize, and it has three traps:
 Since transformers 5.21, the oldest version tried, until its configs name what to quantize.
 """
 
+import re
+import warnings
+
+import torch
+
 from vlmkit.errors import PlanError
-from vlmkit.formats import torch_dtype
+from vlmkit.formats import DEFAULT, format_named, torch_dtype
 
 
 def skip_list(linears, quantized):
@@ -68,6 +73,67 @@ def _config_of(name, linears, modules):
         bnb_4bit_compute_dtype=torch_dtype(name),
         llm_int8_skip_modules=skip,
     )
+
+
+def formats_of_config(config):
+    """(format of all Linear layers, [(pattern, format), ...]) of a BitsAndBytesConfig: what it
+    quantizes to, and the exceptions that its skip list makes, as overrides of a plan.
+
+    An entry of the list spares what transformers' own `should_convert_module` spares. An entry that
+    spares no module, which transformers passes over silently, becomes a pattern that finds none,
+    and that is an error where the plan meets a model.
+
+    Warns if the list leaves the output head out, which transformers then quantizes and a plan does
+    not. Warns if the config computes in another dtype than the plan, which computes in bf16. Raises
+    PlanError for what a plan cannot express.
+    """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    if not (config.load_in_4bit or config.load_in_8bit):
+        raise PlanError(
+            "The BitsAndBytesConfig quantizes nothing: set load_in_4bit or load_in_8bit."
+        )
+    unusual = {
+        "llm_int8_threshold": 6.0,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_enable_fp32_cpu_offload": False,
+    }
+    if config.load_in_4bit:
+        unusual = {"bnb_4bit_quant_storage": torch.uint8}
+    for key, usual in unusual.items():
+        if (found := getattr(config, key)) != usual:
+            raise PlanError(f"A plan cannot express {key}={found}: it always has {usual}.")
+    name = "int8"
+    if config.load_in_4bit:
+        name = config.bnb_4bit_quant_type + "-dq" * config.bnb_4bit_use_double_quant
+        dtype = config.bnb_4bit_compute_dtype
+        if dtype != torch_dtype(DEFAULT):
+            warnings.warn(
+                f"The BitsAndBytesConfig computes in {str(dtype).removeprefix('torch.')}, and as a "
+                f"plan it computes in bf16. Bytes and weights are the same.",
+                stacklevel=4,
+            )
+    format_named(name)
+    if config.llm_int8_skip_modules is None:
+        return name, ()
+    overrides = []
+    for entry in config.llm_int8_skip_modules:
+        try:
+            re.compile(entry)
+        except (re.error, TypeError) as error:
+            raise PlanError(
+                f"{entry!r} in llm_int8_skip_modules is not a regular expression: {error}"
+            ) from error
+        # A plan searches in a name with a dot at its end, and a match has to end at a boundary.
+        start = rf"^(?:{entry})(?:(?<=\.)(?!$)|(?=\.))"
+        overrides.append((rf"{start}|{re.escape(entry)}\.$", DEFAULT))
+    if should_convert_module("lm_head", config.llm_int8_skip_modules):
+        warnings.warn(
+            "The BitsAndBytesConfig has a skip list without lm_head, so transformers would "
+            "quantize the output head too. A plan keeps it.",
+            stacklevel=4,
+        )
+    return name, tuple(overrides)
 
 
 def _require_exact(skip, linears, modules):

@@ -27,7 +27,8 @@ Model = argument(str, f"{MODEL}; by default what VLMKIT_MODEL names, else pebble
 PlanText = option(
     str,
     "Formats by component, such as vision_encoder=bf16,language_model=nf4, or one format for all, "
-    "such as int8. By default the recommended plan: language model in nf4, the rest in bf16.",
+    "such as int8, or a file with a plan. By default the recommended plan: language model in nf4, "
+    "the rest in bf16.",
     "--plan",
     metavar="PLAN",
 )

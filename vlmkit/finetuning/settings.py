@@ -167,9 +167,6 @@ def _checked(config):
     for key in ("train", "data", "output"):
         if not getattr(config, key):
             raise FinetuningError(f"{key} is missing; train, data and output are needed.")
-    plan = config.plan
-    if isinstance(plan, dict):
-        plan = ",".join(f"{component}={format}" for component, format in plan.items())
     train = {component: _way(component, said) for component, said in config.train.items()}
     parse(train)
     settings = _built(Settings, config.settings, "settings")
@@ -177,7 +174,7 @@ def _checked(config):
         raise FinetuningError("settings: eval_steps needs questions: name them in evaluation.")
     return replace(
         config,
-        plan=None if plan is None else Plan.parse(plan),
+        plan=None if config.plan is None else Plan.parse(config.plan),
         train=train,
         data=_source(config.data, "data"),
         evaluation=config.evaluation and _source(config.evaluation, "evaluation"),

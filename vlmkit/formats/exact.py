@@ -73,7 +73,7 @@ _EXPERIMENT = re.compile(r"(int[2-8]|nf4|fp4)(-(tensor|row|token|act|asym|sym|dq
 
 def format_named(name):
     """The Format called `name`. Raises PlanError, with the most similar name, if there is none."""
-    if name in FORMATS:
+    if isinstance(name, str) and name in FORMATS:
         return FORMATS[name]
     if _EXPERIMENT.fullmatch(str(name).lower()):
         raise PlanError(
