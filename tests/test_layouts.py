@@ -16,6 +16,7 @@ from PIL import Image
 from processors import PROCESSORS
 
 import vlmkit as vk
+from vlmkit.cli.training import train as cli_train
 from vlmkit.errors import FinetuningError, ImageError, TaskError
 from vlmkit.finetuning import Collator, token_table
 from vlmkit.finetuning.collating import IGNORED, check_rows
@@ -416,6 +417,28 @@ def test_training_finds_a_missing_picture_before_its_first_step(folder, tmp_path
     with pytest.raises(ImageError, match=r"Row 5: .*9\.png"):
         vk.finetuning.train(model, processor, rows, tmp_path / "run", max_steps=1)
     assert not (tmp_path / "run").exists()
+
+
+def test_vlmkit_train_finds_a_missing_picture_before_it_loads_the_model(folder, monkeypatch):
+    good = {"image": FILE, "question": "Which?", "answer": "red"}
+    source = lines(folder / "rows.jsonl", *[good] * 3, good | {"image": "9.png"})
+    said = f"data: {{source: {source}}}\ntrain: {{projector: full}}\noutput: {folder / 'out'}\n"
+    (folder / "train.yaml").write_text(said)
+    monkeypatch.setattr(vk, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(ImageError, match=r"Row 3: .*9\.png"):
+        cli_train(folder / "train.yaml")
+
+
+def test_vlmkit_train_reads_messages_and_says_what_it_skips(folder, capsys):
+    good = {"messages": TURNS, "images": [FILE]}
+    source = lines(folder / "rows.jsonl", good, good, good | {"images": ["9.png"]})
+    (folder / "train.yaml").write_text(
+        f"data: {{source: {source}}}\ntrain: {{projector: full}}\noutput: {folder / 'out'}\n"
+        "settings: {max_steps: 2, per_device_train_batch_size: 2, unreadable: skip}\n"
+    )
+    cli_train(folder / "train.yaml")
+    assert "skipping   1 of 3 rows" in capsys.readouterr().out
+    assert "unreadable" in (folder / "out" / "summary.md").read_text()
 
 
 def test_an_answer_of_100_000_words_is_refused(tmp_path):

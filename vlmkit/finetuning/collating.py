@@ -16,6 +16,7 @@ from vlmkit.errors import FinetuningError, ImageError, TaskError, VlmkitError
 from vlmkit.evaluation import lacking_columns
 from vlmkit.evaluation.prompts import answered_inputs, text_of_turn
 from vlmkit.images import check_all, read_all, undecoded
+from vlmkit.tasks.published.reading import Pictures
 from vlmkit.tasks.published.schemas import find, schema_of
 
 IGNORED = -100
@@ -198,11 +199,14 @@ def check_rows(rows, *, unreadable=RAISE):
     there, without decoding them. Returns how many rows cannot be used.
 
     Raises FinetuningError or ImageError with the number of the first such row, unless `unreadable`
-    is "skip". A dataset that reads pictures on demand (from `vk.tasks.from_dataset`) has been
-    checked when it was made, and a stream cannot be checked: both return 0.
+    is "skip". A dataset that reads pictures on demand was checked when `vk.tasks.from_dataset`
+    made it, and a stream cannot be checked: both return 0.
     """
     layout = getattr(rows, "format", None)  # of a `datasets.Dataset`
     on_demand = isinstance(layout, dict) and layout.get("type") == "custom"
+    if on_demand:
+        transform = layout["format_kwargs"].get("transform")
+        on_demand = not isinstance(transform, Pictures) or transform.decode
     if on_demand or not hasattr(rows, "__len__"):
         return 0
     bad = 0
