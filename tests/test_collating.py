@@ -118,8 +118,8 @@ def test_an_empty_answer_is_an_error(processor, answer):
 
 def test_a_missing_column_is_named(processor):
     picture = Pictures.new("RGB", (84, 84))
-    with pytest.raises(FinetuningError, match="lacks images; it has image, question, answer"):
-        Collator(processor)([{"image": picture, "question": "Which?", "answer": "red"}])
+    with pytest.raises(FinetuningError, match="no column question. It has image, frage, answer"):
+        Collator(processor)([{"image": picture, "frage": "Which?", "answer": "red"}])
 
 
 @pytest.mark.parametrize("wrong", [{"too_long": "cut"}, {"max_length": 0}, {"unreadable": None}])

@@ -229,6 +229,7 @@ def test_other_families_alone_and_in_batches(family, name, images):
 
 def test_a_processor_whose_prompt_is_unknown(model, processor, monkeypatch):
     monkeypatch.setattr(processor, "chat_template", None)
+    monkeypatch.setattr(processor.tokenizer, "chat_template", None)
     with pytest.raises(VlmkitError, match="LlavaProcessor has no chat template"):
         vk.ask(model, processor, red(), "What?")
 

@@ -417,8 +417,8 @@ def test_sources_that_cannot_be_opened(tmp_path):
             from_dataset(tmp_path / name)
     with pytest.raises(TaskError, match="owner/name"):
         from_dataset("vqav2")
-    with pytest.raises(TaskError, match="this is a list"):
-        from_dataset([{"question": "?"}])
+    with pytest.raises(TaskError, match="this is a dict"):
+        from_dataset({"question": "?"})
 
 
 def test_options(tmp_path):

@@ -6,6 +6,7 @@ whatever error a decoder has for a damaged file. Every picture that vlmkit gives
 gone through `read`, which decides these cases.
 """
 
+import base64
 import io
 import os
 import warnings
@@ -31,6 +32,7 @@ def read(image):
     - a PIL image of any mode;
     - a path to a file in any format that Pillow reads; of an animation, the first frame is used;
     - a dict of bytes and path, which is how `datasets` stores a picture that is not decoded;
+    - bytes of a file, an opened file, or a `data:` address with a picture in base64;
     - an array or tensor of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels: unsigned
       8 or 16 bits, booleans, other integers from 0 to 255, or floats from 0 to 1. An ambiguous
       shape, such as (3, 5, 3), is refused.
@@ -48,21 +50,71 @@ def read(image):
     if isinstance(image, Image.Image):
         name = f"the image {os.path.basename(getattr(image, 'filename', '') or '')}".rstrip()
         return _rgb(image, name)
-    if isinstance(image, (str, os.PathLike)):
+    if isinstance(image, (str, os.PathLike)) and not _is_data(image):
         return _read_file(image)
-    if isinstance(image, dict) and image.keys() == {"bytes", "path"}:
-        if image["bytes"] is None:
-            return _read_file(image["path"] or "")
-        name = os.path.basename(image["path"] or "") or "the image"
-        if not image["bytes"]:
+    content, name = _bytes_of(image)
+    if content is not None:
+        if not content:
             raise ImageError(f"{name} is empty (0 bytes).")
-        return _decoded(io.BytesIO(image["bytes"]), name)
+        return _decoded(io.BytesIO(content), name)
+    if isinstance(image, dict) and image.get("path"):
+        return _read_file(image["path"])
     if hasattr(image, "__array__") or hasattr(image, "detach"):
         return _rgb(_from_array(image), "the array")
     raise ImageError(
-        f"An image is a PIL image, a path or an array, and this is a {type(image).__name__}. "
-        "Several images are a list of these."
+        f"An image is a PIL image, a path, bytes, an opened file or an array, and this is a "
+        f"{type(image).__name__}. Several images are a list of these."
     )
+
+
+def check_all(images):
+    """Raise the ImageError of `read_all` for pictures that are not there: None, a file that does
+    not exist or is empty, no bytes. Pictures are not decoded."""
+    for image in images:
+        _check(image)
+
+
+def _check(image):
+    if isinstance(image, (str, os.PathLike)) and not _is_data(image):
+        _file(image)
+    elif isinstance(image, dict) and image.get("bytes") is None and image.get("path"):
+        _file(image["path"])
+    elif image is None or isinstance(image, (dict, bytes)):
+        content, name = _bytes_of(image)
+        if not content:
+            raise ImageError("there is no picture." if content is None else f"{name} has 0 bytes.")
+
+
+def _is_data(image):
+    return isinstance(image, str) and image.startswith("data:")
+
+
+def _bytes_of(image):
+    """(the bytes of a picture that is in memory as a file would be, its name); None for others."""
+    name = "the image"
+    if isinstance(image, dict) and {"bytes", "path"} >= image.keys() and image.get("bytes"):
+        return image["bytes"], os.path.basename(image.get("path") or "") or name
+    if isinstance(image, dict) and image.keys() == {"bytes", "path"} and image["bytes"] is not None:
+        return b"", os.path.basename(image["path"] or "") or name
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return bytes(image), "the bytes"
+    if _is_data(image):
+        try:
+            return base64.b64decode(image.partition(",")[2], validate=True), name
+        except ValueError as error:
+            raise ImageError(f"A data: address is not base64: {error}.") from error
+    if callable(getattr(image, "read", None)) and not hasattr(image, "__array__"):
+        name = os.path.basename(str(getattr(image, "name", name)))
+        try:
+            if callable(getattr(image, "seek", None)):
+                image.seek(0)  # it may have been read before, in another epoch
+            content = image.read()
+        except (OSError, ValueError) as error:
+            raise ImageError(f"{name} cannot be read: {error}.") from error
+        if not isinstance(content, bytes):
+            raise ImageError(f"{name} is opened as text: open it with mode 'rb'.")
+        return content, name
+    return None, name
 
 
 def read_all(images):
@@ -84,32 +136,55 @@ def read_all(images):
     return pictures
 
 
-def undecoded(dataset, columns=("images",)):
-    """A dataset of the `datasets` library with the pictures in these columns as bytes or paths.
+def undecoded(dataset):
+    """A dataset of the `datasets` library with all its pictures as bytes or paths. Other rows, such
+    as a list, are returned as they are.
 
-    `read` reads them then. If `datasets` reads a picture itself and cannot, its error names
+    `read` reads the pictures then. If `datasets` reads a picture itself and cannot, its error names
     neither the row nor the file.
     """
     import datasets
 
-    stored = datasets.Image(decode=False)
+    features = getattr(dataset, "features", None) or {}
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()  # of a cast that only changes the description of a column
     try:
-        for column in columns:
-            feature = (getattr(dataset, "features", None) or {}).get(column)
-            if isinstance(feature, datasets.Image):
+        for column, feature in features.items():
+            stored = _stored(feature)
+            if stored != feature:
                 dataset = dataset.cast_column(column, stored)
-            elif isinstance(getattr(feature, "feature", None), datasets.Image):
-                dataset = dataset.cast_column(column, datasets.List(stored))
     finally:
         if bars:
             datasets.enable_progress_bars()
     return dataset
 
 
+def _stored(feature):
+    """A feature of `datasets` with every picture in it left undecoded."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, dict):
+        return {name: _stored(inner) for name, inner in feature.items()}
+    if isinstance(feature, list):
+        return [_stored(inner) for inner in feature]
+    if isinstance(feature, datasets.List):
+        return datasets.List(_stored(feature.feature), length=feature.length)
+    return feature
+
+
 def _read_file(path):
+    path = _file(path)
+    return _decoded(path, path)
+
+
+def _file(path):
+    """The path of a picture's file, which is there and not empty."""
     path = os.path.expanduser(os.fsdecode(path))
+    if "\\" in path and not os.path.exists(path):
+        other = path.replace("\\", "/")  # written on a system with another separator
+        path = other if os.path.exists(other) else path
     if path.startswith(("http://", "https://")):
         raise ImageError(f"{path} is an address, and vlmkit reads files only: download it first.")
     # os.path answers False where pathlib raises: for a name that is too long for the file system,
@@ -122,7 +197,7 @@ def _read_file(path):
         raise ImageError(f"{path} is not a regular file.")
     if os.path.getsize(path) == 0:
         raise ImageError(f"The file {path} is empty (0 bytes).")
-    return _decoded(path, path)
+    return path
 
 
 def _decoded(file, name):

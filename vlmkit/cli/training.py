@@ -55,9 +55,16 @@ def train(
 def _run(config, output):
     """Load, score, train, score again, and write the results."""
     import vlmkit as vk
+    from vlmkit.finetuning.collating import check_rows
 
     rows = config.data.dataset("train")
     questions = config.evaluation and config.evaluation.dataset("evaluation")
+    # A missing picture is better found now than after the score "before", in the middle of a run.
+    unusable = check_rows(rows, unreadable=config.settings.get("unreadable", "raise"))
+    if questions is not None:
+        check_rows(questions)
+    if unusable:
+        _say(f"skipping   {unusable:,} of {len(rows):,} rows, which cannot be used")
     model, processor = vk.load(config.model, config.plan, device=_device())
     _say(f"model      {config.model}")
     scores = []

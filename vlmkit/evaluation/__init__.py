@@ -2,6 +2,7 @@
 
 asking.py      one question or a batch, from pictures and text to the text of the answer
 prompts.py     the prompts and tensors that a processor makes of pictures and text
+templates.py   chat templates, which come with a checkpoint and are not always right
 metrics.py     the field's metrics for one answer, and the scores of many by task and kind
 statistics.py  intervals and tests
 columns.py     the columns of a dataset
@@ -21,6 +22,7 @@ from vlmkit.evaluation.metrics import (
     metrics_of,
     normalize,
 )
+from vlmkit.evaluation.prompts import after_thoughts
 from vlmkit.evaluation.statistics import bootstrap, mcnemar, paired_interval, wilson
 from vlmkit.images import read_all
 
@@ -56,13 +58,17 @@ def evaluate(
 
     dataset: a `datasets.Dataset` (from `vlmkit.tasks.dataset` or `vlmkit.tasks.from_dataset`, for
         example) or a list of rows, with the columns images, question and answer, and optionally
-        task, kind, and answers (all accepted answers).
+        task, kind, answers (all accepted answers), and messages: a conversation, whose last answer
+        is asked for after the turns before it.
     metric: how an answer is scored: one of `METRICS`, or a function of (predicted answer, accepted
         answers) that returns a number from 0 to 1. By default the metric of the row's task (see
         `OF_TASK`), else exact match: an answer is right if, after `normalize`, it is one of the
         accepted answers.
     max_new_tokens: by default 8 more than the longest expected answer needs. A longer answer is
-        wrong anyway. progress: show a progress bar.
+        wrong anyway, but a model that thinks before it answers needs more. The result counts the
+        answers that ended at this limit. progress: show a progress bar.
+
+    Thoughts before an answer (<think>…</think>) are not a part of it.
 
     A batch holds rows with equally many images and with questions of similar length. This only
     makes the evaluation faster, since padding is masked. Raises `TaskError` for a missing column,
@@ -162,7 +168,10 @@ def batches(dataset, batch_size):
 def _read_row(row, number):
     try:
         check_question(row["question"])
-        return read_all(row["images"]), row["question"]
+        turns = row.get("messages")
+        if turns and turns[-1]["role"] == "assistant":
+            turns = turns[:-1]
+        return read_all(row["images"] or []), turns or row["question"]
     except VlmkitError as error:
         raise type(error)(f"Row {number}: {error}") from error
 
@@ -185,11 +194,17 @@ def scored(dataset, predicted, metrics=None):
     import pandas as pd
 
     table = pd.DataFrame({name: column(dataset, name) for name in ("question", "answer")})
+    limited = [getattr(answer, "at_limit", False) for answer in predicted]
+    # A thought that ends at the limit has no answer after it, and stays as it is.
+    predicted = [after_thoughts(answer) for answer in predicted]
     table["predicted"] = predicted
+    if any(limited):
+        table["at_limit"] = limited
     if metrics is None:
         metrics, accepted = [exact_match] * len(dataset), table["answer"].map(lambda text: [text])
     else:
         accepted = _accepted(dataset)
+    accepted = [[after_thoughts(text) for text in texts] for texts in accepted]
     rows = zip(metrics, predicted, accepted, strict=True)
     score = pd.Series([float(metric(answer, right)) for metric, answer, right in rows])
     table["correct"] = score == 1

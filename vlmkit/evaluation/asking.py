@@ -11,7 +11,7 @@ import inspect
 from vlmkit.anatomy import component_finder
 from vlmkit.architectures import VISION
 from vlmkit.errors import QuestionError, VlmkitError
-from vlmkit.evaluation.prompts import question_inputs
+from vlmkit.evaluation.prompts import THOUGHTS, question_inputs
 from vlmkit.images import read_all
 
 
@@ -20,8 +20,9 @@ def ask(model, processor, images, question, *, max_new_tokens=64):
 
     images: a PIL image, a path or an array (see `vlmkit.images.read`), or a list of them, in the
     order in which the model sees them. An empty list asks without an image. Decoding is greedy: the
-    most probable token each time, until the model ends its answer or `max_new_tokens` are reached.
-    The model's training mode and its generation settings do not change.
+    most probable token each time, until the model ends its answer or `max_new_tokens` are reached:
+    the attribute at_limit of the answer says which. The thoughts of a model that thinks first are a
+    part of the text. The model's training mode and its generation settings do not change.
 
     Raises `ImageError` for an image that cannot be read, `QuestionError` for an empty question and
     for one that, with its images, is too long for the model's context, and `VlmkitError` if there
@@ -31,6 +32,13 @@ def ask(model, processor, images, question, *, max_new_tokens=64):
     check_question(question)
     images, questions = [read_all(images)], [question]
     return answers(model, processor, images, questions, max_new_tokens=max_new_tokens)[0]
+
+
+class Answer(str):
+    """The text of an answer. at_limit: whether it ended because there were no more new tokens, and
+    not because the model was done."""
+
+    at_limit = False
 
 
 class TooLong(QuestionError):
@@ -48,7 +56,13 @@ def answers(model, processor, images, questions, *, max_new_tokens):
     Raises the errors of `ask`, and `TooLong` with the number of the prompt that is too long.
     """
     inputs = prepared(model, processor, images, questions, max_new_tokens)
-    return texts_of(processor, inputs, generated(model, processor, inputs, max_new_tokens))
+    tokens = _new_tokens(inputs, generated(model, processor, inputs, max_new_tokens))
+    found = [Answer(text) for text in _texts(processor, tokens)]
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, (list, tuple)) else [ends])
+    for answer, row in zip(found, tokens.tolist(), strict=True):
+        answer.at_limit = len(row) >= max_new_tokens and not ends.intersection(row)
+    return found
 
 
 def inputs_of(model, processor, images, question, max_new_tokens):
@@ -60,12 +74,37 @@ def inputs_of(model, processor, images, question, max_new_tokens):
 
 def texts_of(processor, inputs, tokens):
     """The answers as text, from the tokens that `generate` returned for `inputs`."""
+    return _texts(processor, _new_tokens(inputs, tokens))
+
+
+def _new_tokens(inputs, tokens):
+    """The tokens that `generate` has added to a prompt."""
     # The output of a decoder begins with the prompt, that of an encoder-decoder does not.
     prompt = inputs["input_ids"]
     if tokens.shape[1] >= prompt.shape[1] and tokens[:, : prompt.shape[1]].equal(prompt):
         tokens = tokens[:, prompt.shape[1] :]
-    texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return tokens
+
+
+def _texts(processor, tokens):
+    """The tokens as texts, without special tokens, except those that begin and end thoughts."""
+    tokenizer = processor.tokenizer
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    marks = {i: t.content for i, t in added if t.special and THOUGHTS.fullmatch(t.content)}
+    if not marks:
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+    texts = []
+    for row in tokens.tolist():
+        text, piece = "", []
+        for token in [*row, None]:
+            if token is None or token in marks:
+                text += tokenizer.decode(piece, skip_special_tokens=True) + marks.get(token, "")
+                piece = []
+            else:
+                piece.append(token)
+        texts.append(text.strip())
+    return texts
 
 
 def prepared(model, processor, images, questions, max_new_tokens):
@@ -112,9 +151,14 @@ def image_tokens(model, input_ids):
     return int(image_places(model, input_ids).sum())
 
 
+def context_of(model):
+    """How many tokens a model can take, with those of its answer; None if its config does not
+    say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def _check_context(model, inputs, images, max_new_tokens):
-    config = model.config.get_text_config(decoder=True)
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_of(model)
     if context is None:
         return
     needed = inputs["attention_mask"].sum(dim=1)

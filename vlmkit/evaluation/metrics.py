@@ -211,7 +211,8 @@ class Scores(Table):
 
     answers: a DataFrame with a row per question, in the dataset's order: question, answer (the
     expected one), predicted, correct, task, kind. If the metric has values between 0 and 1, also
-    score; correct then says whether the score is 1.
+    score; correct then says whether the score is 1. If answers ended at the limit of new tokens,
+    also at_limit, which says whether this one did.
     metric: the name of the metric, for the headline.
     """
 
@@ -226,6 +227,11 @@ class Scores(Table):
     def accuracy(self):
         """The share of right answers, or the mean score: from 0 to 1."""
         return float(self._scores.mean())
+
+    @property
+    def at_limit(self):
+        """How many answers ended at the limit of new tokens, and so may be cut off."""
+        return int(self.answers["at_limit"].sum()) if "at_limit" in self.answers else 0
 
     @property
     def interval(self):
@@ -263,7 +269,10 @@ class Scores(Table):
         found = f"{self.accuracy:.1%} of {self.n:,} answers right"
         if self.metric != "exact_match":
             found = f"mean {self.metric} {self.accuracy:.1%} over {self.n:,} answers"
-        return f"{found} (95% interval {low:.1%} to {high:.1%})"
+        found = f"{found} (95% interval {low:.1%} to {high:.1%})"
+        if self.at_limit:
+            found += f"; {self.at_limit:,} ended at the limit of new tokens (max_new_tokens)"
+        return found
 
     def table(self):
         return self.by_task

@@ -1,9 +1,10 @@
-"""From rows to batches: pictures, questions and answers become tensors, with labels on the answers.
+"""From rows to batches: pictures and conversations become tensors, with labels on the answers.
 
-Prompt and answer go through the processor's own chat template, as in `vk.ask`, so that a model is
-trained on the prompts that it will be asked. The loss counts the answer and its end token, nothing
-else. Nothing is ever truncated: image tokens without their picture, or half an answer, would teach
-nonsense without an error.
+Rows may have any of the layouts that `vk.tasks.from_dataset` reads. They go through the processor's
+own chat template, as in `vk.ask`, so that a model is trained on the prompts that it will be asked.
+The loss counts every answer of a conversation with its end token, and nothing else. Nothing is ever
+truncated: image tokens without their picture, or half an answer, would teach nonsense without an
+error.
 """
 
 import multiprocessing
@@ -11,10 +12,12 @@ from collections import Counter
 from itertools import groupby
 
 from vlmkit.backend.validation import require_among
-from vlmkit.errors import FinetuningError, ImageError, QuestionError
-from vlmkit.evaluation import COLUMNS, check_question
-from vlmkit.evaluation.prompts import answered_inputs
-from vlmkit.images import read_all
+from vlmkit.errors import FinetuningError, ImageError, TaskError, VlmkitError
+from vlmkit.evaluation import lacking_columns
+from vlmkit.evaluation.prompts import answered_inputs, text_of_turn
+from vlmkit.images import check_all, read_all, undecoded
+from vlmkit.tasks.published.reading import Pictures
+from vlmkit.tasks.published.schemas import find, schema_of
 
 IGNORED = -100
 """The label of a token that the loss ignores, as in torch.nn.functional.cross_entropy."""
@@ -27,7 +30,8 @@ class Collator:
     """Makes a batch of rows, for a DataLoader or a Trainer.
 
     processor: of the model that is trained.
-    max_length: the most tokens of a sample, image tokens included; None for no limit.
+    max_length: the most tokens of a sample, image tokens included; None for no limit but context,
+        the model's own.
     too_long, unreadable: what to do with a sample that has more tokens, or one with a picture that
         cannot be read or an empty answer: "raise" an error that names it, or "skip" and count it.
 
@@ -36,25 +40,32 @@ class Collator:
     the last good sample is used once more, since a Trainer cannot use an empty batch.
     """
 
-    def __init__(self, processor, max_length=None, *, too_long=RAISE, unreadable=RAISE):
+    def __init__(
+        self, processor, max_length=None, *, context=None, too_long=RAISE, unreadable=RAISE
+    ):
         require_among("too_long", too_long, (RAISE, SKIP))
         require_among("unreadable", unreadable, (RAISE, SKIP))
         if max_length is not None and (type(max_length) is not int or max_length < 1):
             raise FinetuningError(f"max_length is a number of tokens from 1, not {max_length!r}")
-        self.processor, self.max_length = processor, max_length
+        limits = {"max_length": max_length, "the model's context": context}
+        limits = {name: value for name, value in limits.items() if value is not None}
+        self.processor, self.max_length = processor, min(limits.values(), default=None)
+        self.limit = min(limits, key=limits.get, default=None)
         self.too_long, self.unreadable = too_long, unreadable
         # A DataLoader's worker processes count in memory that they share.
         self._skipped = {why: multiprocessing.Value("q", 0) for why in (TOO_LONG, UNREADABLE)}
         self._last = None  # the last good sample
+        self._longest = None  # characters of the longest token
 
     def __call__(self, rows):
-        """The batch of `rows`, dicts with images, question and answer (see `vk.tasks.dataset`).
+        """The batch of `rows`, dicts in one of `vk.tasks.SCHEMAS`, such as images, question and
+        answer, or messages and images. A row with several questions is several samples.
 
         Raises FinetuningError for a row that lacks a column or has an empty answer and for a sample
         that is too long, ImageError for a picture that cannot be read. If these are skipped, it
         raises only where no sample before was good.
         """
-        samples = [sample for sample in map(self._sample, rows) if sample]
+        samples = [sample for row in rows for sample in self._samples(row)]
         made = self._tokenized(samples)
         long = self._too_long(samples, made)
         if long or not samples:
@@ -62,8 +73,9 @@ class Collator:
             samples = samples or [self._last_good()]
             made = self._tokenized(samples)
         self._last = samples[-1]
-        inputs, ends = made
-        return dict(inputs) | {"labels": _labels(inputs, ends)}
+        inputs, learnt = made
+        labels = inputs["input_ids"].masked_fill(~learnt, IGNORED)
+        return dict(inputs) | {"labels": labels}
 
     @property
     def skipped(self):
@@ -82,24 +94,38 @@ class Collator:
             )
         return self._last
 
-    def _sample(self, row):
-        """(images, question, answer) of a row; None if the row is skipped."""
-        missing = [name for name in COLUMNS if name not in row]
-        if missing:
-            raise FinetuningError(
-                f"A row lacks {' and '.join(missing)}; it has {', '.join(row) or 'nothing'}. A row "
-                "has images (a list), question and answer: vk.tasks.dataset makes such rows."
+    def _samples(self, row):
+        """(images, conversation) of each question of a row, but for those that are skipped."""
+        found = []
+        for images, turns, error in _questions(row):
+            if error is None and self._is_endless(turns):
+                continue
+            if error is None:
+                try:
+                    found.append((read_all(images), turns))
+                except ImageError as unreadable:
+                    error = ImageError(f"{_asked(turns)!r}: {unreadable}")
+            if error is not None:
+                self._refuse(self.unreadable, UNREADABLE, error)
+        return found
+
+    def _is_endless(self, turns):
+        """Whether the text alone is certainly too long. Such a text is not tokenized, which would
+        take minutes and gigabytes; the sample is refused."""
+        if self.max_length is None:
+            return False
+        if self._longest is None:
+            self._longest = max(map(len, self.processor.tokenizer.get_vocab()))
+        characters = sum(len(text_of_turn(turn)) for turn in turns)
+        endless = characters > self._longest * self.max_length
+        if endless:
+            error = FinetuningError(
+                f"{_asked(turns)[:80]!r} and its answers have {characters:,} characters, which are "
+                f"more tokens than {self.limit}, {self.max_length:,}. Shorten the texts, or skip "
+                'such samples: too_long="skip". Nothing is ever cut.'
             )
-        question, answer = row["question"], row["answer"]
-        try:
-            check_question(question)
-            if not isinstance(answer, str) or not answer.strip():
-                raise FinetuningError(f"The answer to {question!r} is empty: {answer!r}.")
-            return read_all(list(row["images"])), question, answer.strip()
-        except ImageError as error:
-            self._refuse(self.unreadable, UNREADABLE, ImageError(f"{question!r}: {error}"))
-        except (FinetuningError, QuestionError) as error:
-            self._refuse(self.unreadable, UNREADABLE, error)
+            self._refuse(self.too_long, TOO_LONG, error)
+        return endless
 
     def _too_long(self, samples, made):
         """Numbers of the samples with more than max_length tokens."""
@@ -108,12 +134,12 @@ class Collator:
         lengths = made[0]["attention_mask"].sum(dim=1).tolist()
         long = [number for number, length in enumerate(lengths) if length > self.max_length]
         for number in long:
-            images, question, _ = samples[number]
+            images, turns = samples[number]
             error = FinetuningError(
-                f"{question!r} with its {len(images)} image{'s' * (len(images) != 1)} and its "
-                f"answer has {lengths[number]:,} tokens, and max_length is {self.max_length:,}. "
-                'Raise max_length, make the pictures smaller, or skip such samples: too_long="skip"'
-                ". Nothing is ever cut."
+                f"{_asked(turns)!r} with its {len(images)} image{'s' * (len(images) != 1)} and its "
+                f"answer has {lengths[number]:,} tokens, and {self.limit} is {self.max_length:,}. "
+                "Raise max_length if the model's context allows it, make the pictures smaller, or "
+                'skip such samples: too_long="skip". Nothing is ever cut.'
             )
             self._refuse(self.too_long, TOO_LONG, error)
         return long
@@ -125,13 +151,76 @@ class Collator:
             self._skipped[reason].value += 1
 
 
-def _labels(inputs, ends):
-    """Labels of a batch, (samples, tokens): token ids of the answers, IGNORED elsewhere."""
-    labels = inputs["input_ids"].new_full(inputs["input_ids"].shape, IGNORED)
-    for row, mask, end in zip(labels, inputs["attention_mask"], ends, strict=True):
-        last = int(mask.sum())  # padding is on the right
-        row[last - len(end) : last] = row.new_tensor(end)
-    return labels
+def _questions(row):
+    """(images, conversation, None) of each question of a row; or, for one that cannot be used, the
+    error in place of None."""
+    try:
+        found = schema_of(row).questions(row)
+    except ImageError as error:
+        return [(None, None, error)]
+    except TaskError as error:
+        lacking = isinstance(row, dict) and lacking_columns(row)
+        said = lacking if lacking and not _known(row) else error
+        return [(None, None, FinetuningError(f"A row cannot be used: {said}"))]
+    return [_question(one, row) for one in found]
+
+
+def _known(row):
+    """Whether a row has the columns of a layout, whatever they hold."""
+    try:
+        return bool(find(row))
+    except TaskError:
+        return False
+
+
+def _question(one, row):
+    if isinstance(one, TaskError):
+        named = f"the answer to {row.get('question')!r} is empty"
+        said = str(one).replace("the answer is empty", named)
+        return None, None, FinetuningError(f"A row cannot be used: {said}")
+    turns = []
+    for turn in one["conversation"].turns:
+        if turn["role"] == "assistant":
+            parts = [part | {"text": part["text"].strip()} for part in turn["content"]]
+            turn = turn | {"content": parts}
+        turns.append(turn)
+    return one["conversation"].images, turns, None
+
+
+def _asked(turns):
+    """The question of a conversation, for an error."""
+    return next(
+        (p["text"] for t in turns if t["role"] == "user" for p in t["content"] if "text" in p), ""
+    )
+
+
+def check_rows(rows, *, unreadable=RAISE):
+    """Look at every row before a training: its layout and texts, and whether its pictures are
+    there, without decoding them. Returns how many rows cannot be used.
+
+    Raises FinetuningError or ImageError with the number of the first such row, unless `unreadable`
+    is "skip". A dataset that reads pictures on demand was checked when `vk.tasks.from_dataset`
+    made it, and a stream cannot be checked: both return 0.
+    """
+    layout = getattr(rows, "format", None)  # of a `datasets.Dataset`
+    on_demand = isinstance(layout, dict) and layout.get("type") == "custom"
+    if on_demand:
+        transform = layout["format_kwargs"].get("transform")
+        on_demand = not isinstance(transform, Pictures) or transform.decode
+    if on_demand or not hasattr(rows, "__len__"):
+        return 0
+    bad = 0
+    for number, row in enumerate(undecoded(rows)):
+        try:
+            for images, _, error in _questions(row):
+                if error is not None:
+                    raise error
+                check_all(images)
+        except VlmkitError as error:
+            bad += 1
+            if unreadable == RAISE:
+                raise type(error)(f"Row {number}: {error}") from error
+    return bad
 
 
 def token_table(processor, row):

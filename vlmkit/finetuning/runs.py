@@ -17,8 +17,8 @@ from pathlib import Path
 
 from vlmkit.backend import checkpointing
 from vlmkit.errors import FinetuningError
-from vlmkit.evaluation import COLUMNS, lacking_columns
-from vlmkit.finetuning.collating import Collator
+from vlmkit.evaluation.asking import context_of
+from vlmkit.finetuning.collating import Collator, check_rows
 from vlmkit.finetuning.settings import Settings
 from vlmkit.images import undecoded
 
@@ -50,8 +50,9 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
     """Train what is trainable in `model`, in place, and return a Run.
 
     model: what `add_adapters` returned. processor: the model's.
-    dataset: rows with images, question and answer: a `datasets.Dataset`, a list, anything with a
-        length and rows by number, or an iterable dataset (which needs `max_steps`).
+    dataset: rows with images, question and answer, or in another layout that
+        `vk.tasks.from_dataset` reads: a `datasets.Dataset`, a list, anything with a length and rows
+        by number, or an iterable dataset (which needs `max_steps`).
     output_dir: folder for checkpoints. If it has checkpoints of the same training, it continues.
     eval_dataset: rows to ask the model every `eval_steps` and at the end.
     settings: those of `vk.finetuning.Settings`.
@@ -77,6 +78,7 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
     collator = Collator(
         processor,
         settings.max_length,
+        context=context_of(model),
         too_long=settings.too_long,
         unreadable=settings.unreadable,
     )
@@ -110,16 +112,12 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
 
 def _checked(dataset, settings):
     """The dataset, if it can be learnt from, with its pictures left to the collator."""
-    columns = getattr(dataset, "column_names", None)
     if hasattr(dataset, "__len__"):
         if not len(dataset):
             raise FinetuningError("The dataset has no rows, so there is nothing to learn from.")
-        columns = columns or list(dataset[0])
     elif settings.max_steps is None:
         raise FinetuningError("A dataset without a length has no epochs: give max_steps.")
-    lacking = lacking_columns(columns or COLUMNS)
-    if lacking:
-        raise FinetuningError(lacking)
+    check_rows(dataset, unreadable=settings.unreadable)
     return undecoded(dataset)
 
 

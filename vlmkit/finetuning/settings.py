@@ -116,6 +116,7 @@ class SourceRows(Checked, what="a key for a source"):
     name: str | None = None
     prompt: str | None = None
     limit: int | None = None
+    on_error: Literal["raise", "skip"] = "raise"
 
     def dataset(self, split):
         """The rows as a `datasets.Dataset`, with pictures that are not decoded yet."""

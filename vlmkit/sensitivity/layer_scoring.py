@@ -31,7 +31,7 @@ import math
 from vlmkit.errors import SensitivityError
 from vlmkit.evaluation import batches, check, naming_rows, room_for_answers
 from vlmkit.evaluation.asking import in_evaluation_mode, prepared
-from vlmkit.evaluation.prompts import answered_inputs
+from vlmkit.evaluation.prompts import answered_inputs, turns_of
 from vlmkit.formats import rounding
 from vlmkit.rows import LINEAR
 from vlmkit.sensitivity.baseline import Baseline
@@ -200,8 +200,8 @@ def answer_tokens(model, processor, images, question, answer):
     it: (1, tokens)."""
     import torch
 
-    _, answers = answered_inputs(processor, [images], [question], [answer])
-    tokens = torch.tensor(answers, device=model.device)
+    inputs, learnt = answered_inputs(processor, [images], [turns_of(images, question, answer)])
+    tokens = inputs["input_ids"][learnt][None].to(model.device)
     found = torch.isin(tokens[0], end_tokens(model).to(model.device)).nonzero()
     return tokens[:, : found[0].item() + 1] if len(found) else tokens
 

@@ -9,7 +9,8 @@ Three more tasks are domains that pebble was not trained on: `clock`, `dutch` an
 `dutch_throughout`. "all" means the six tasks.
 
 `handwriting`, `photographs` and `easy_vqa` give pictures that nobody drew for this course.
-`from_dataset` gives published data, from a disk or the hub, and your own data in the same form.
+`from_dataset` gives published data, from a disk or the hub, and your own data in the same form;
+`to_messages` turns rows into the layout that TRL reads.
 """
 
 from vlmkit.errors import TaskError, did_you_mean
@@ -17,7 +18,7 @@ from vlmkit.tasks.chart import CHART
 from vlmkit.tasks.domains import CLOCK, DUTCH, DUTCH_THROUGHOUT
 from vlmkit.tasks.drawing import SIZE, to_image
 from vlmkit.tasks.ocr import OCR
-from vlmkit.tasks.published import SCHEMAS, from_dataset
+from vlmkit.tasks.published import SCHEMAS, from_dataset, to_messages
 from vlmkit.tasks.questions import NONE, generator
 from vlmkit.tasks.real import easy_vqa, handwriting, photographs
 from vlmkit.tasks.scenes import CAPTION, VQA
@@ -39,6 +40,7 @@ __all__ = [
     "generator",
     "handwriting",
     "photographs",
+    "to_messages",
 ]
 
 RECIPES = {recipe.name: recipe for recipe in (CAPTION, VQA, OCR, CHART, MULTI_IMAGE, VIDEO)}

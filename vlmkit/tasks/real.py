@@ -258,7 +258,7 @@ def _on_hub(name, split):
         ) from error
     column = _picture_column(rows.column_names, name)
     names = getattr(rows.features["label"], "names", None) or THINGS
-    for i, row in enumerate(images.undecoded(rows, (column,))):
+    for i, row in enumerate(images.undecoded(rows)):
         where = f"{name}, row {i}"
         yield where, _undecoded(row[column]), _index(row["label"], names, where)
 

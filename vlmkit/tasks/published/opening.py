@@ -1,44 +1,144 @@
-"""Opens published data, wherever it is, as a `datasets.Dataset` or `IterableDataset`."""
+"""Opens data, wherever they are: as rows of a file, or as a dataset of the `datasets` library.
 
+JSON and CSV are read here, because a reader that guesses types loses what stands in the file: it
+makes a time of "2019-05-01" and 3.0 of 3.
+"""
+
+import csv
+import json
 import os
 import re
 from pathlib import Path
 
 from vlmkit.errors import TaskError, brief
 
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".ndjson": "json"}
+BUILDERS = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Longer names first: "testdev" begins with "test".
 _SPLITS = re.compile(r"(?:^|[^a-z])(testdev|train|validation|valid|val|dev|test)(?![a-z])", re.I)
 
 
-def opened(source, split=None, streaming=False, name=None, **loading):
-    """One split of `source`, the folder that relative paths of pictures start from, and a title.
+class FileRow(dict):
+    """A row of a file. folder: the file's, from which relative paths of pictures start."""
 
-    Arguments and errors are those of `vlmkit.tasks.from_dataset`.
+    folder = None
+
+
+class FileRows:
+    """The rows of files of JSON or CSV, in order, read anew for each pass. A row that cannot be
+    read is a TaskError."""
+
+    def __init__(self, files, field=None):
+        self.files, self.field = files, field
+
+    def __iter__(self):
+        for file in self.files:
+            read = _csv if file.suffix == ".csv" else _json
+            folder = os.path.abspath(file.parent)
+            try:
+                for row in read(file, self.field):
+                    if isinstance(row, dict):
+                        row = FileRow(row)
+                        row.folder = folder
+                    elif not isinstance(row, TaskError):
+                        row = TaskError(f"it is no object with named values: {row!r:.80}.")
+                    yield row
+            except (OSError, UnicodeError, csv.Error) as error:
+                raise TaskError(f"{file} cannot be read: {brief(error)}.") from error
+
+
+def _csv(file, field):
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        for row in csv.DictReader(lines):
+            # An empty cell is a missing value, and a cell too many has no name.
+            yield {name: value or None for name, value in row.items() if name is not None}
+
+
+def _json(file, field):
+    with open(file, encoding="utf-8-sig") as lines:
+        first = next((line for line in lines if line.strip()), "")
+        lines.seek(0)
+        if file.suffix == ".json" or first.lstrip("\ufeff ").startswith("["):
+            try:
+                whole = _loaded(lines.read())
+            except TaskError as error:
+                if "Extra data" not in str(error):  # more than one piece of JSON
+                    raise TaskError(f"{file} {str(error).removeprefix('it ')}") from error
+                lines.seek(0)  # a line for each row, in spite of the name
+            else:
+                yield from _table(whole, field, file)
+                return
+        for line in lines:
+            if line.strip():
+                try:
+                    yield _loaded(line)
+                except TaskError as error:
+                    yield error
+
+
+def _loaded(text):
+    """JSON with numbers as they are written: 3, 2.50 and NaN become texts."""
+    try:
+        return json.loads(text.lstrip("\ufeff"), parse_int=str, parse_float=str, parse_constant=str)
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"it cannot be read as json: {brief(error)}.") from error
+
+
+def _table(whole, field, file):
+    """The rows in a file that is one piece of JSON: a list, or an object with a list of them."""
+    if isinstance(whole, dict):
+        lists = [name for name, value in whole.items() if isinstance(value, list)]
+        tables = [n for n in lists if whole[n] and all(isinstance(x, dict) for x in whole[n])]
+        if field is None and len(whole) > 1 and not (len(tables) == 1 and tables == lists):
+            return [whole]  # one row
+        field = field or next(iter(tables), None)
+        if field is None:
+            return [whole]
+        if field not in whole:
+            raise TaskError(f"{file} has no field {field!r}; it has {', '.join(whole)}.")
+        whole = whole[field]
+    return whole if isinstance(whole, list) else [whole]
+
+
+def opened(source, split=None, streaming=False, name=None, **loading):
+    """One split of `source`, the folders that relative paths of pictures start from, and a title.
+
+    The split is a dataset, a list of rows, or FileRows. Arguments and errors are those of
+    `vlmkit.tasks.from_dataset`.
     """
     import datasets
 
     if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
-        return source, None, "the dataset"
+        return source, (), "the dataset"
+    if isinstance(source, (list, tuple)):
+        return list(source), (), "the dataset"
     if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
-        return source[_split_named(source, split, "the dataset")], None, "the dataset"
+        return source[_split_named(source, split, "the dataset")], (), "the dataset"
     if not isinstance(source, (str, os.PathLike)):
         raise TaskError(
-            "A source is a file or folder, a hub id, or an opened dataset of the datasets library; "
-            f"this is a {type(source).__name__}. datasets.Dataset.from_list makes one from rows."
+            "A source is a file or folder, a hub id, an opened dataset of the datasets library, or "
+            f"a list of rows; this is a {type(source).__name__}."
         )
     path = Path(source).expanduser()
     if path.exists():
         saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-        found = _saved(path, split) if saved else _files(path, split, streaming, loading)
-        return found, os.path.abspath(path if path.is_dir() else path.parent), str(source)
+        root = os.path.abspath(path if path.is_dir() else path.parent)
+        if saved:
+            return _saved(path, split), (root,), str(source)
+        found, folder = _files(path, split, streaming, loading)
+        return found, tuple(dict.fromkeys((folder or root, root))), str(source)
     if isinstance(source, os.PathLike) or path.suffix in BUILDERS or not _HUB_ID.fullmatch(source):
         raise TaskError(
             f"There is no file or folder {source}; the current directory is {os.getcwd()}. A hub "
             "id has the form owner/name."
         )
-    return _hub(source, split, streaming, name, loading), None, source
+    return _hub(source, split, streaming, name, loading), (), source
 
 
 def _saved(path, split):
@@ -53,13 +153,18 @@ def _saved(path, split):
 
 
 def _files(path, split, streaming, loading):
-    """A parquet or JSON file, or a folder of them with the split in their names."""
+    """The rows of a file, or of a folder of files with the split in their names; and the folder of
+    these files, if it is one."""
     import datasets
 
+    if not path.is_dir() and not path.is_file():
+        raise TaskError(f"{path} is not a regular file.")
     files = sorted(p for p in path.rglob("*") if p.suffix in BUILDERS) if path.is_dir() else [path]
+    # An imagefolder has its rows in files of this name.
+    files = [file for file in files if file.stem == "metadata"] or files
     kinds = {BUILDERS.get(file.suffix) for file in files}
     # JSON files beside parquet files describe them, and hold no rows.
-    builder = "parquet" if "parquet" in kinds else next(iter(kinds), None)
+    builder = next((kind for kind in ("parquet", "json", "csv") if kind in kinds), None)
     if builder is None:
         inside = "holds no" if path.is_dir() else "is no"
         raise TaskError(
@@ -72,12 +177,25 @@ def _files(path, split, streaming, loading):
             named = _SPLITS.findall(str(file.relative_to(path.parent if path.is_file() else path)))
             # A single file whose name says no split is the split that is asked for.
             default = split if split and path.is_file() else "train"
-            splits.setdefault(named[-1] if named else default, []).append(str(file))
+            splits.setdefault(named[-1] if named else default, []).append(file)
     files = splits[_split_named(splits, split, str(path))]
+    folders = {os.path.abspath(file.parent) for file in files}
+    folder = folders.pop() if len(folders) == 1 else None
+    if builder != "parquet":
+        field = loading.pop("field", None)
+        if loading:
+            raise TaskError(f"{', '.join(loading)} would have no effect on files of {builder}.")
+        rows = FileRows(files, field)
+        return (rows if streaming else list(rows)), folder
     try:
-        return datasets.load_dataset(
-            builder, data_files=files, split="train", streaming=streaming, **loading
+        found = datasets.load_dataset(
+            builder,
+            data_files=[str(file) for file in files],
+            split="train",
+            streaming=streaming,
+            **loading,
         )
+        return found, folder
     except Exception as error:  # from Arrow or a builder, wrapped in one another
         cause = error.__cause__ or error
         raise TaskError(f"{path} cannot be read as {builder}: {brief(cause)}.") from error

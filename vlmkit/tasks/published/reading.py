@@ -1,64 +1,71 @@
-"""Published rows in the form of vlmkit: texts checked, pictures read when they are asked for."""
+"""Rows in the form of vlmkit: texts checked, pictures read when they are asked for."""
 
 import os
-from functools import partial
 
 from vlmkit.errors import ImageError, TaskError, VlmkitError
 from vlmkit.evaluation.columns import columns_of, lacking_columns
-from vlmkit.images import read_all, undecoded
-from vlmkit.tasks.published.schemas import PICTURES
+from vlmkit.images import check_all, read_all, undecoded
+from vlmkit.tasks.published.schemas import schema_of
 
 TEXTS = ("question", "answer", "task", "kind")
+
+
+def message_features():
+    """A message as `datasets` keeps it: a role, and parts of which image parts have no text."""
+    from datasets import List, Value
+
+    text = Value("string")
+    return List({"role": text, "content": List({"type": text, "text": text})})
 
 
 class RowReader:
     """Reads rows of a source, and notes those that cannot be used.
 
-    prompt: a text with {question} where the question goes, or None for the question alone.
-    skipped: a list that gets (row number, why), or None to raise at the first unusable row.
+    schema: of all rows; None finds one for each row. prompt: a text with {question} where the
+    question goes, or None for the question alone. skipped: a list that gets (row number, why), or
+    None to raise at the first unusable row.
     """
 
-    def __init__(self, schema, title, prompt, skipped):
-        self.schema, self.title, self.skipped = schema, title, skipped
-        self.prompt = prompt or "{question}"
+    def __init__(self, schema, title, prompt=None, skipped=None):
+        self.schema, self.title, self.prompt, self.skipped = schema, title, prompt, skipped
+
+    def schema_of(self, row):
+        """The schema of a row, by the columns that it fills."""
+        return self.schema or schema_of(row)
 
     def read(self, row, number, pictures):
-        """The questions of a row, a list of dicts in the form of vlmkit.
-
-        pictures: a function that returns what goes into the column images, or raises ImageError.
-        """
+        """The questions of a row, a list of dicts in the form of vlmkit, with `images` from
+        `pictures.taken`."""
         try:
-            images = pictures()
-            found = self.schema.read(row)
-            if not found:
-                raise TaskError("it asks no question.")
+            if isinstance(row, TaskError):
+                raise row
+            schema = self.schema_of(row)
+            found = schema.questions(row, pictures.beside(row), self.prompt)
+            talks = [one["conversation"] for one in found if isinstance(one, dict)]
+            images = pictures.taken(row, number, talks[0].images) if talks else None
         except VlmkitError as error:
             return self._failed(number, error)
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-            what = f"it does not match the schema {self.schema.name}: {type(error).__name__}"
-            return self._failed(number, TaskError(f"{what}: {error}."))
         questions = []
         for one in found:
-            try:
-                questions.append({"images": images, **self._checked(**one)})
-            except TaskError as error:
-                self._failed(number, error)
+            if isinstance(one, TaskError):
+                self._failed(number, one)
+            else:
+                questions.append(self._question(one, images))
         return questions
 
-    def _checked(self, question, answer, answers=(), kind=None, task=None):
-        if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-            answer = str(answer)  # JSON has numbers
-        for text, what in ((question, "question"), (answer, "answer")):
-            if not isinstance(text, str) or not text.strip():
-                found = "is empty" if text is None or isinstance(text, str) else f"is {text!r}"
-                hint = " Test splits are often published without answers." * (what == "answer")
-                raise TaskError(f"the {what} {found}.{hint}")
+    def _question(self, one, images):
+        talk = one["conversation"]
+        first, last = talk.turns[0], talk.turns[-1]
+        plain = talk.is_plain
         return {
-            "question": self.prompt.replace("{question}", question),
-            "answer": answer,
-            "task": task or self.schema.name,
-            "kind": str(kind) if kind not in (None, "") else "all",
-            "answers": list(answers) or [answer],
+            "images": images,
+            "question": first["content"][-1]["text"] if plain else talk.question,
+            "answer": last["content"][0]["text"],
+            "task": one["task"],
+            "kind": one["kind"],
+            "answers": one["answers"] or [last["content"][0]["text"]],
+            "messages": talk.turns,
+            "plain": plain,
         }
 
     def _failed(self, number, error):
@@ -70,19 +77,15 @@ class RowReader:
 
 
 class Pictures:
-    """The pictures of a dataset by row number. As a transform, it fills the column images.
+    """The pictures of a source by row number. As a transform, it fills the column images.
 
-    dataset: with a column image or images, or both, of which each row uses the one that it fills.
-    `vlmkit.images` reads the pictures, so that an error can name the row. folder: where relative
-    paths start. decode: False gives pictures as they are stored.
+    rows: a dataset, or a list of rows. folders: where relative paths start, the first that has the
+    file. decode: False gives pictures as they are stored.
     """
 
-    def __init__(self, dataset, folder, title, decode=True):
-        self.folder, self.title, self.decode = folder, title, decode
-        self.columns = [name for name in PICTURES if name in columns_of(dataset)]
-        self.dataset = undecoded(dataset, self.columns)
-        if hasattr(dataset, "__len__"):
-            self.dataset = self.dataset.select_columns(self.columns)
+    def __init__(self, rows, reader, folders, decode=True):
+        self.reader, self.folders, self.decode = reader, folders, decode
+        self.rows = undecoded(rows)
 
     def __call__(self, batch):
         batch = dict(batch)
@@ -94,98 +97,158 @@ class Pictures:
         try:
             return self.at(number)
         except ImageError as error:
-            raise ImageError(f"Row {number} of {self.title}: {error}") from error
-
-    def number(self, row, number):
-        """Number of the row that holds the pictures of `row`, the row `number` of the source."""
-        return number
-
-    def of(self, row):
-        """The pictures of a row of the source, which is at hand."""
-        return self._read(row)
+            raise ImageError(f"Row {number} of {self.reader.title}: {error}") from error
 
     def at(self, number):
         """The pictures of a row by its number, with errors that do not name it."""
-        return self._read(self.dataset[number])
+        row = self.rows[number]
+        return self._read(self.located(row, self.reader.schema_of(row).pictures(row)))
 
-    def _read(self, row):
-        """RGB pictures from one cell or a list: each as stored, as a path or as a PIL image."""
-        cell = next((row[name] for name in self.columns if row[name] is not None), None)
-        cells = (cell if isinstance(cell, list) else [cell]) or [None]
-        located = [self._located(one) for one in cells]
+    def beside(self, row):
+        """The pictures of a row that another source has; None if the row has its own."""
+        return None
+
+    def taken(self, row, number, cells):
+        """What goes into the column images of a stream: the pictures of the row."""
+        return self._read(self.located(row, cells))
+
+    def _read(self, located):
         if not self.decode:
             return located
-        if None in located:
+        if any(one is None for one in located):
             raise ImageError("there is no picture.")
         return read_all(located)
 
-    def _located(self, cell):
-        if isinstance(cell, bytes):
-            return {"bytes": cell, "path": None}
-        if isinstance(cell, dict) and cell.get("bytes") is None:
-            cell = cell.get("path") or ""
-        if isinstance(cell, str) and self.folder and not cell.startswith(("http://", "https://")):
-            return os.path.join(self.folder, os.path.expanduser(cell))
+    def located(self, row, cells):
+        """The pictures `cells` of a row, with the folder in paths."""
+        own = getattr(row, "folder", None)
+        folders = self.folders if own is None else dict.fromkeys((own, *self.folders[-1:]))
+        return [_located(cell, folders) for cell in cells]
+
+
+def _located(cell, folders):
+    if isinstance(cell, bytes):
+        return {"bytes": cell, "path": None}
+    if isinstance(cell, dict) and cell.get("bytes") is None:
+        cell = cell.get("path") or ""
+    if not isinstance(cell, str) or cell.startswith(("http://", "https://", "data:")):
         return cell
+    if not folders:
+        return cell
+    # Paths are also written on a system with another separator.
+    names = dict.fromkeys((os.path.expanduser(cell), cell.replace("\\", "/")))
+    paths = [os.path.join(folder, name) for folder in folders for name in names]
+    return next(filter(os.path.exists, paths), paths[0])
 
 
 class Joined(Pictures):
     """Pictures of another dataset, which has them by the `imageId` of a row (GQA)."""
 
-    def __init__(self, dataset, folder, title, decode=True):
+    def __init__(self, dataset, reader, folders, title, decode=True):
         lacking = lacking_columns(columns_of(dataset), ("id", "image"))
         if lacking or not hasattr(dataset, "__len__"):
             raise TaskError(f"{title}: {lacking or 'Give the pictures by id without streaming.'}")
-        super().__init__(dataset, folder, title, decode)
-        self.numbers = {str(name): number for number, name in enumerate(dataset["id"])}
+        super().__init__(dataset, reader, folders, decode)
+        self.title = title
+        ids = [row["id"] for row in dataset] if isinstance(dataset, list) else dataset["id"]
+        self.numbers = {str(name): number for number, name in enumerate(ids)}
 
-    def number(self, row, number):
+    def at(self, number):
+        row = self.rows[number]
+        return self._read(self.located(row, [row["image"]]))
+
+    def number(self, row):
+        """The number of the row that holds the pictures of `row`."""
         if str(row["imageId"]) not in self.numbers:
             raise ImageError(f"there is no image {row['imageId']} in {self.title}.")
         return self.numbers[str(row["imageId"])]
 
-    def of(self, row):
-        return self.at(self.number(row, None))
+    def beside(self, row):
+        return [self.number(row)]
+
+    def taken(self, row, number, cells):
+        return self.at(self.number(row))
 
 
-def mapped(dataset, reader, pictures, limit):
+class Numbered:
+    """In place of Pictures while the rows are read: takes numbers, and finds unusable pictures.
+
+    thorough: read every picture; otherwise only files that are not there are found.
+    """
+
+    def __init__(self, pictures, thorough):
+        self.pictures, self.thorough = pictures, thorough
+
+    def beside(self, row):
+        return self.pictures.beside(row)
+
+    def taken(self, row, number, cells):
+        pictures = self.pictures
+        if isinstance(pictures, Joined):
+            number = pictures.number(row)
+            if self.thorough:
+                pictures.at(number)
+        elif pictures.decode:
+            located = pictures.located(row, cells)
+            if self.thorough:
+                pictures._read(located)
+            else:
+                check_all(located)
+        return number
+
+
+def mapped(rows, reader, pictures, limit):
     """A `datasets.Dataset` of the questions in memory, which reads their pictures on demand."""
     import datasets
 
-    def placed(row, number):
-        number = pictures.number(row, number)
-        if reader.skipped is not None and pictures.decode:
-            pictures.at(number)  # to see whether the row must be skipped
-        return number
-
-    bare = dataset.select_columns([n for n in dataset.column_names if n not in PICTURES])
-    rows = []
-    for number, row in enumerate(bare):
-        if limit is not None and len(rows) >= limit:
+    numbered, found = Numbered(pictures, thorough=reader.skipped is not None), []
+    own = rows if isinstance(pictures, Joined) else pictures.rows
+    for number, row in enumerate(own):
+        if limit is not None and len(found) >= limit:
             break
-        rows += reader.read(row, number, partial(placed, row, number))
-    if not rows:
+        found += reader.read(row, number, numbered)
+    if not found:
         why = "; ".join(f"row {n}: {reason}" for n, reason in (reader.skipped or ())[:1])
         raise TaskError(f"{reader.title} has no row that can be used. {why}".rstrip())
+    text = datasets.Value("string")
     features = datasets.Features(
         images=datasets.Value("int64"),  # the number of the row that `pictures` reads
-        **dict.fromkeys(TEXTS, datasets.Value("string")),
-        answers=datasets.List(datasets.Value("string")),
+        **dict.fromkeys(TEXTS, text),
+        answers=datasets.List(text),
     )
-    columns = {name: [row[name] for row in rows[:limit]] for name in features}
+    if not all(row["plain"] for row in found):
+        features["messages"] = message_features()
+    columns = {name: [row[name] for row in found[:limit]] for name in features}
     return datasets.Dataset.from_dict(columns, features=features).with_transform(pictures)
 
 
-def streamed(dataset, reader, pictures, limit):
+def streamed(rows, reader, pictures, limit):
     """A `datasets.IterableDataset` of the questions, which reads each row as it comes."""
+    import datasets
+
+    names = ("images", *TEXTS, "answers", "messages")
+
+    def of_row(row, number):
+        return [{name: one[name] for name in names} for one in reader.read(row, number, pictures)]
 
     def questions(batch, numbers):
-        row = {name: values[0] for name, values in batch.items()}
-        found = reader.read(row, numbers[0], partial(pictures.of, row))
-        return {name: [one[name] for one in found] for name in ("images", *TEXTS, "answers")}
+        found = of_row({name: values[0] for name, values in batch.items()}, numbers[0])
+        return {name: [one[name] for one in found] for name in names}
 
-    source = dataset if isinstance(pictures, Joined) else pictures.dataset
-    stream = source.map(
-        questions, with_indices=True, batched=True, batch_size=1, remove_columns=columns_of(source)
-    )
+    if isinstance(rows, datasets.IterableDataset):
+        source = rows if isinstance(pictures, Joined) else pictures.rows
+        stream = source.map(
+            questions,
+            with_indices=True,
+            batched=True,
+            batch_size=1,
+            remove_columns=columns_of(source),
+        )
+    else:
+
+        def generated():
+            for number, row in enumerate(rows):
+                yield from of_row(row, number)
+
+        stream = datasets.IterableDataset.from_generator(generated)
     return stream if limit is None else stream.take(limit)
