@@ -9,16 +9,38 @@ something else for nearly half of the architectures. The *path* of a parameter, 
 the tables of `vlmkit.architectures`.
 """
 
+import contextlib
 import re
 import sys
+import threading
 import types
 from dataclasses import dataclass, field
 from math import prod
 
 from vlmkit import COMPONENTS
 from vlmkit.architectures import NOT_VLMS, PROJECTOR, VISION, decide
-from vlmkit.errors import AnatomyError, brief, did_you_mean
+from vlmkit.errors import AnatomyError, brief, did_you_mean, public
 from vlmkit.tables import Table
+
+_LOCK = threading.RLock()
+
+
+@contextlib.contextmanager
+def one_at_a_time():
+    """Within it, no other thread of vlmkit builds or loads a model, and at its end torch's default
+    dtype is what it was.
+
+    While transformers builds a model, it sets torch's default dtype for the whole process, and
+    sets it back to what it found. If two threads do so at once, one finds the other's.
+    """
+    import torch
+
+    with _LOCK:
+        before = torch.get_default_dtype()
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def unwrapped(model):
@@ -214,7 +236,7 @@ def on_meta(config, dtype=None, trust_remote_code=False):
         del config.quantization_config
     kwargs = {} if dtype is None else {"dtype": dtype}
     try:
-        with torch.device("meta"), _nothing_filled_in():
+        with one_at_a_time(), torch.device("meta"), _nothing_filled_in():
             return AutoModelForImageTextToText.from_config(
                 config, trust_remote_code=trust_remote_code, **kwargs
             )
@@ -257,6 +279,7 @@ def _why_not_built(config, error):
     return text
 
 
+@public
 def anatomy(x, *, revision=None, trust_remote_code=False):
     """Anatomy of `x`: "pebble", a folder, a hub id, a transformers config, or a model.
 

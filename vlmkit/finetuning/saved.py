@@ -13,12 +13,13 @@ import os
 from pathlib import Path
 
 from vlmkit.anatomy import component_finder, is_adapter, plain_name, shape_of, unwrapped
-from vlmkit.errors import FinetuningError
+from vlmkit.errors import FinetuningError, public
 from vlmkit.folders import whole_folder
 
 NOTES, IN_FULL, ADAPTERS = "vlmkit.json", "trained_in_full.safetensors", "adapter_config.json"
 
 
+@public
 def save(model, path, *, overwrite=False):
     """Write what is trained in `model` to the folder `path`. Returns its pathlib.Path.
 
@@ -68,6 +69,7 @@ def write(model, folder, tensors):
     (folder / NOTES).write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
 
 
+@public
 def load(model, path, *, trainable=False):
     """`model` with what was saved at `path` put into it, in place: adapters, and parameters that
     were trained in full. Returns a PeftModel, or the model itself where there are no adapters.
@@ -192,6 +194,7 @@ def _require_base(model, path):
 # --- merging --------------------------------------------------------------------------------------
 
 
+@public
 def merge(model):
     """The adapters merged into the weights: (the model without adapters, a report).
 

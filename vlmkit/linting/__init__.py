@@ -11,7 +11,7 @@ neither trap. Linting is for configs that others wrote.
 from vlmkit.anatomy import on_meta
 from vlmkit.backend.quiet import quiet
 from vlmkit.checkpoints import find, read_config, stored_formats, weight_files
-from vlmkit.errors import CheckpointError, ConfigError
+from vlmkit.errors import CheckpointError, ConfigError, public
 from vlmkit.linting import rules
 from vlmkit.linting.context import Context
 from vlmkit.linting.findings import ERROR, NOTE, SEVERITIES, WARNING, Finding, Findings
@@ -20,6 +20,7 @@ from vlmkit.linting.verdicts import Verdict, read, verdicts
 __all__ = ["ERROR", "NOTE", "SEVERITIES", "WARNING", "Finding", "Findings", "Verdict", "lint"]
 
 
+@public
 def lint(x, config=None, *, revision=None, trust_remote_code=False):
     """Findings: what loading `x` with `config` will do that its author may not want.
 
