@@ -96,6 +96,11 @@ def test_pictures_of_a_family_without_a_rule():
         ("8GiB", 8 * 2**30, "8 GiB = 8,589,934,592 bytes"),
         ("8000MB", 8 * 10**9, "8000 MB = 8,000,000,000 bytes"),
         ("8,000 mb", 8 * 10**9, "8,000 MB = 8,000,000,000 bytes"),
+        ("8.0 GB", 8 * 10**9, "8.0 GB = 8,000,000,000 bytes"),
+        ("12,345,678 kB", 12_345_678_000, "12,345,678 kB = 12,345,678,000 bytes"),
+        ("1,024.5 kB", 1_024_500, "1,024.5 kB = 1,024,500 bytes"),
+        ("8_000 MB", 8 * 10**9, "8_000 MB = 8,000,000,000 bytes"),
+        ("0.1 GB", 10**8, "0.1 GB = 100,000,000 bytes"),
         ("1.5 gib", 3 * 2**29, "1.5 GiB = 1,610,612,736 bytes"),
         ("640kB", 640_000, "640 kB = 640,000 bytes"),
         ("12345", 12_345, "12,345 bytes"),
@@ -106,7 +111,24 @@ def test_sizes_as_people_write_them(text, size, printed):
     assert parse_size(text) == size and str(parse_size(text)) == printed
 
 
-@pytest.mark.parametrize("text", ["", "GB", "8 G", "8 apples", "-8 GB", "0", "8 GB 2", None, True])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *["", "GB", "8 G", "8 apples", "-8 GB", "0", "8 GB 2", None, True, b"8 GB", [8], 8.5],
+        *["8,0 GB", "8,00 GB", "8,0000 GB", "80,00,000 B", ",8 GB", "8, GB", "1,000,00 B", "8_ GB"],
+        *[
+            "8__0 GB",
+            "nan",
+            "inf GB",
+            "1e9",
+            "\u0668 GB",
+            "9" * 400,
+            "9" * 5000,
+            10**99,
+            -(10**99),
+        ],
+    ],
+)
 def test_what_is_no_size(text):
     with pytest.raises(SizeError, match="byte"):
         parse_size(text)

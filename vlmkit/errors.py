@@ -93,7 +93,7 @@ def public(function):
             if isinstance(error, VlmkitError) or not called or _out_of_memory(error):
                 raise
             module = function.__module__.removeprefix("vlmkit.")
-            given = [*map(_shown, args), *(f"{k}={_shown(v)}" for k, v in kwargs.items())]
+            given = [*map(shown, args), *(f"{k}={shown(v)}" for k, v in kwargs.items())]
             raise UnexpectedError(
                 f"{module}.{function.__name__} could not work with what it was given: "
                 f"{brief(error)}. It was given {', '.join(given) or 'nothing'}. Check these values "
@@ -107,8 +107,11 @@ def _out_of_memory(error):
     return type(error).__name__ == "OutOfMemoryError"
 
 
-def _shown(value):
-    """A value that a function was given, in a few words. A whole model would fill pages."""
+def shown(value):
+    """A value that a function was given, in a few words. A whole model would fill pages, and Python
+    refuses to write an integer of more than 4,300 digits."""
+    if isinstance(value, int) and abs(value) >= 10**100:
+        return f"an integer of {value.bit_length():,} bits"
     if value is None or isinstance(value, (str, bytes, int, float, list, tuple, dict, set)):
         return reprlib.repr(value)
     if hasattr(value, "__fspath__"):

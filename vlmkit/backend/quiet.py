@@ -20,9 +20,8 @@ def quiet(bars=False):
     them instead. What is switched off here is switched off for the whole process, so one thread at
     a time is in such a block: two that overlap could leave it switched off.
     """
-    with one_at_a_time():
-        with _quiet(bars):
-            yield
+    with one_at_a_time(), _quiet(bars):
+        yield
 
 
 @contextlib.contextmanager

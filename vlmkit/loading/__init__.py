@@ -16,13 +16,19 @@ from vlmkit.anatomy import one_at_a_time
 from vlmkit.backend.boundaries import join_dtypes
 from vlmkit.backend.cpu import guard_against_cpu_traps
 from vlmkit.backend.quiet import is_watched, quiet, without_garbage_collection
-from vlmkit.checkpoints import find, weight_dtypes, weight_files
+from vlmkit.checkpoints import find, weight_files
 from vlmkit.errors import public
 from vlmkit.layout import layout_of
 from vlmkit.loading.audit import Audit, Preview, audit, audit_layout, plan_of, preview
 from vlmkit.loading.processors import load_processor
 from vlmkit.loading.saving import save
-from vlmkit.loading.weights import check_formats, load_weights, resolve_device, with_adapters
+from vlmkit.loading.weights import (
+    check_formats,
+    load_weights,
+    require_headers,
+    resolve_device,
+    with_adapters,
+)
 from vlmkit.plan import Plan
 from vlmkit.units import GIGABYTE
 
@@ -69,7 +75,7 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
             layout = layout_of(folder, plan, trust_remote_code=trust_remote_code)
             check_formats(layout, device)
             layout.quantization_config()  # raises before a weight is read
-            weight_dtypes(folder)  # raises if a file is damaged
+            require_headers(folder, layout, trust_remote_code)
             # The processor comes first: it is quick, and its files are missing most often.
             loaded_processor = load_processor(folder, trust_remote_code) if processor else None
         with quiet(bars=_is_large(folder) and is_watched()):
