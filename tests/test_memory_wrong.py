@@ -100,6 +100,7 @@ def test_pictures_of_a_family_without_a_rule():
         ("12,345,678 kB", 12_345_678_000, "12,345,678 kB = 12,345,678,000 bytes"),
         ("1,024.5 kB", 1_024_500, "1,024.5 kB = 1,024,500 bytes"),
         ("8_000 MB", 8 * 10**9, "8_000 MB = 8,000,000,000 bytes"),
+        (8e9, 8 * 10**9, "8,000,000,000 bytes"),
         ("0.1 GB", 10**8, "0.1 GB = 100,000,000 bytes"),
         ("1.5 gib", 3 * 2**29, "1.5 GiB = 1,610,612,736 bytes"),
         ("640kB", 640_000, "640 kB = 640,000 bytes"),
@@ -114,7 +115,20 @@ def test_sizes_as_people_write_them(text, size, printed):
 @pytest.mark.parametrize(
     "text",
     [
-        *["", "GB", "8 G", "8 apples", "-8 GB", "0", "8 GB 2", None, True, b"8 GB", [8], 8.5],
+        *[
+            "",
+            "GB",
+            "8 G",
+            "8 apples",
+            "-8 GB",
+            "0",
+            "8 GB 2",
+            None,
+            True,
+            b"8 GB",
+            [8],
+            float("nan"),
+        ],
         *["8,0 GB", "8,00 GB", "8,0000 GB", "80,00,000 B", ",8 GB", "8, GB", "1,000,00 B", "8_ GB"],
         *[
             "8__0 GB",

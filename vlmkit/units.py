@@ -3,6 +3,7 @@
 Tables give sizes in MB and GB, powers of ten. Graphics cards are sold in GiB, powers of two.
 """
 
+import numbers
 import re
 from decimal import Decimal
 
@@ -21,9 +22,9 @@ MOST = 10**18
 _NUMBER = r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?|\.[0-9]+"
 
 
-def _is_int(x):
-    """Whether `x` is an integer of a length that can be written: Python refuses 4,300 digits."""
-    return isinstance(x, int) and not isinstance(x, bool) and abs(x) < MOST
+def _is_number(x):
+    """Whether `x` is a number that can be written: Python refuses integers of 4,300 digits."""
+    return isinstance(x, numbers.Real) and not isinstance(x, bool) and abs(x) < MOST
 
 
 class Size(int):
@@ -51,7 +52,7 @@ def parse_size(text):
     """
     if isinstance(text, Size):
         return text
-    given, text = text, str(text) if isinstance(text, str) else f"{text:d}" if _is_int(text) else ""
+    given, text = text, str(text) if isinstance(text, str) or _is_number(text) else ""
     match = re.fullmatch(rf"\s*({_NUMBER})\s*([a-zA-Z]*)\s*", text)
     number, unit = match.groups() if match else ("", "")
     if not match or unit.lower() not in UNITS:

@@ -8,6 +8,7 @@
     vlmkit fit                                        # what fits on which graphics card
     vlmkit lint pebble quantization_config.json       # what somebody's config will do
     vlmkit train train.yaml                           # fine-tuning, as a file says
+    vlmkit merge my-run/adapters my-model             # adapters and base as one model
     vlmkit doctor                                     # what this machine can run
 
 `python -m vlmkit` does the same. The exit status is 0 for an answer; 1 if the answer is no (`lint`
@@ -24,7 +25,7 @@ from pathlib import Path
 import typer
 
 from vlmkit import __version__
-from vlmkit.cli import answering, checking, fetching, sizing, training
+from vlmkit.cli import answering, checking, fetching, merging, sizing, training
 from vlmkit.cli.options import option
 from vlmkit.errors import VlmkitError
 
@@ -44,6 +45,7 @@ for command, short, epilog in (
     (sizing.fit, "Which models fit on which graphics cards.", sizing.FIT_EXAMPLES),
     (checking.lint, "What a quantization config will really do.", checking.LINT_EXAMPLES),
     (training.train, "Train a model as a file says.", training.EXAMPLES),
+    (merging.merge, "Merge adapters into their base.", merging.EXAMPLES),
     (checking.doctor, "What this machine can run, and what is missing.", checking.DOCTOR_EXAMPLES),
 ):
     app.command(short_help=short, epilog=epilog)(command)
