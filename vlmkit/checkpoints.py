@@ -94,7 +94,7 @@ def _from_hub(name, revision, weights, trust_remote_code):
         folder = Path(snapshot_download(name, local_files_only=True, **kwargs))
         if (folder / "config.json").exists() and (not weights or weight_files(folder)):
             return folder
-    except (OSError, CheckpointError):
+    except (OSError, ValueError):  # not in the cache; no name that the hub can have
         pass
     try:
         return Path(snapshot_download(name, **kwargs))

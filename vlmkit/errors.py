@@ -6,11 +6,16 @@ the message helps to correct, from a bug in vlmkit, which needs a traceback.
 
 import difflib
 import functools
+import re
 import reprlib
 
 
 class VlmkitError(Exception):
-    """Base of every error that vlmkit raises on purpose."""
+    """Base of every error that vlmkit raises on purpose. A very long word in its message, such as
+    a name of 5,000 characters, is cut."""
+
+    def __str__(self):
+        return re.sub(r"\S{400,}", lambda word: f"{word[0][:100]} …", super().__str__())
 
 
 class UnexpectedError(VlmkitError, RuntimeError):

@@ -13,12 +13,15 @@
 
 `python -m vlmkit` does the same. The exit status is 0 for an answer; 1 if the answer is no (`lint`
 finds an error, `memory` is over its budget, `doctor` finds that the course cannot run); 2 for a
-mistake in the words, which a sentence explains; and 130 after Ctrl-C. A traceback means a defect of
-vlmkit.
+mistake in the words, which a sentence explains; and 130 after Ctrl-C. With VLMKIT_TRACEBACK=1 an
+error also shows where it happened.
 """
 
+import contextlib
+import errno
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -27,7 +30,7 @@ import typer
 from vlmkit import __version__
 from vlmkit.cli import answering, checking, fetching, merging, sizing, training
 from vlmkit.cli.options import option
-from vlmkit.errors import VlmkitError
+from vlmkit.errors import VlmkitError, brief
 
 # Without rich: not every terminal and no log file likes the characters of its boxes.
 app = typer.Typer(
@@ -80,8 +83,10 @@ def main(argv=None):
     formatted, warnings.formatwarning = warnings.formatwarning, _as_one_line
     try:
         status = typer.main.get_command(app).main(argv, _program(), standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout:  # None if the shell has closed it: >&-
+            sys.stdout.flush()
     except VlmkitError as error:
+        _show_traceback()
         print(f"vlmkit: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -93,7 +98,7 @@ def main(argv=None):
         return 0
     except Exception as error:
         if not hasattr(error, "format_message"):  # not one of typer's about the words
-            raise
+            return _unforeseen(error)
         where = getattr(error, "ctx", None)
         help_at = where.command_path if where else _program()
         print(f"vlmkit: {error.format_message()}\nTry {help_at} --help", file=sys.stderr)
@@ -101,6 +106,28 @@ def main(argv=None):
     finally:
         warnings.formatwarning = formatted
     return status or 0
+
+
+def _unforeseen(error):
+    """Say in one line what nobody foresaw. Returns the exit status."""
+    _show_traceback()
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EBADF, errno.EIO):
+        print(f"vlmkit: the output cannot be written: {brief(error)}", file=sys.stderr)
+        with contextlib.suppress(OSError, AttributeError, ValueError):
+            # Python would try again when it ends, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    print(
+        f"vlmkit: {brief(error, 400)}. Check the words and the files that you gave. If they are "
+        "right, this is a defect of vlmkit: please report it with what VLMKIT_TRACEBACK=1 shows.",
+        file=sys.stderr,
+    )
+    return 2
+
+
+def _show_traceback():
+    if os.environ.get("VLMKIT_TRACEBACK"):
+        traceback.print_exc()
 
 
 def _as_one_line(message, *where, **more):

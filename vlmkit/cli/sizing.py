@@ -203,6 +203,11 @@ def fit(
     which = {"models": model, "gpus": gpu, "plans": plan}
     which = {name: given for name, given in which.items() if given}
     use = _use(context.params)
+    if figure is not None and (figure.is_dir() or not figure.parent.is_dir() or not figure.suffix):
+        raise typer.BadParameter(
+            f"--figure {figure}: give a file that ends in .png, .svg or .pdf, in a folder that "
+            "exists."
+        )
     table = fitting.fit(**which, reserved=reserve, progress=sys.stderr.isatty(), **use)
     if figure is not None:
         _draw(table, figure)

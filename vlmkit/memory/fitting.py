@@ -98,7 +98,7 @@ def _label(x):
 
 
 def _memory_of(gpu):
-    if gpu in GPUS:
+    if isinstance(gpu, str) and gpu in GPUS:
         return GPUS[gpu].bytes
     try:
         return parse_size(gpu)
