@@ -95,6 +95,21 @@ def test_a_folder_that_is_not_whole_is_refused(both, processor, tmp_path, file, 
     assert all(torch.equal(t, before[n]) for n, t in base.state_dict().items())
 
 
+@pytest.mark.parametrize("file", [None, *PARTS])
+def test_notes_of_before_that_list_no_files(both, processor, tmp_path, file):
+    folder = shutil.copytree(both[0], tmp_path / "copy")
+    notes = json.loads((folder / "vlmkit.json").read_text())
+    del notes["files"]
+    (folder / "vlmkit.json").write_text(json.dumps(notes))
+    base = vk.load("pebble", "bf16", processor=False)[0]
+    if file is None:
+        assert torch.equal(logits(vk.finetuning.load(base, folder), processor), both[1])
+        return
+    (folder / file).unlink()
+    with pytest.raises(FinetuningError, match=file):
+        vk.finetuning.load(base, folder)
+
+
 @pytest.mark.parametrize(
     "notes", ["", "{", "[]", "null", "{}", '{"files": []}', "[" * 100_000, '{"files": {"x": 1}}']
 )

@@ -187,7 +187,8 @@ def load(model, path, *, trainable=False):
 
 def notes_of(path):
     """The notes of the folder `path`, all of whose files are there and unchanged: a dictionary with
-    "base", "fingerprint" and "files".
+    "base", "fingerprint" and "files". Notes without a list, as an earlier vlmkit wrote them, are
+    taken only where every file is there that such a folder can have: then none can be lost.
 
     Raises FinetuningError otherwise.
     """
@@ -199,12 +200,12 @@ def notes_of(path):
         )
     try:
         notes = json.loads((path / NOTES).read_text(encoding="utf-8"))
-        files = dict(notes["files"])
+        files = dict(notes.get("files") or dict.fromkeys(PARTS))
         notes["fingerprint"]["means"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FinetuningError(
-            f"{path / NOTES} is damaged, or of a vlmkit that did not list the folder's files yet "
-            f"({brief(error)}). Copy the folder again, or save the adapters again."
+            f"{path / NOTES} is damaged ({brief(error)}). Copy the folder again, or save the "
+            "adapters again."
         ) from error
     for file in PARTS:
         if (file in files) != (path / file).is_file():
@@ -213,7 +214,7 @@ def notes_of(path):
                 f"{path / file} {found}, according to {NOTES}. Without it, the model would be "
                 "another one than was trained. Copy the whole folder again."
             )
-        if file in files and _hash_of(path / file) != files[file]:
+        if files.get(file) and _hash_of(path / file) != files[file]:
             raise FinetuningError(
                 f"{path / file} was changed or damaged after it was saved: its hash is not the "
                 f"one in {NOTES}. Copy the whole folder again."
