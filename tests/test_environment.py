@@ -307,7 +307,7 @@ def test_what_is_missing_is_exit_status_1(installed, capsys):
     document = json.loads(capsys.readouterr().out)
     assert document["missing"] == ["peft"] and document["models"] == []
     assert main([]) == 1
-    assert "Missing or too old: peft" in capsys.readouterr().out
+    assert "Missing, too old or broken: peft" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -329,7 +329,7 @@ def bare(*words):
 def test_without_any_package_the_doctor_still_answers():
     done = bare("vlmkit.environment")
     assert done.returncode == 1 and done.stderr == ""
-    assert "Missing or too old: torch" in done.stdout and "no ipykernel" in done.stdout
+    assert "Missing, too old or broken: torch" in done.stdout and "no ipykernel" in done.stdout
     assert json.loads(bare("vlmkit.environment", "--json").stdout)["ready"] is False
 
 
@@ -338,3 +338,29 @@ def test_without_typer_the_command_line_says_where_the_doctor_is():
     assert done.returncode == 2
     assert "typer" in done.stderr and "python -m vlmkit.environment" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "row"),
+    [("bitsandbytes", "bitsandbytes"), ("pyarrow", "datasets"), ("torchvision", "torchvision")],
+)
+def test_what_is_installed_and_fails_on_import_is_not_fine(module, row, tmp_path):
+    """Another process, in which the module comes from a folder where it raises."""
+    (tmp_path / module).mkdir()
+    (tmp_path / module / "__init__.py").write_text("raise RuntimeError('undefined symbol: _Z3abc')")
+    metadata = tmp_path / f"{module}-99.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 99.0\n")
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    result = subprocess.run(
+        [sys.executable, "-m", "vlmkit.environment", "--quick", "--json"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    found = json.loads(result.stdout)
+    rows = {line["what"]: line for line in found["environment"] + found["machine"]}
+    assert result.returncode == 1 and not found["ready"] and row in found["missing"]
+    assert "undefined symbol" in rows[row]["verdict"] and rows[row]["state"] == "missing"
+    if module == "torchvision":
+        assert "extra: hub" not in rows  # it would call torchvision installed

@@ -25,8 +25,10 @@ LLAMA, QWEN = "meta-llama/Llama-3.2-11B-Vision-Instruct", "Qwen/Qwen2.5-VL-3B-In
         ({"tokens": 8, "batch_size": 0}, SizeError, "batch_size is a whole number from 1"),
         ({"images": -2}, SizeError, "images is a whole number"),
         ({"new_tokens": 5}, SizeError, "need a prompt"),
-        ({"tokens": 10**9}, SizeError, "do not fit"),
-        ({"images": 10**5, "image_size": (1024, 768)}, SizeError, "do not fit"),
+        ({"tokens": 10**7}, SizeError, "do not fit"),
+        ({"tokens": 10**9}, SizeError, "tokens is at most"),
+        ({"images": 10**4, "image_size": (1024, 768)}, SizeError, "do not fit"),
+        ({"images": 10**6, "image_size": (1024, 768)}, SizeError, "images is at most"),
         ({"images": 1, "image_size": (0, 768)}, SizeError, "from 1 on"),
         ({"images": 1, "image_size": (-1024, 768)}, SizeError, "from 1 on"),
         ({"images": 1, "image_size": "1024x768"}, SizeError, "width"),
@@ -96,6 +98,12 @@ def test_pictures_of_a_family_without_a_rule():
         ("8GiB", 8 * 2**30, "8 GiB = 8,589,934,592 bytes"),
         ("8000MB", 8 * 10**9, "8000 MB = 8,000,000,000 bytes"),
         ("8,000 mb", 8 * 10**9, "8,000 MB = 8,000,000,000 bytes"),
+        ("8.0 GB", 8 * 10**9, "8.0 GB = 8,000,000,000 bytes"),
+        ("12,345,678 kB", 12_345_678_000, "12,345,678 kB = 12,345,678,000 bytes"),
+        ("1,024.5 kB", 1_024_500, "1,024.5 kB = 1,024,500 bytes"),
+        ("8_000 MB", 8 * 10**9, "8_000 MB = 8,000,000,000 bytes"),
+        (8e9, 8 * 10**9, "8,000,000,000 bytes"),
+        ("0.1 GB", 10**8, "0.1 GB = 100,000,000 bytes"),
         ("1.5 gib", 3 * 2**29, "1.5 GiB = 1,610,612,736 bytes"),
         ("640kB", 640_000, "640 kB = 640,000 bytes"),
         ("12345", 12_345, "12,345 bytes"),
@@ -106,7 +114,37 @@ def test_sizes_as_people_write_them(text, size, printed):
     assert parse_size(text) == size and str(parse_size(text)) == printed
 
 
-@pytest.mark.parametrize("text", ["", "GB", "8 G", "8 apples", "-8 GB", "0", "8 GB 2", None, True])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *[
+            "",
+            "GB",
+            "8 G",
+            "8 apples",
+            "-8 GB",
+            "0",
+            "8 GB 2",
+            None,
+            True,
+            b"8 GB",
+            [8],
+            float("nan"),
+        ],
+        *["8,0 GB", "8,00 GB", "8,0000 GB", "80,00,000 B", ",8 GB", "8, GB", "1,000,00 B", "8_ GB"],
+        *[
+            "8__0 GB",
+            "nan",
+            "inf GB",
+            "1e9",
+            "\u0668 GB",
+            "9" * 400,
+            "9" * 5000,
+            10**99,
+            -(10**99),
+        ],
+    ],
+)
 def test_what_is_no_size(text):
     with pytest.raises(SizeError, match="byte"):
         parse_size(text)

@@ -360,6 +360,7 @@ def test_the_old_one_comes_back_if_the_new_one_cannot_take_its_place(small, tmp_
         return rename(self, other)
 
     monkeypatch.setattr(Path, "rename", fails)
+    monkeypatch.setattr("vlmkit.folders._exchange", lambda a, b: False)  # as on other systems
     with pytest.raises(CheckpointError, match="Permission denied"):
         vk.save(small, None, target, overwrite=True)
     assert left_in(tmp_path) == before

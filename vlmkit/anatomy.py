@@ -9,16 +9,38 @@ something else for nearly half of the architectures. The *path* of a parameter, 
 the tables of `vlmkit.architectures`.
 """
 
+import contextlib
 import re
 import sys
+import threading
 import types
 from dataclasses import dataclass, field
 from math import prod
 
 from vlmkit import COMPONENTS
 from vlmkit.architectures import NOT_VLMS, PROJECTOR, VISION, decide
-from vlmkit.errors import AnatomyError, brief, did_you_mean
+from vlmkit.errors import AnatomyError, brief, did_you_mean, public
 from vlmkit.tables import Table
+
+_LOCK = threading.RLock()
+
+
+@contextlib.contextmanager
+def one_at_a_time():
+    """Within it, no other thread of vlmkit builds or loads a model, and at its end torch's default
+    dtype is what it was.
+
+    While transformers builds a model, it sets torch's default dtype for the whole process, and
+    sets it back to what it found. If two threads do so at once, one finds the other's.
+    """
+    import torch
+
+    with _LOCK:
+        before = torch.get_default_dtype()
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def unwrapped(model):
@@ -214,12 +236,47 @@ def on_meta(config, dtype=None, trust_remote_code=False):
         del config.quantization_config
     kwargs = {} if dtype is None else {"dtype": dtype}
     try:
-        with torch.device("meta"), _nothing_filled_in():
+        with (
+            one_at_a_time(),
+            torch.device("meta"),
+            _nothing_filled_in(),
+            _not_endless(),
+        ):
             return AutoModelForImageTextToText.from_config(
                 config, trust_remote_code=trust_remote_code, **kwargs
             )
+    except AnatomyError:
+        raise
     except Exception as error:  # each model class fails in its own way
         raise AnatomyError(_why_not_built(config, error)) from error
+
+
+MOST_TENSORS = 20_000  # the largest models have some thousands, since experts are in one tensor
+
+
+@contextlib.contextmanager
+def _not_endless():
+    """Within it, a model with more than MOST_TENSORS parameters raises AnatomyError. With a wrong
+    number of experts in its config, for example, it would grow until memory is full."""
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    count = 0
+
+    def hook(module, name, parameter):
+        nonlocal count
+        count += 1
+        if count > MOST_TENSORS:
+            raise AnatomyError(
+                f"the config describes a model with more than {MOST_TENSORS:,} weight tensors. "
+                "No vision-language model has so many. Look at the numbers of layers and experts "
+                "in config.json."
+            )
+
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _nothing_filled_in():
@@ -257,6 +314,7 @@ def _why_not_built(config, error):
     return text
 
 
+@public
 def anatomy(x, *, revision=None, trust_remote_code=False):
     """Anatomy of `x`: "pebble", a folder, a hub id, a transformers config, or a model.
 

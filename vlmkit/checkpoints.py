@@ -7,17 +7,24 @@ and one on disk pass the same checks.
 
 import json
 import re
+import stat
 from pathlib import Path
 
 from vlmkit import catalog
 from vlmkit.catalog.bundled import BUNDLED
 from vlmkit.errors import CheckpointError, brief, did_you_mean
+from vlmkit.folders import recover
 
 OFFLINE = 'vk.load("pebble") works without a network.'
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTERS = "adapters"  # a folder in a checkpoint's folder, as peft writes it
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # safetensors' names and ours
+FLOATS = {*_FLOATS, "F64"}  # what a weight that is not quantized is stored in
+BESIDE = re.compile(r"\.((nested_)?(absmax|quant_map)|quant_state\..*|SCB|weight_format)$")
+"""The names that bitsandbytes gives to what it stores beside a quantized weight."""
+_COUNT = re.compile(r"(num|n)_(\w+_)?layers?|\w*(encoder|decoder)_layers|depths?|num_labels")
+MOST_LAYERS = 10_000  # no model has a tenth of them, and a config class may make a list of them
 _STATE = re.compile(r"\.quant_state\.bitsandbytes__(nf4|fp4)$")
 
 
@@ -30,13 +37,25 @@ def find(name, *, revision=None, weights=True, trust_remote_code=False):
 
     Raises CheckpointError if there is no such checkpoint.
     """
+    if not isinstance(name, (str, Path)):
+        raise CheckpointError(
+            f"a checkpoint has a name, and a {type(name).__name__} is none. Give the name of a "
+            f"model of the course, a folder, or a hub id. {OFFLINE}"
+        )
     text = str(name)
     if text in BUNDLED:
         return BUNDLED[text].find(weights)
-    folder = Path(text).expanduser()
-    if text and folder.is_dir():
+    try:
+        folder = Path(text).expanduser()
+        recover(folder)
+        is_folder, is_file = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long; no such user; a zero byte
+        raise CheckpointError(
+            f"{_short(text)} cannot be the name of a checkpoint: {brief(error)}. {OFFLINE}"
+        ) from error
+    if text and is_folder:
         return folder
-    if folder.is_file():
+    if is_file:
         raise CheckpointError(
             f"{text} is a file, and a checkpoint is a folder. Give the folder that holds "
             "config.json, the weights and the processor's files."
@@ -44,8 +63,8 @@ def find(name, *, revision=None, weights=True, trust_remote_code=False):
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
         short = {name.split("/")[-1]: name for name in (*BUNDLED, *catalog.NAMES)}
         raise CheckpointError(
-            f"There is no checkpoint {text!r}. It is not a folder here, and a hub id has the form "
-            f"'owner/name'. {did_you_mean(text, short, 0.6, short)}{OFFLINE}"
+            f"There is no checkpoint {_short(text)}. It is not a folder here, and a hub id has the "
+            f"form 'owner/name'. {did_you_mean(text, short, 0.6, short)}{OFFLINE}"
         )
     if not weights and revision is None and catalog.folder_of(text):
         return catalog.folder_of(text)
@@ -61,6 +80,10 @@ def adapters_of(name, *, revision=None):
     return folder if (folder / "adapter_config.json").is_file() else None
 
 
+def _short(text):
+    return repr(text if len(text) <= 100 else f"{text[:100]} …")
+
+
 def _from_hub(name, revision, weights, trust_remote_code):
     from huggingface_hub import snapshot_download
 
@@ -71,7 +94,7 @@ def _from_hub(name, revision, weights, trust_remote_code):
         folder = Path(snapshot_download(name, local_files_only=True, **kwargs))
         if (folder / "config.json").exists() and (not weights or weight_files(folder)):
             return folder
-    except (OSError, CheckpointError):
+    except (OSError, ValueError):  # not in the cache; no name that the hub can have
         pass
     try:
         return Path(snapshot_download(name, **kwargs))
@@ -104,8 +127,15 @@ def read_config(folder, *, trust_remote_code=False):
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
+    require_plain_files(folder)
     raw = _read_json(folder, "config.json")
     kind = raw.get("model_type")
+    if not isinstance(kind, str | None):
+        raise CheckpointError(
+            f"{folder}: config.json says model_type {_short(repr(kind))}, and a model_type is a "
+            "text such as 'llava'. Copy or download the checkpoint again."
+        )
+    _require_counts(folder, raw)
     if kind not in CONFIG_MAPPING:
         if "auto_map" not in raw:
             raise CheckpointError(
@@ -123,6 +153,43 @@ def read_config(folder, *, trust_remote_code=False):
         raise CheckpointError(f"{folder}: config.json cannot be used: {brief(error)}") from error
 
 
+def require_plain_files(folder):
+    """Raise CheckpointError if a file of `folder` is a pipe or a device, which a library that reads
+    it would wait for, without an end."""
+    for path in sorted(Path(folder).iterdir()):
+        try:
+            mode = path.stat().st_mode
+        except OSError:  # a link to nothing: whoever needs the file says that it is missing
+            continue
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise CheckpointError(
+                f"{path} is a pipe, a socket or a device, not a file. Remove it, or copy or "
+                "download the checkpoint again."
+            )
+
+
+def _require_counts(folder, raw):
+    """Raise CheckpointError if the config `raw` has more layers than the weight files have tensors.
+    To build such a model, even without weights, can take all memory."""
+    try:
+        most = min(len(weight_headers(folder)), MOST_LAYERS)
+        has = f"the weight files hold {most:,} tensors"
+    except CheckpointError:  # no weights here, and whoever needs them says so
+        most, has = MOST_LAYERS, "no model has so many"
+    todo = [raw]
+    while todo:  # no recursion: a config can be nested as deeply as a damaged file likes
+        for key, value in todo.pop().items():
+            if isinstance(value, dict):
+                todo.append(value)
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int) and number > most and _COUNT.fullmatch(str(key)):
+                    raise CheckpointError(
+                        f"{folder}: config.json says {key} {number:,}, and {has}. Its config.json "
+                        "and its weights do not belong together. Copy or download the checkpoint "
+                        "again."
+                    )
+
+
 def _read_json(folder, file):
     try:
         raw = json.loads((folder / file).read_text(encoding="utf-8"))
@@ -137,8 +204,12 @@ def _read_json(folder, file):
             f"{folder} is not a checkpoint: it has no {file}. It holds {found}. Give the folder "
             "that holds config.json, the weights and the processor's files."
         ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {file} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder}: {file} is not valid JSON: {brief(error)}. Copy or download it again."
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {file} cannot be read: {brief(error)}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{folder}: {file} is not a JSON object.")
     return raw
@@ -164,8 +235,16 @@ def weight_files(folder):
     if (folder / SAFETENSORS).exists():
         return [folder / SAFETENSORS]
     if (folder / INDEX).exists():
-        shards = _read_json(folder, INDEX).get("weight_map", {})
-        files = [folder / shard for shard in sorted(set(shards.values()))]
+        shards = _read_json(folder, INDEX).get("weight_map")
+        names = list(shards.values()) if isinstance(shards, dict) else [None]
+        strange = [n for n in names if not isinstance(n, str) or n != Path(n).name or len(n) > 255]
+        if strange:
+            raise CheckpointError(
+                f"{folder}: the weight_map of {INDEX} has to give the name of a file in this "
+                f"folder for each tensor, and it has {_short(str(strange[0] or shards))}. Copy or "
+                "download it again."
+            )
+        files = [folder / name for name in sorted(set(names))]
         lost = [file.name for file in files if not file.exists()]
         if lost or not files:
             raise CheckpointError(
@@ -185,20 +264,21 @@ def weight_files(folder):
     )
 
 
-def weight_dtypes(folder):
-    """{name of a tensor: its dtype, as safetensors spells it} of the checkpoint in `folder`, from
-    the headers of its files.
+def weight_headers(folder):
+    """{name of a tensor: (its dtype, as safetensors spells it, and its shape, a tuple)} of the
+    checkpoint in `folder`, from the headers of its files.
 
     Raises CheckpointError as `weight_files` does, and if a file is damaged or cut short.
     """
     from safetensors import SafetensorError, safe_open
 
-    dtypes = {}
+    headers = {}
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as weights:
                 for key in weights.keys():  # noqa: SIM118 (it has no other way)
-                    dtypes[key] = weights.get_slice(key).get_dtype()
+                    tensor = weights.get_slice(key)
+                    headers[key] = tensor.get_dtype(), tuple(tensor.get_shape())
         except SafetensorError as error:
             raise CheckpointError(
                 f"{file} is damaged or was cut short ({file.stat().st_size:,} bytes): "
@@ -206,7 +286,7 @@ def weight_dtypes(folder):
             ) from error
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {brief(error)}") from error
-    return dtypes
+    return headers
 
 
 def stored_formats(folder, model):
@@ -215,10 +295,10 @@ def stored_formats(folder, model):
     config.json only says what was requested. The weight files say what was stored, so their headers
     are read. A quantized weight is recognized by the scales beside it.
 
-    model: the checkpoint's, on the meta device. Raises CheckpointError as `weight_dtypes` does.
+    model: the checkpoint's, on the meta device. Raises CheckpointError as `weight_headers` does.
     """
-    dtypes = weight_dtypes(folder)
-    rename = _renamer(model)
+    dtypes = {key: dtype for key, (dtype, _) in weight_headers(folder).items()}
+    rename = renamer(model)
     floats, quantized = {}, {}
     for key, dtype in dtypes.items():
         if four_bits := _STATE.search(key):
@@ -232,8 +312,9 @@ def stored_formats(folder, model):
     return {n: formats[n] for n, _ in model.named_parameters() if n in formats}
 
 
-def _renamer(model):
-    """A function from a name in a checkpoint to the name in `model`.
+def renamer(model):
+    """A function from a name in a checkpoint to the name in `model`. Its `converted` says whether
+    transformers also makes another shape of the last tensor that it was asked about.
 
     They differ for many families, and transformers renames on loading. Since 5.21, and for as long
     as transformers has no public function for it, this calls the functions that it uses itself. A
@@ -248,7 +329,10 @@ def _renamer(model):
     names = model.state_dict()
 
     def rename(key):
-        new, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
+        new, converted = rename_source_key(
+            key, renamings, converters, model.base_model_prefix, names
+        )
+        rename.converted = converted is not None
         return key if new not in names and key in names else new
 
     return rename

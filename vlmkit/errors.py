@@ -5,10 +5,21 @@ the message helps to correct, from a bug in vlmkit, which needs a traceback.
 """
 
 import difflib
+import functools
+import re
+import reprlib
 
 
 class VlmkitError(Exception):
-    """Base of every error that vlmkit raises on purpose."""
+    """Base of every error that vlmkit raises on purpose. A very long word in its message, such as
+    a name of 5,000 characters, is cut."""
+
+    def __str__(self):
+        return re.sub(r"\S{400,}", lambda word: f"{word[0][:100]} …", super().__str__())
+
+
+class UnexpectedError(VlmkitError, RuntimeError):
+    """A library failed on what a public function was given. `__cause__` is the library's error."""
 
 
 class PlanError(VlmkitError, ValueError):
@@ -67,6 +78,50 @@ def brief(error, length=200):
     """The message of a library's error on one line, cut to a readable length."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return text if len(text) <= length else text[:length] + " …"
+
+
+def public(function):
+    """A decorator for the functions that people call: a library's error becomes a VlmkitError.
+
+    The functions check what they are given. This is for what they did not foresee: the message
+    says which function was called with what, and the library's error stays as the cause. A GPU
+    without memory (torch's OutOfMemoryError) stays as it is, since programs catch this error, and
+    so does Python's own TypeError for arguments that the function does not have.
+    """
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            called = error.__traceback__.tb_next is not None
+            if isinstance(error, VlmkitError) or not called or _out_of_memory(error):
+                raise
+            module = function.__module__.removeprefix("vlmkit.")
+            given = [*map(shown, args), *(f"{k}={shown(v)}" for k, v in kwargs.items())]
+            raise UnexpectedError(
+                f"{module}.{function.__name__} could not work with what it was given: "
+                f"{brief(error)}. It was given {', '.join(given) or 'nothing'}. Check these values "
+                "and files first. If they are right, this is a defect of vlmkit: please report it."
+            ) from error
+
+    return checked
+
+
+def _out_of_memory(error):
+    return type(error).__name__ == "OutOfMemoryError"
+
+
+def shown(value):
+    """A value that a function was given, in a few words. A whole model would fill pages, and Python
+    refuses to write an integer of more than 4,300 digits."""
+    if isinstance(value, int) and abs(value) >= 10**100:
+        return f"an integer of {value.bit_length():,} bits"
+    if value is None or isinstance(value, (str, bytes, int, float, list, tuple, dict, set)):
+        return reprlib.repr(value)
+    if hasattr(value, "__fspath__"):
+        return reprlib.repr(str(value))
+    return f"a {type(value).__name__}"
 
 
 def did_you_mean(word, known, cutoff=0.5, show=None):

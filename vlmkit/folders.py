@@ -1,6 +1,8 @@
 """Folders that are written completely or not at all, and the folder of vlmkit's cache."""
 
 import contextlib
+import ctypes
+import glob
 import os
 import secrets
 import shutil
@@ -30,11 +32,22 @@ def whole_folder(path, *, overwrite=False, size=0, need=""):
     size: bytes that must be free before anything is written. need: a sentence for the error.
 
     If anything fails (a full disk, an interrupt), `path` and the folders around it stay as before.
+    A folder that is replaced is there at every moment, whenever the process is killed: on Linux the
+    two change places in one step. Where a system has no such step, the old folder gets its name
+    back from the next call of `recover`, which this function and `checkpoints.find` make.
     Raises CheckpointError if `path` is taken or cannot be written.
     """
-    path = Path(path).expanduser().resolve()
-    _require_free(path, overwrite)
-    made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path = Path(path).expanduser().resolve()
+        recover(path)
+        _require_free(path, overwrite)
+        made = [folder for folder in path.parents if not folder.exists()]
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{str(path)[:200]!r} cannot be a folder: {brief(error)}. Choose another name."
+        ) from error
     beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,21 +81,46 @@ def _require_free(path, overwrite):
         raise CheckpointError(f"{path} is not a folder. Choose another name.")
 
 
-def _rename_over(beside, path):
-    """Give the folder `beside` the name `path`."""
-    old = None
-    if path.exists():
-        old = path.with_name(f"{beside.name}.old")
-        path.rename(old)
-    try:
-        beside.rename(path)
-    except BaseException:
-        if old:
+def recover(path):
+    """Give the folder `path` its name back if a process was killed while it replaced the folder:
+    after it had moved the old one away, and before the new one had the name."""
+    path = Path(path)
+    if os.path.lexists(path) or not path.parent.is_dir():
+        return
+    moved = path.parent.glob(f".{glob.escape(path.name)}.*{OLD}")
+    for old in sorted(moved, key=lambda folder: folder.stat().st_mtime, reverse=True):
+        with contextlib.suppress(OSError):  # another process was quicker, or may write here
             old.rename(path)
-        raise
-    if old:
+        return
+
+
+OLD = ".old"
+
+
+def _rename_over(beside, path):
+    """Give the folder `beside` the name `path`. What had this name is removed."""
+    if not path.exists():
+        beside.rename(path)
+    elif _exchange(beside, path):
+        shutil.rmtree(beside, ignore_errors=True)
+    else:
+        old = path.with_name(f"{beside.name}{OLD}")
+        path.rename(old)
+        try:
+            beside.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     with contextlib.suppress(OSError):  # so that the new name survives a power cut
         handle = os.open(path.parent, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
+
+
+def _exchange(a, b):
+    """Let two folders change places in one step, which no kill can interrupt. Returns whether they
+    did: only Linux has this (renameat2 with RENAME_EXCHANGE), and not on every file system."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    return bool(rename) and not rename(here, os.fsencode(a), here, os.fsencode(b), exchange)

@@ -20,7 +20,7 @@ from vlmkit.catalog.bundled import BUNDLED
 from vlmkit.checkpoints import find, quantization_method, read_config, stored_formats
 from vlmkit.errors import CheckpointError, PlanError, did_you_mean
 from vlmkit.formats import DEFAULT, FORMATS
-from vlmkit.plan import Plan
+from vlmkit.plan import Plan, matching
 from vlmkit.rows import BIAS, LINEAR, Row, is_linear, kind_of
 
 
@@ -218,8 +218,10 @@ def _overrides(plan, modules):
     """{(pattern, format): those of `modules` that this override of `plan` finds}."""
     found = {}
     for pattern, name in plan.overrides:
-        search = re.compile(pattern).search
-        found[pattern, name] = [m for m in modules if search(m) or search(m + ".")]
+        hits = {
+            m.removesuffix(".") for m in matching(pattern, [*modules, *(f"{m}." for m in modules)])
+        }
+        found[pattern, name] = [m for m in modules if m in hits]
     return found
 
 
@@ -242,7 +244,7 @@ def _require_overrides(overrides, layout):
     format."""
     for (pattern, name), modules in overrides.items():
         if not modules:
-            tied = [linear for linear in layout.linears if re.search(pattern, linear)]
+            tied = matching(pattern, layout.linears)
             if tied:
                 raise PlanError(
                     f"the plan's override {pattern!r} matches only {tied[0]}, whose weight is tied "

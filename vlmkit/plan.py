@@ -12,6 +12,8 @@ import contextlib
 import json
 import os
 import re
+import reprlib
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -178,10 +180,12 @@ class Plan(Table):
         pattern: a regular expression, searched in the full name of a module with a dot at its end.
             So r"layers\\.1\\." finds layer 1 and not layer 11.
         """
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise PlanError(f"{pattern!r} is not a regular expression: {error}") from error
+        if not isinstance(pattern, str):
+            raise PlanError(
+                f"the pattern of an override is a text with a regular expression, and not "
+                f"{reprlib.repr(pattern)}."
+            )
+        matching(pattern, ())
         format_named(name)
         return self._make(self.named, (*self.overrides, (pattern, name)), self._default)
 
@@ -219,6 +223,36 @@ class Plan(Table):
         rows += [(f"modules matching {p}", f, FORMATS[f].about) for p, f in self.overrides]
         columns = ["component", "format", "which is"]
         return pd.DataFrame(rows, columns=columns).set_index("component")
+
+
+SECONDS = 2
+"""The time that one pattern may take to search all names of a model: a thousandth is usual."""
+
+
+def matching(pattern, names):
+    """Those of `names` in which the regular expression `pattern` is found, as a list.
+
+    Raises PlanError if it is no regular expression, or if the search takes too long. Python's own
+    `re` would go on for years for a pattern such as r"(\\w+\\.?)+!", with its many ways to try.
+    """
+    import regex  # transformers needs it too; unlike re, it can stop
+
+    try:
+        re.compile(pattern)
+        search = regex.compile(pattern).search
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        raise PlanError(
+            f"{reprlib.repr(pattern)} is not a regular expression: {brief(error)}"
+        ) from error
+    end = time.monotonic() + SECONDS
+    try:
+        return [n for n in names if search(n, timeout=max(end - time.monotonic(), 1e-3))]
+    except TimeoutError as error:
+        raise PlanError(
+            f"the search for {reprlib.repr(pattern)} in the names of the modules takes longer than "
+            f"{SECONDS} seconds. A repeated group in which something is repeated too, such as "
+            "(a+)+, does that. Write it without the inner or the outer repetition."
+        ) from error
 
 
 def _require_component(name):

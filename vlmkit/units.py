@@ -3,9 +3,11 @@
 Tables give sizes in MB and GB, powers of ten. Graphics cards are sold in GiB, powers of two.
 """
 
+import numbers
 import re
+from decimal import Decimal
 
-from vlmkit.errors import SizeError
+from vlmkit.errors import SizeError, shown
 
 MEGABYTE, GIGABYTE = 10**6, 10**9
 
@@ -14,6 +16,15 @@ UNITS = {
     "kb": 10**3, "mb": MEGABYTE, "gb": GIGABYTE, "tb": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
+
+
+MOST = 10**18
+_NUMBER = r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?|\.[0-9]+"
+
+
+def _is_number(x):
+    """Whether `x` is a number that can be written: Python refuses integers of 4,300 digits."""
+    return isinstance(x, numbers.Real) and not isinstance(x, bool) and abs(x) < MOST
 
 
 class Size(int):
@@ -34,25 +45,32 @@ def parse_size(text):
     """A Size from "8 GB", "8GiB", "8000MB" or a number of bytes.
 
     GB is 10^9 bytes and GiB is 2^30, in upper or lower case. A graphics card that is sold with
-    "8 GB" often has 8 GiB.
+    "8 GB" often has 8 GiB. A comma may stand only before each group of three digits: "8,000 MB".
+    In many languages "8,0" is eight, and reading it as 80 would be wrong without a word.
 
     Raises SizeError, which lists the units, for anything that is no positive number of bytes.
     """
     if isinstance(text, Size):
         return text
-    if isinstance(text, int) and not isinstance(text, bool):
-        text = str(text)
-    match = re.fullmatch(r"\s*(\d[\d,_]*\.?\d*|\.\d+)\s*([a-zA-Z]*)\s*", str(text))
+    given, text = text, str(text) if isinstance(text, str) or _is_number(text) else ""
+    match = re.fullmatch(rf"\s*({_NUMBER})\s*([a-zA-Z]*)\s*", text)
     number, unit = match.groups() if match else ("", "")
     if not match or unit.lower() not in UNITS:
-        raise SizeError(
-            f"{text!r} is not a number of bytes. Write a number and a unit, such as '8 GB' (8 x "
-            "10^9 bytes), '8 GiB' (8 x 2^30 bytes) or '8000 MB'. The units are B, kB, MB, GB, TB, "
-            "KiB, MiB, GiB and TiB."
+        point = re.fullmatch(r"\s*([0-9]+),([0-9]+)\s*([a-zA-Z]*)\s*", text)
+        hint = (
+            f"For a decimal, write a point: '{point[1]}.{point[2]} {point[3]}'. " if point else ""
         )
-    size = round(float(number.replace(",", "").replace("_", "")) * UNITS[unit.lower()])
-    if size < 1:
-        raise SizeError(f"{text!r} is less than a byte. A size is at least one byte.")
+        raise SizeError(
+            f"{shown(given)} is not a number of bytes. {hint}Write a number and a unit, "
+            "such as '8 GB' (8 x 10^9 bytes), '8 GiB' (8 x 2^30 bytes) or '8000 MB'. The units "
+            "are B, kB, MB, GB, TB, KiB, MiB, GiB and TiB."
+        )
+    size = round(Decimal(number.replace(",", "").replace("_", "")) * UNITS[unit.lower()])
+    if not 1 <= size < MOST:
+        raise SizeError(
+            f"{shown(given)} is {'less than a byte' if size < 1 else 'more than exists'}. A "
+            "size is at least one byte, and less than 10^18 bytes (a million TB)."
+        )
     return Size(size, f"{number} {_spelled(unit)}" if unit.lower() not in ("", "b") else None)
 
 

@@ -8,6 +8,8 @@ import os
 import sys
 import warnings
 
+from vlmkit.anatomy import one_at_a_time
+
 
 @contextlib.contextmanager
 def quiet(bars=False):
@@ -15,8 +17,15 @@ def quiet(bars=False):
     come through.
 
     transformers would only warn of missing and unexpected weights. `vk.load` raises an error for
-    them instead.
+    them instead. What is switched off here is switched off for the whole process, so one thread at
+    a time is in such a block: two that overlap could leave it switched off.
     """
+    with one_at_a_time(), _quiet(bars):
+        yield
+
+
+@contextlib.contextmanager
+def _quiet(bars):
     from transformers.utils import logging as transformers_logging
 
     _import_bitsandbytes()

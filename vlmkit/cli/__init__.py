@@ -8,25 +8,29 @@
     vlmkit fit                                        # what fits on which graphics card
     vlmkit lint pebble quantization_config.json       # what somebody's config will do
     vlmkit train train.yaml                           # fine-tuning, as a file says
+    vlmkit merge my-run/adapters my-model             # adapters and base as one model
     vlmkit doctor                                     # what this machine can run
 
 `python -m vlmkit` does the same. The exit status is 0 for an answer; 1 if the answer is no (`lint`
 finds an error, `memory` is over its budget, `doctor` finds that the course cannot run); 2 for a
-mistake in the words, which a sentence explains; and 130 after Ctrl-C. A traceback means a defect of
-vlmkit.
+mistake in the words, which a sentence explains; and 130 after Ctrl-C. With VLMKIT_TRACEBACK=1 an
+error also shows where it happened.
 """
 
+import contextlib
+import errno
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
 import typer
 
 from vlmkit import __version__
-from vlmkit.cli import answering, checking, fetching, sizing, training
+from vlmkit.cli import answering, checking, fetching, merging, sizing, training
 from vlmkit.cli.options import option
-from vlmkit.errors import VlmkitError
+from vlmkit.errors import VlmkitError, brief
 
 # Without rich: not every terminal and no log file likes the characters of its boxes.
 app = typer.Typer(
@@ -44,6 +48,7 @@ for command, short, epilog in (
     (sizing.fit, "Which models fit on which graphics cards.", sizing.FIT_EXAMPLES),
     (checking.lint, "What a quantization config will really do.", checking.LINT_EXAMPLES),
     (training.train, "Train a model as a file says.", training.EXAMPLES),
+    (merging.merge, "Merge adapters into their base.", merging.EXAMPLES),
     (checking.doctor, "What this machine can run, and what is missing.", checking.DOCTOR_EXAMPLES),
 ):
     app.command(short_help=short, epilog=epilog)(command)
@@ -78,8 +83,10 @@ def main(argv=None):
     formatted, warnings.formatwarning = warnings.formatwarning, _as_one_line
     try:
         status = typer.main.get_command(app).main(argv, _program(), standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout:  # None if the shell has closed it: >&-
+            sys.stdout.flush()
     except VlmkitError as error:
+        _show_traceback()
         print(f"vlmkit: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -91,7 +98,7 @@ def main(argv=None):
         return 0
     except Exception as error:
         if not hasattr(error, "format_message"):  # not one of typer's about the words
-            raise
+            return _unforeseen(error)
         where = getattr(error, "ctx", None)
         help_at = where.command_path if where else _program()
         print(f"vlmkit: {error.format_message()}\nTry {help_at} --help", file=sys.stderr)
@@ -99,6 +106,28 @@ def main(argv=None):
     finally:
         warnings.formatwarning = formatted
     return status or 0
+
+
+def _unforeseen(error):
+    """Say in one line what nobody foresaw. Returns the exit status."""
+    _show_traceback()
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EBADF, errno.EIO):
+        print(f"vlmkit: the output cannot be written: {brief(error)}", file=sys.stderr)
+        with contextlib.suppress(OSError, AttributeError, ValueError):
+            # Python would try again when it ends, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    print(
+        f"vlmkit: {brief(error, 400)}. Check the words and the files that you gave. If they are "
+        "right, this is a defect of vlmkit: please report it with what VLMKIT_TRACEBACK=1 shows.",
+        file=sys.stderr,
+    )
+    return 2
+
+
+def _show_traceback():
+    if os.environ.get("VLMKIT_TRACEBACK"):
+        traceback.print_exc()
 
 
 def _as_one_line(message, *where, **more):

@@ -1,5 +1,6 @@
 """`vlmkit memory` and `vlmkit fit`: what a model needs, before it is downloaded."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -85,7 +86,10 @@ def memory(
         str, "Also count what PyTorch's allocator for that device rounds up to.", metavar="cuda"
     ) = None,
     budget: option(
-        str, 'Say whether the model fits in SIZE, such as "8 GB", 8GiB or 8000MB.', metavar="SIZE"
+        str,
+        'Say whether the model fits in SIZE, such as "8 GB", 8GiB or 8000MB, or on a card of the '
+        'catalog, such as "RTX 4090", less 1 GB for CUDA and other programs.',
+        metavar="SIZE",
     ) = None,
     revision: Revision = None,
     trust_remote_code: Code = False,
@@ -95,9 +99,9 @@ def memory(
     activations, and what training adds. Nothing is downloaded for a model of the catalog."""
     import vlmkit as vk
     from vlmkit.backend.quiet import quiet
-    from vlmkit.units import MEGABYTE, parse_size
+    from vlmkit.units import MEGABYTE
 
-    room = None if budget is None else parse_size(budget)
+    room = None if budget is None else _room(budget)
     more = {"revision": revision, "trust_remote_code": trust_remote_code, "allocator": allocator}
     use = _use(context.params)
     with quiet():
@@ -120,8 +124,39 @@ def memory(
             words = f"Fits in {room}: {left} are left."
             if not fits:
                 words = f"Does not fit in {room}: {left} too much."
-            print(f"\n{words}")
+            print(f"\n{words}{_advice(budget, fits)}")
+            if not fits and train and not gradient_checkpointing:
+                use["gradient_checkpointing"] = True
+                with quiet():
+                    less = vk.memory.predict(name_of(model), plan, **more, **use).total
+                print(
+                    f"With --gradient-checkpointing it needs {less / MEGABYTE:,.2f} MB, which "
+                    f"{'fits' if less <= room else 'does not fit either'}."
+                )
     return int(not fits)
+
+
+def _room(budget):
+    """The Size that a budget names, in bytes."""
+    from vlmkit.catalog.gpus import GPUS
+    from vlmkit.memory.fitting import RESERVED
+    from vlmkit.units import Size, parse_size
+
+    if budget not in GPUS:
+        return parse_size(budget)
+    return Size(GPUS[budget].bytes - parse_size(RESERVED), f"{budget}, less {RESERVED},")
+
+
+def _advice(budget, fits):
+    """What to know about a budget in GB, if a graphics card is meant by it."""
+    number = re.fullmatch(r"\s*([0-9]{1,3}) *gb\s*", budget.lower())
+    if not number or fits:
+        return ""
+    return (
+        f" A GB is 10^9 bytes. A graphics card that is sold with {number[1]} GB has "
+        f"{number[1]} GiB (--budget {number[1]}GiB), and CUDA and other programs take about 1 GB "
+        "of it, which `vlmkit fit` takes off."
+    )
 
 
 def fit(
@@ -168,6 +203,11 @@ def fit(
     which = {"models": model, "gpus": gpu, "plans": plan}
     which = {name: given for name, given in which.items() if given}
     use = _use(context.params)
+    if figure is not None and (figure.is_dir() or not figure.parent.is_dir() or not figure.suffix):
+        raise typer.BadParameter(
+            f"--figure {figure}: give a file that ends in .png, .svg or .pdf, in a folder that "
+            "exists."
+        )
     table = fitting.fit(**which, reserved=reserve, progress=sys.stderr.isatty(), **use)
     if figure is not None:
         _draw(table, figure)

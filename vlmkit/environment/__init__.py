@@ -57,10 +57,11 @@ class Environment:
         packages = [row.what for row in self.rows if row.state == MISSING]
         if packages:
             return (
-                f"Missing or too old: {', '.join(packages)}. In a terminal, in the course's "
-                "folder, run: make setup (without make: python -m pip install -c constraints.txt "
-                f"-e '.[course]'). This notebook runs in {sys.executable}: if you installed the "
-                "packages for another Python, choose that Python under Kernel, Change Kernel."
+                f"Missing, too old or broken: {', '.join(packages)}. In a terminal, in the "
+                "course's folder, run: make setup (without make: python -m pip install -c "
+                f"constraints.txt -e '.[course]'). This notebook runs in {sys.executable}: if you "
+                "installed the packages for another Python, choose that Python under Kernel, "
+                "Change Kernel."
             )
         if self.missing:
             return f"The course cannot run here: look at {', '.join(self.missing)} above."

@@ -5,10 +5,12 @@ packages are missing. Each function returns a Status instead of raising.
 """
 
 import importlib
+import logging
 import os
 import re
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +40,8 @@ PACKAGES = {  # name: (oldest version tried, version tested with)
 """The packages that the course needs: the lower bounds of `pyproject.toml`, and the versions of
 `constraints.txt`. A test compares the table with the two files. They cannot be read here: an
 installed package comes without them, and its metadata may be missing or older than the code."""
+
+MODULES = {"pillow": "PIL.Image", "pyyaml": "yaml"}  # packages whose modules have other names
 
 OLDEST_PYTHON = (3, 11)
 WANTED_MEMORY = 2 * GIGABYTE
@@ -84,15 +88,19 @@ def python():
 
 
 def package(name):
-    """Whether a package of PACKAGES is installed and new enough."""
+    """Whether a package of PACKAGES is installed and new enough, and can be imported. An installed
+    package fails on import if one that it needs, such as pyarrow, is broken or of another build."""
     oldest, tested = PACKAGES[name]
     found = _version(name)
     if found is None:
         return Status(name, "none", "missing", MISSING, tested)
-    if _release(found) == _release(tested):
-        return Status(name, found, tested=tested)
     if _release(found) < _release(oldest):
         return Status(name, found, f"too old: needs {oldest} or newer", MISSING, tested)
+    if why := _why_no_import(MODULES.get(name, name)):
+        verdict = f"cannot be imported ({why}): install it again"
+        return Status(name, found, verdict, MISSING, tested)
+    if _release(found) == _release(tested):
+        return Status(name, found, tested=tested)
     verdict = "not the tested version: numbers may differ, the rest should work"
     return Status(name, found, verdict, NOTE, tested)
 
@@ -103,6 +111,22 @@ def _version(name):
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _why_no_import(module):
+    """Why a module cannot be imported, or an empty string if it can. What libraries say on import
+    is not shown."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # a broken package fails in any way
+        return brief(error, 120)
+    finally:
+        logging.disable(before)
+    return ""
 
 
 def _release(version):
@@ -292,6 +316,8 @@ def extras():
         if extra:
             name = re.match(r"[\w.-]+", line)[0]
             missing.setdefault(extra[1], []).extend([] if _version(name) else [name])
+    if torchvision().state == MISSING:  # its own line says what to do
+        missing.pop("hub", None)
     return [_extra(name, missing[name]) for name in sorted(missing)]
 
 
@@ -309,10 +335,8 @@ def torchvision():
     if found is None:
         verdict = "fine: some processors from the hub need it, pebble's does not"
         return Status("torchvision", "none", verdict)
-    try:
-        importlib.import_module("torchvision")
-    except Exception as error:
-        verdict = f"models cannot be imported ({brief(error, 120)}): uninstall it, or install the "
+    if why := _why_no_import("torchvision"):
+        verdict = f"models cannot be imported ({why}): uninstall it, or install the "
         return Status("torchvision", found, verdict + "build for this torch", MISSING)
     return Status("torchvision", found)
 

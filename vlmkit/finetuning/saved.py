@@ -5,20 +5,28 @@
     model, report = vk.finetuning.merge(model)             # an ordinary model again
 
 peft alone writes adapters only, so that a projector that was trained in full would be lost. The
-folder also notes the base, since adapters fit every model of the same shape but belong to one.
+folder also notes the base, since adapters fit every model of the same shape but belong to one. It
+lists its files with their hashes, so that none can be lost or changed without an error.
+
+Plain peft loads the folder too. Modules that were trained in full are in the adapters' file as its
+`modules_to_save`, as far as it has this for them; README.md in the folder says what it cannot load.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
 from vlmkit.anatomy import component_finder, is_adapter, plain_name, shape_of, unwrapped
-from vlmkit.errors import FinetuningError
+from vlmkit.errors import FinetuningError, brief, public
 from vlmkit.folders import whole_folder
 
 NOTES, IN_FULL, ADAPTERS = "vlmkit.json", "trained_in_full.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PARTS = (IN_FULL, ADAPTERS, WEIGHTS)
 
 
+@public
 def save(model, path, *, overwrite=False):
     """Write what is trained in `model` to the folder `path`. Returns its pathlib.Path.
 
@@ -33,6 +41,7 @@ def save(model, path, *, overwrite=False):
     if os.environ.get("RANK", "0") == "0":
         with whole_folder(path, overwrite=overwrite) as folder:
             write(model, folder, tensors)
+            _write_for_peft(model, folder)
     return Path(path).expanduser().resolve()
 
 
@@ -65,9 +74,86 @@ def write(model, folder, tensors):
     if in_full:
         save_file(in_full, folder / IN_FULL)
     notes = {"base": unwrapped(model).name_or_path, "fingerprint": _fingerprint(model, tensors)}
+    _write_notes(folder, notes)
+
+
+def _write_notes(folder, notes):
+    """Write the notes of a folder, with a list of its files and their hashes."""
+    notes["files"] = {file: _hash_of(folder / file) for file in PARTS if (folder / file).exists()}
     (folder / NOTES).write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
 
 
+def _hash_of(file):
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _write_for_peft(model, folder):
+    """Add what plain peft needs to load modules that were trained in full, and a README.md that
+    says what it loads."""
+    from safetensors.torch import load_file, save_file
+
+    notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
+    in_full = load_file(folder / IN_FULL) if (folder / IN_FULL).exists() else {}
+    held = {}
+    if (folder / ADAPTERS).exists() and in_full:
+        modules = _whole_modules(unwrapped(model), in_full)
+        held = {n: t for n, t in in_full.items() if any(n.startswith(f"{m}.") for m in modules)}
+        adapters = load_file(folder / WEIGHTS)
+        adapters |= {f"base_model.model.{name}": tensor for name, tensor in held.items()}
+        save_file(adapters, folder / WEIGHTS, metadata={"format": "pt"})
+        config = json.loads((folder / ADAPTERS).read_text(encoding="utf-8"))
+        config["modules_to_save"] = modules or None
+        (folder / ADAPTERS).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        _write_notes(folder, notes)
+    lost = sorted(in_full.keys() - held.keys())
+    (folder / "README.md").write_text(_readme(folder, notes["base"], held, lost), encoding="utf-8")
+
+
+def _whole_modules(model, in_full):
+    """Full names of the outermost modules of which every parameter is in `in_full`. peft can put a
+    copy in the place of each of them, but not in the place of a list of modules."""
+    from torch.nn import ModuleDict, ModuleList
+
+    found = []
+    for path, module in model.named_modules():
+        names = {plain_name(f"{path}.{name}") for name, _ in module.named_parameters()}
+        inside = any(f"{path}.".startswith(f"{other}.") for other in found)
+        whole = path and names and names <= in_full.keys()
+        if whole and not inside and not isinstance(module, (ModuleList, ModuleDict)):
+            found.append(path)
+    return found
+
+
+def _readme(folder, base, held, lost):
+    lines = [
+        "# Adapters, written by vlmkit",
+        "",
+        f"Trained on: {base or 'a model without a name'}",
+        "",
+        "    model, processor = vk.load(base)",
+        "    model = vk.finetuning.load(model, folder)",
+        "",
+        "`vlmkit merge FOLDER OUT` merges everything into the base and saves an ordinary model.",
+        "",
+    ]
+    if not (folder / ADAPTERS).exists():
+        lines.append(
+            "Plain peft cannot load this folder: it has no adapters, only parameters that were "
+            f"trained in full, in {IN_FULL}."
+        )
+    else:
+        lines.append(
+            "Plain peft loads it too: `peft.PeftModel.from_pretrained(model, folder)`. It then has "
+            f"the adapters{' and what was trained in full' if held else ''}."
+        )
+    if lost and (folder / ADAPTERS).exists():
+        lines += ["", "**Plain peft leaves out these parameters, which were trained in full:**", ""]
+        lines += [f"- {name}" for name in lost]
+    return "\n".join(lines) + "\n"
+
+
+@public
 def load(model, path, *, trainable=False):
     """`model` with what was saved at `path` put into it, in place: adapters, and parameters that
     were trained in full. Returns a PeftModel, or the model itself where there are no adapters.
@@ -75,29 +161,65 @@ def load(model, path, *, trainable=False):
     model: the base, under any plan that does not quantize what was trained in full.
     trainable: whether training goes on; otherwise everything is frozen, in eval mode.
 
-    Raises FinetuningError if `path` holds nothing that `save` wrote, if it was trained on another
-    base, or if its parameters do not fit.
+    Raises FinetuningError if `path` holds nothing that `save` wrote, if one of its files is missing
+    or was changed, if it was trained on another base, or if its parameters do not fit.
     """
     path = Path(path).expanduser()
     if hasattr(model, "peft_config"):
         raise FinetuningError("the model has adapters already: take them off with model.unload()")
-    if not (path / NOTES).is_file():
-        raise FinetuningError(
-            f"{path} holds nothing that vk.finetuning.save wrote: there is no {NOTES}. Adapters of "
-            "peft alone load with peft.PeftModel.from_pretrained(model, path)."
-        )
-    _require_base(model, path)
+    notes = notes_of(path)
+    _require_base(model, path, notes)
     in_full = _put_in_full(model, path)
     model.requires_grad_(False)
     if (path / ADAPTERS).exists():
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
-        model = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+        config = PeftConfig.from_pretrained(str(path))
+        config.modules_to_save = None  # what was trained in full is in its place already
+        config.inference_mode = not trainable
+        model = PeftModel.from_pretrained(model, path, is_trainable=trainable, config=config)
     if trainable:
         for name, parameter in model.named_parameters():
             if plain_name(name) in in_full:
                 parameter.requires_grad_(True)
     return model.train(trainable)
+
+
+def notes_of(path):
+    """The notes of the folder `path`, all of whose files are there and unchanged: a dictionary with
+    "base", "fingerprint" and "files". Notes without a list, as an earlier vlmkit wrote them, are
+    taken only where every file is there that such a folder can have: then none can be lost.
+
+    Raises FinetuningError otherwise.
+    """
+    path = Path(path).expanduser()
+    if not (path / NOTES).is_file():
+        raise FinetuningError(
+            f"{path} holds nothing that vk.finetuning.save wrote: there is no {NOTES}. Adapters of "
+            "peft alone load with peft.PeftModel.from_pretrained(model, path)."
+        )
+    try:
+        notes = json.loads((path / NOTES).read_text(encoding="utf-8"))
+        files = dict(notes.get("files") or dict.fromkeys(PARTS))
+        notes["fingerprint"]["means"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FinetuningError(
+            f"{path / NOTES} is damaged ({brief(error)}). Copy the folder again, or save the "
+            "adapters again."
+        ) from error
+    for file in PARTS:
+        if (file in files) != (path / file).is_file():
+            found = "is missing" if file in files else "does not belong to it"
+            raise FinetuningError(
+                f"{path / file} {found}, according to {NOTES}. Without it, the model would be "
+                "another one than was trained. Copy the whole folder again."
+            )
+        if files.get(file) and _hash_of(path / file) != files[file]:
+            raise FinetuningError(
+                f"{path / file} was changed or damaged after it was saved: its hash is not the "
+                f"one in {NOTES}. Copy the whole folder again."
+            )
+    return notes
 
 
 def restore(model, path):
@@ -171,9 +293,8 @@ def _mean_of(vector):
     return vector.detach().float().abs().mean().item()
 
 
-def _require_base(model, path):
+def _require_base(model, path, notes):
     """Raise FinetuningError if `model` is not the base that the notes at `path` describe."""
-    notes = json.loads((path / NOTES).read_text(encoding="utf-8"))
     wanted, found = notes["fingerprint"]["architecture"], type(unwrapped(model)).__name__
     held = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     wrong = [f"that is a {wanted}, and this a {found}"] if found != wanted else []
@@ -192,6 +313,7 @@ def _require_base(model, path):
 # --- merging --------------------------------------------------------------------------------------
 
 
+@public
 def merge(model):
     """The adapters merged into the weights: (the model without adapters, a report).
 

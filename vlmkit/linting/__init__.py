@@ -11,15 +11,16 @@ neither trap. Linting is for configs that others wrote.
 from vlmkit.anatomy import on_meta
 from vlmkit.backend.quiet import quiet
 from vlmkit.checkpoints import find, read_config, stored_formats, weight_files
-from vlmkit.errors import CheckpointError, ConfigError
+from vlmkit.errors import CheckpointError, ConfigError, public
 from vlmkit.linting import rules
 from vlmkit.linting.context import Context
 from vlmkit.linting.findings import ERROR, NOTE, SEVERITIES, WARNING, Finding, Findings
-from vlmkit.linting.verdicts import Verdict, read, verdicts
+from vlmkit.linting.verdicts import Verdict, read, require_quick, verdicts
 
 __all__ = ["ERROR", "NOTE", "SEVERITIES", "WARNING", "Finding", "Findings", "Verdict", "lint"]
 
 
+@public
 def lint(x, config=None, *, revision=None, trust_remote_code=False):
     """Findings: what loading `x` with `config` will do that its author may not want.
 
@@ -57,6 +58,7 @@ def lint(x, config=None, *, revision=None, trust_remote_code=False):
         dtype = source.dtype or source.get_text_config().dtype or torch.bfloat16
         model = on_meta(source, dtype, trust_remote_code)
         modules = tuple(name for name, _ in model.named_modules())
+        require_quick(given, modules)
         formats = _stored_formats(folder, model) if stored else {}
         rows = verdicts(model, given, stored=stored)
     items = rules.findings(Context(given, rows, modules, formats, overruled))

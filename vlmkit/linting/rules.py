@@ -78,7 +78,9 @@ def _useless_entries(matching):
 def _similar(context, entry):
     """ "Did you mean …? " with an entry that keeps something, or an empty string."""
     ends = [entry.split(".", i)[-1] for i in range(1, entry.count(".") + 1)]
-    for end in filter(None, ends):  # the module may have had another name in front
+    for end in (
+        e for e in ends if e and why_unusable(e) is None
+    ):  # the module may have had another name in front
         if any(entries_that_keep(row.module, [end]) for row in context.layers):
             return f"Did you mean {end!r}? "
     paths = {}  # {a part of a name: the beginnings of names that end with it}

@@ -7,6 +7,8 @@ transformers' own quantizer, as `from_pretrained` does before it reads a weight.
 import copy
 import json
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -136,9 +138,35 @@ def why_unusable(entry):
         return f"of type {type(entry).__name__}, not a string"
     try:
         re.compile(f"(?:{entry})")  # transformers puts the entry into an expression of its own
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         return f"not a valid regular expression ({error})"
     return None
+
+
+SECONDS = 5
+_TRY = "import json, re, sys; p, names = json.load(sys.stdin); [re.match(p, n) for n in names]"
+
+
+def require_quick(given, modules):
+    """Raise ConfigError if an entry of the skip list takes so long on the names `modules` that a
+    load would hang.
+
+    transformers uses Python's own `re`, which cannot be stopped, so another process tries it. An
+    entry with one repetition is always quick.
+    """
+    for entry in given.usable or ():
+        if len(re.findall(r"[*+{]", entry)) < 2:
+            continue
+        words = [sys.executable, "-I", "-S", "-c", _TRY]
+        try:
+            text = json.dumps([f"(?:{entry})$", list(modules)])
+            subprocess.run(words, input=text, text=True, timeout=SECONDS, capture_output=True)
+        except subprocess.TimeoutExpired as error:
+            raise ConfigError(
+                f"{SKIP}: matching the entry {entry!r} takes longer than {SECONDS} seconds, and "
+                "loading with this config would hang. A repeated group in which something is "
+                "repeated too, such as (a+)+, does that. Name the modules instead."
+            ) from error
 
 
 def entries_that_keep(module, entries):
@@ -182,14 +210,16 @@ def read(config):
 
 
 def _read_file(path):
-    file = path / "config.json" if path.is_dir() else path
     try:
+        file = path / "config.json" if path.is_dir() else path
+        if file.exists() and not file.is_file():  # a pipe, which nobody may ever write to
+            raise OSError("it is a pipe or a device, not a file")
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not valid JSON: {brief(error)}") from error
     except OSError as error:
         raise ConfigError(
-            f"{file} cannot be read ({brief(error)}). Give the path of a JSON file."
+            f"{path} cannot be read ({brief(error)}). Give the path of a JSON file."
         ) from error
     if not isinstance(raw, dict) or ("model_type" in raw and not raw.get("quantization_config")):
         raise ConfigError(f"{file} has no quantization_config, and is no such config itself.")

@@ -12,15 +12,23 @@ transformers' own BitsAndBytesConfig, and the checkpoint's AutoProcessor.
 import os
 import warnings
 
+from vlmkit.anatomy import one_at_a_time
 from vlmkit.backend.boundaries import join_dtypes
 from vlmkit.backend.cpu import guard_against_cpu_traps
 from vlmkit.backend.quiet import is_watched, quiet, without_garbage_collection
-from vlmkit.checkpoints import find, weight_dtypes, weight_files
+from vlmkit.checkpoints import find, weight_files
+from vlmkit.errors import public
 from vlmkit.layout import layout_of
 from vlmkit.loading.audit import Audit, Preview, audit, audit_layout, plan_of, preview
 from vlmkit.loading.processors import load_processor
 from vlmkit.loading.saving import save
-from vlmkit.loading.weights import check_formats, load_weights, resolve_device, with_adapters
+from vlmkit.loading.weights import (
+    check_formats,
+    load_weights,
+    require_headers,
+    resolve_device,
+    with_adapters,
+)
 from vlmkit.plan import Plan
 from vlmkit.units import GIGABYTE
 
@@ -33,6 +41,7 @@ def default_model():
     return os.environ.get("VLMKIT_MODEL") or "pebble"
 
 
+@public
 def load(name, plan=None, *, processor=True, device=None, revision=None, trust_remote_code=False):
     """Load the model `name` under `plan`. Returns (model, processor), audited.
 
@@ -51,6 +60,8 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
     If the checkpoint's folder has a folder `adapters`, as cobble-chat has, they are put on the
     model, in whatever formats the plan gives it, and a PeftModel is returned.
 
+    Several threads may load at once. Each waits until the one before it is done.
+
     Raises PlanError (the plan does not fit the model or the device), CheckpointError (files are
     missing, damaged or refused), AnatomyError (not a VLM, or it has unknown parts), AuditError
     (what was loaded is not what the plan asked for).
@@ -59,12 +70,12 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
     device = resolve_device(device)
     with quiet(bars=is_watched()):  # a download may take long
         folder = find(name, revision=revision, trust_remote_code=trust_remote_code)
-    with without_garbage_collection():
+    with one_at_a_time(), without_garbage_collection():
         with quiet():
             layout = layout_of(folder, plan, trust_remote_code=trust_remote_code)
             check_formats(layout, device)
             layout.quantization_config()  # raises before a weight is read
-            weight_dtypes(folder)  # raises if a file is damaged
+            require_headers(folder, layout, trust_remote_code)
             # The processor comes first: it is quick, and its files are missing most often.
             loaded_processor = load_processor(folder, trust_remote_code) if processor else None
         with quiet(bars=_is_large(folder) and is_watched()):
@@ -74,7 +85,7 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
             audit_layout(model, layout)
             model = with_adapters(folder, model)
     if layout.projector_hint:
-        warnings.warn(layout.projector_hint, stacklevel=2)
+        warnings.warn(layout.projector_hint, stacklevel=3)  # where `load` was called
     return model, loaded_processor
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from vlmkit import COMPONENTS
 from vlmkit.anatomy import is_adapter, on_meta, plain_name, shape_of, unwrapped
 from vlmkit.backend.storages import Storages, state_tensors
-from vlmkit.errors import AuditError
+from vlmkit.errors import AuditError, public
 from vlmkit.formats import BLOCK, FORMATS, format_of_dtype, torch_dtype
 from vlmkit.layout import layout_of, plan_of_formats
 from vlmkit.tables import Table
@@ -122,6 +122,7 @@ def _in_megabytes(sizes):
     return ", ".join(f"{what} {megabytes(size)}" for what, size in sizes.most_common())
 
 
+@public
 def preview(name, plan=None, *, revision=None, trust_remote_code=False):
     """What loading `name` under `plan` would give, before a weight is read: a table like the
     audit's, with the formats and bytes of each component, and what the plan leaves alone.
@@ -136,6 +137,7 @@ def preview(name, plan=None, *, revision=None, trust_remote_code=False):
     return Preview(layout.plan, layout.rows, layout.projector_hint)
 
 
+@public
 def audit(model, plan):
     """Compare every module of `model` with `plan`. Returns an Audit, a row per component.
 
@@ -199,6 +201,7 @@ def _difference(row, found, shape, module):
     return None if shape == row.shape else f"has shape {shape}, not {row.shape}"
 
 
+@public
 def plan_of(model):
     """The plan that `model` satisfies: a format for each component, and an override for each
     module that differs from its component. `vk.audit(model, vk.loading.plan_of(model))` holds.

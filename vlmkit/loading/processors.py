@@ -31,7 +31,9 @@ def load_processor(folder, trust_remote_code=False):
             ) from error
         raise CheckpointError(
             f"{folder}: this model's processor needs torchvision, which is not installed or does "
-            'not match this torch. Install it with: pip install "vlmkit[hub]"'
+            "not match this torch. Install the build for this torch: python -m pip install "
+            "torchvision. In the course's folder, python -m pip install -c constraints.txt -e "
+            '".[hub]" does it too.'
         ) from error
     except Exception as error:  # for a missing file it can be a TypeError
         raise CheckpointError(

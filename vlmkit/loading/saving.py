@@ -15,7 +15,7 @@ from pathlib import Path
 from vlmkit.anatomy import on_meta
 from vlmkit.backend.quiet import quiet
 from vlmkit.checkpoints import stored_formats
-from vlmkit.errors import CheckpointError
+from vlmkit.errors import CheckpointError, public
 from vlmkit.folders import whole_folder
 from vlmkit.formats import FORMATS, torch_dtype
 from vlmkit.layout import layout_of
@@ -23,6 +23,7 @@ from vlmkit.loading.audit import audit_layout, plan_of
 from vlmkit.units import MEGABYTE
 
 
+@public
 def save(model, processor, path, *, overwrite=False):
     """Write `model` and `processor` to the folder `path`. Returns its pathlib.Path.
 

@@ -3,12 +3,13 @@
 import contextlib
 import os
 import re
+from collections import Counter
 from math import isfinite
 
-from vlmkit.anatomy import shape_of
+from vlmkit.anatomy import on_meta, shape_of
 from vlmkit.backend.quiet import environment
 from vlmkit.backend.storages import state_tensors
-from vlmkit.checkpoints import ADAPTERS
+from vlmkit.checkpoints import ADAPTERS, BESIDE, FLOATS, renamer, weight_headers
 from vlmkit.errors import CheckpointError, PlanError, brief
 from vlmkit.formats import torch_dtype
 
@@ -61,6 +62,52 @@ def check_formats(layout, device):
             f"{quantized} does not run on the device {device.type!r}: bitsandbytes runs on "
             f"{', '.join(sorted(supported))}. Use bf16, fp16 or fp32 there, or device='cpu'."
         )
+
+
+def require_headers(folder, layout, trust_remote_code=False):
+    """Compare the headers of the weight files in `folder` with the model, before any memory is
+    taken: from a config that does not belong to them, transformers would first make a whole model
+    of random numbers.
+
+    Raises CheckpointError if weights are missing, have another shape, or hold integers that are
+    not codes of a quantized format.
+    """
+    headers = weight_headers(folder)
+    stored = {key: held for key, held in headers.items() if not BESIDE.search(key)}
+    packed = {key for key in stored if _is_packed(key, headers)}
+    shapes = {row.name: row.shape for row in layout.rows}
+    floats = {key: shape for key, (dtype, shape) in stored.items() if dtype in FLOATS}
+    if len(floats) == len(headers) and Counter(floats.values()) == Counter(shapes.values()):
+        return  # the usual case, in which no name has to be translated
+    meta = on_meta(layout.config, None, trust_remote_code)
+    rename, sources, wrong, integers = renamer(meta), {}, set(), set()
+    for key, (dtype, shape) in stored.items():
+        name = rename(key)
+        sources.setdefault(name, []).append(key)
+        if name in shapes and key not in packed and not rename.converted:
+            if dtype not in FLOATS:
+                integers.add(f"{key} ({dtype})")
+            elif shape != shapes[name]:
+                wrong.add(name)
+    tied = {*meta.all_tied_weights_keys, *meta.all_tied_weights_keys.values()}
+    fine = getattr(meta, "_keys_to_ignore_on_load_missing", None) or ()
+    missing = [
+        name
+        for name in shapes
+        if name not in sources and name not in tied and not any(re.search(p, name) for p in fine)
+    ]
+    _raise_for(
+        folder,
+        ("lacks weights that the model has", missing),
+        ("holds weights of another shape than the model's", wrong),
+        ("holds integers in place of weights", integers),
+    )
+
+
+def _is_packed(key, headers):
+    """Whether bitsandbytes' scales are beside the tensor `key`."""
+    layer = key.removesuffix(".weight")
+    return f"{layer}.SCB" in headers or f"{key}.absmax" in headers
 
 
 def load_weights(folder, layout, device, trust_remote_code=False):
@@ -145,12 +192,18 @@ def _require_complete(folder, parameters, info, layout):
     wrong = {str(key[0]) for key in info["mismatched_keys"]}
     wrong |= {row.name for row in layout.rows if shape_of(parameters[row.name]) != row.shape}
     unexpected = [k for k in info["unexpected_keys"] if not NO_LONGER_SAVED.search(k)]
-    for problem, keys in (
+    _raise_for(
+        folder,
         # transformers fills them with random numbers
         ("lacks weights that the model has", info["missing_keys"]),
         ("holds weights that the model has no place for", unexpected),
         ("holds weights of another shape than the model's", wrong),
-    ):
+    )
+
+
+def _raise_for(folder, *problems):
+    """Raise CheckpointError for the first of `problems`, (words, names), that has names."""
+    for problem, keys in problems:
         if keys:
             raise CheckpointError(
                 f"{folder} {problem}: {_some(keys)}. Its config.json and its weights do not belong "

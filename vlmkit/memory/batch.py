@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass, field
 
-from vlmkit.errors import AnatomyError, SizeError
+from vlmkit.errors import AnatomyError, SizeError, shown
 from vlmkit.families import check_size, family_of, inputs_of, settings_of, side_of
 
 USUAL = 1024, 768
 """Width and height of a picture if its size matters and none is given."""
+MOST = {"tokens": 10**8, "new_tokens": 10**8, "images": 10_000, "batch_size": 10**6}
+"""What a prompt or a training step may have. Each picture takes time, a list of a million takes
+minutes."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,12 @@ def batch_of(config, folder, tokens=0, new_tokens=0, images=0, image_size=None, 
     for name, number in numbers.items():
         least = int(name == "batch_size")
         if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            raise SizeError(f"{name} is a whole number from {least} on, not {number!r}")
+            raise SizeError(f"{name} is a whole number from {least} on, not {shown(number)}")
+        if number > MOST[name]:
+            raise SizeError(
+                f"{name} is at most {MOST[name]:,} here, which is more than any model takes, and "
+                f"not {shown(number)}. Give the number of one prompt or one training step."
+            )
     sizes = _sizes(config, images, image_size)
     found = _batch(config, folder, tokens, new_tokens, sizes, batch_size)
     if new_tokens and not found:
@@ -87,7 +95,10 @@ def picture_of(config, folder, size, alone=True):
 
 
 def _batch(config, folder, tokens, new_tokens, sizes, batch_size):
-    seen = [picture_of(config, folder, size, len(sizes) == 1) for size in sizes]
+    made = {
+        size: picture_of(config, folder, size, len(sizes) == 1) for size in dict.fromkeys(sizes)
+    }
+    seen = [made[size] for size in sizes]
     pictures = tuple(picture for picture, _ in seen)
     notes = tuple(_notes(sizes, pictures, seen[0][1])) if seen else ()
     return Batch(config, tokens, new_tokens, sizes, batch_size, pictures, notes)

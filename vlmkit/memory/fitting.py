@@ -12,7 +12,7 @@ from itertools import product
 from vlmkit.backend.quiet import quiet
 from vlmkit.catalog import NAMES
 from vlmkit.catalog.gpus import GPUS
-from vlmkit.errors import SizeError, did_you_mean
+from vlmkit.errors import SizeError, did_you_mean, public
 from vlmkit.memory.predicting import predict
 from vlmkit.plan import Plan
 from vlmkit.units import GIGABYTE, parse_size
@@ -30,6 +30,7 @@ its libraries, and the desktop. A process that had computed nothing was reported
 (pytorch/pytorch issue 34323)."""
 
 
+@public
 def fit(
     models=NAMES,
     plans=PLANS,
@@ -97,7 +98,7 @@ def _label(x):
 
 
 def _memory_of(gpu):
-    if gpu in GPUS:
+    if isinstance(gpu, str) and gpu in GPUS:
         return GPUS[gpu].bytes
     try:
         return parse_size(gpu)

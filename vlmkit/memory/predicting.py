@@ -7,7 +7,7 @@ from vlmkit.anatomy import component_finder, on_meta
 from vlmkit.backend.optimizers import check_optimizer
 from vlmkit.backend.quiet import without_garbage_collection
 from vlmkit.checkpoints import adapters_of, find
-from vlmkit.errors import FinetuningError, SizeError, did_you_mean
+from vlmkit.errors import FinetuningError, SizeError, did_you_mean, public
 from vlmkit.formats import torch_dtype
 from vlmkit.layout import layout_of
 from vlmkit.memory.allocator import check_allocator, overhead
@@ -28,6 +28,7 @@ OTHER_NAMES = {
 """Earlier names of arguments, and names from other libraries -> ours."""
 
 
+@public
 def predict(
     x,
     plan=None,
@@ -130,7 +131,7 @@ def predict(
 
 def check_arguments(unknown):
     """Raises SizeError for arguments that `predict` does not have, with the right names."""
-    known = tuple(predict.__kwdefaults__)
+    known = tuple(predict.__wrapped__.__kwdefaults__)
     for name in unknown:
         hint = did_you_mean(OTHER_NAMES.get(name, name), known)
         raise SizeError(
@@ -138,6 +139,7 @@ def check_arguments(unknown):
         )
 
 
+@public
 def visual_tokens(x, image_size, *, alone=True, revision=None, trust_remote_code=False):
     """The Picture that `x` makes of a picture of `image_size` (width, height), as its own processor
     would: `.tokens`, `.patches` and, in words, `.why`.

@@ -44,7 +44,7 @@ class Outliers(TemporaryWeights):
     """What `outliers` returns. pairs: {name of a norm: names of the Linear layers that read it}."""
 
     def __init__(self, model, processor, scope, where, channels, factor, seed):
-        super().__init__()
+        super().__init__(model)
         if where not in (WEIGHTS, ACTIVATIONS):
             raise SensitivityError(f"outliers are in {WEIGHTS!r} or {ACTIVATIONS!r}, not {where!r}")
         if not (isinstance(factor, int) and factor > 1 and factor & (factor - 1) == 0):
@@ -53,7 +53,7 @@ class Outliers(TemporaryWeights):
                 f"not {factor!r}"
             )
         require_float(model)
-        self.model, self.inputs = model, _inputs(model, processor)
+        self.inputs = _inputs(model, processor)
         self.factor = factor if where == WEIGHTS else 1 / factor
         self.channels, self.seed, self.label = channels, seed, label_of(scope)
         weights = select(model, scope).weights

@@ -1,7 +1,9 @@
 """Quantizing a scope of a loaded model for a while, and restoring the model bit for bit."""
 
+import threading
 from fractions import Fraction
 
+from vlmkit.anatomy import unwrapped
 from vlmkit.errors import SensitivityError
 from vlmkit.formats import rounding
 from vlmkit.formats.experiments import INTEGERS, TABLES
@@ -32,16 +34,28 @@ def quantized(model, scope, format):
 
 
 class TemporaryWeights:
-    """A context in which parameters hold other tensors. A subclass puts them in, in `_change`."""
+    """A context in which parameters hold other tensors. A subclass puts them in, in `_change`, and
+    sets `model`.
 
-    def __init__(self):
-        self._original, self._hooks = [], []
+    Contexts on one model may end in any order. A context that ends before one that began after it
+    leaves its originals to that one, so that the last one restores them. Only one thread at a time
+    may have contexts on a model, since every thread would see the changes of all the others.
+    """
+
+    _lock = threading.Lock()
+    _threads = {}  # id of a model: the thread that changes it, once for each context
+    _stacks = {}  # id of a parameter: its changes, [parameter, original tensor], oldest first
+
+    def __init__(self, model):
+        self.model = model
+        self._original, self._hooks, self._held = [], [], False
 
     def __enter__(self):
         import torch
 
-        if self._original or self._hooks:
+        if self._held:
             raise SensitivityError("this is in use already: make another one.")
+        self._take_model()
         try:
             with torch.inference_mode(False), torch.no_grad():
                 self._change()
@@ -53,25 +67,66 @@ class TemporaryWeights:
     def __exit__(self, *_):
         self._restore()
 
+    def _take_model(self):
+        own = threading.get_ident()
+        with self._lock:
+            threads = self._threads.setdefault(id(unwrapped(self.model)), [])
+            if any(thread != own for thread in threads):
+                raise SensitivityError(
+                    "another thread changes the weights of this model for a while, and its changes "
+                    "would be measured here too. Let one thread end first, or load the model once "
+                    "for each thread."
+                )
+            threads.append(own)
+            self._held = True
+
     def _put(self, parameter, tensor):
-        self._original.append((parameter, parameter.data))  # first, in case of an interrupt
+        change = [parameter, parameter.data]
+        self._original.append(change)  # first, in case of an interrupt
+        self._stacks.setdefault(id(parameter), []).append(change)
         parameter.data = tensor
 
     def _restore(self):
         interrupted = None
-        while self._original or self._hooks:
+        while self._original or self._hooks or self._held:
             try:
                 if self._hooks:
                     self._hooks[-1].remove()
                     self._hooks.pop()
-                else:
-                    parameter, original = self._original[-1]
-                    parameter.data = original
+                elif self._original:
+                    self._take_back(self._original[-1])
                     self._original.pop()
+                else:
+                    self._leave_model()
             except KeyboardInterrupt as error:  # a second Ctrl-C waits until all is restored
                 interrupted = error
         if interrupted:
             raise interrupted
+
+    def _take_back(self, change):
+        """Undo a change. Doing this twice, after an interrupt, has no further effect."""
+        parameter, original = change
+        stack = self._stacks.get(id(parameter), [])
+        place = next((i for i, other in enumerate(stack) if other is change), None)
+        if place is None:
+            return
+        if change is stack[-1]:
+            parameter.data = original
+        else:
+            stack[place + 1][1] = original
+        del stack[place]
+        if not stack:
+            self._stacks.pop(id(parameter), None)
+
+    def _leave_model(self):
+        with self._lock:
+            key = id(unwrapped(self.model))
+            threads = self._threads.get(key)
+            if threads:
+                threads.pop()
+            if not threads:
+                self._threads.pop(key, None)
+            self._held = False
 
 
 class Rounded(TemporaryWeights):
@@ -83,7 +138,7 @@ class Rounded(TemporaryWeights):
     """
 
     def __init__(self, model, scope, format):
-        super().__init__()
+        super().__init__(model)
         self.format = rounding(format)
         require_float(model)
         self.selection = scope if isinstance(scope, Selection) else select(model, scope)
