@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+import torch
 from families import FAMILIES
 from processors import PROCESSORS, tokenizer
 from test_finetuning import lora_everywhere
@@ -71,6 +72,12 @@ def one_step(name, folder, output, **settings):
     told = zip(rows, ["no", "a long answer.", "no", "no"], strict=True)
     rows = [row | {"question": "What?", "answer": answer} for row, answer in told]
     model, _ = vk.load(folder, "fp32", processor=False)
+    for module in model.modules():  # BLIP-2 drops numbers of each part anew
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "dropout" in name:
+                setattr(module, name, 0.0)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     model = vk.finetuning.add_adapters(model, **lora_everywhere(model))
     run = vk.finetuning.train(
         model, PROCESSORS[name](), rows, output, max_steps=1, bf16=False, **settings
