@@ -73,9 +73,9 @@ def one_step(name, folder, output, **settings):
     rows = [row | {"question": "What?", "answer": answer} for row, answer in told]
     model, _ = vk.load(folder, "fp32", processor=False)
     for module in model.modules():  # BLIP-2 drops numbers of each part anew
-        for name, value in vars(module).items():
-            if isinstance(value, float) and "dropout" in name:
-                setattr(module, name, 0.0)
+        for key, value in list(vars(module).items()):
+            if isinstance(value, float) and "dropout" in key:
+                setattr(module, key, 0.0)
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     model = vk.finetuning.add_adapters(model, **lora_everywhere(model))
