@@ -103,6 +103,20 @@ def test_all_that_is_asked_gets_a_gradient(name, loaded):
     assert [n for n, g in found.items() if not g.isfinite().all()] == []
 
 
+def test_the_start_of_adapters_is_that_of_their_seed(loaded):
+    def start(drawn, **seed):
+        torch.manual_seed(drawn)
+        model = add_adapters(loaded("pebble")[0], language_model=vk.LoRA(r=4), **seed)
+        after = torch.rand(1).item()
+        torch.manual_seed(drawn)
+        assert torch.rand(1).item() == after  # the caller's random numbers stay as they were
+        return {n: p.clone() for n, p in trained(model).items() if "lora_A" in n}
+
+    first, again, other = start(1), start(2), start(1, seed=1)
+    assert first and all(torch.equal(first[n], again[n]) for n in first)
+    assert not any(torch.equal(first[n], other[n]) for n in first)
+
+
 def test_frozen_components_can_be_named_or_left_out(loaded):
     model, _ = loaded("pebble")
     model = add_adapters(model, vision_encoder=None, projector="full", language_model=None)
@@ -193,6 +207,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, way, loaded):
         ({"language_model": "full"}, "is quantized, and a quantized weight cannot be trained"),
         ({"projector": vk.LoRA(target_modules="attention")}, "projector has no Linear layer"),
         ({"vision_encoder": vk.LoRA(head=True)}, "vision_encoder has no output head"),
+        ({"projector": vk.LoRA(r=10_000)}, "r is 10,000, and its widest layer is"),
+        ({"language_model": vk.LoRA(), "seed": -1}, "seed is a whole number from 0"),
+        ({"language_model": vk.LoRA(), "seed": "one"}, "seed is int, not 'one'"),
         (
             {"vision_encoder": vk.LoRA(lora_dropout=0.1), "language_model": vk.LoRA()},
             "one lora_dropout.*vision_encoder and language_model differ",
@@ -257,7 +274,17 @@ def test_adapters_on_adapters(loaded):
 @pytest.mark.parametrize(
     "values, said",
     [
-        ({"r": 0}, "r is a whole number from 1, not 0"),
+        ({"r": 0}, "r is a whole number from 1 to 65,536, not 0"),
+        ({"r": -1}, "r is a whole number from 1"),
+        ({"r": 10**18}, "r is a whole number from 1 to 65,536, not 1000000000000000000"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is a number above 0 .*not nan"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is a number above 0 .*not inf"),
+        ({"lora_alpha": 0}, "lora_alpha is a number above 0"),
+        ({"lora_alpha": -16}, "lora_alpha is a number above 0"),
+        ({"lora_alpha": "16"}, "lora_alpha is int or float or None, not '16'"),
+        ({"lora_dropout": 1.5}, "lora_dropout is a number from 0 to 1, not 1.5"),
+        ({"lora_dropout": -0.1}, "lora_dropout is a number from 0"),
+        ({"lora_dropout": float("nan")}, "lora_dropout is a number from 0"),
         ({"r": 8.0}, "r is int, not 8.0"),
         ({"r": True}, "r is int, not True"),
         ({"lora_dropout": 1}, "from 0 to below 1, not 1"),

@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import datasets
 import pytest
 import tiny
 import torch
@@ -15,13 +17,14 @@ import transformers
 import vlmkit as vk
 from vlmkit.errors import CheckpointError, FinetuningError, ImageError
 from vlmkit.finetuning import Collator, Settings, gradient_report, runs, saved, trainer
-from vlmkit.finetuning.trainer import last_checkpoint
+from vlmkit.finetuning.continuing import last_checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),
 ]
 LORA = vk.LoRA(r=4, lora_dropout=0.1)
+NAN, INF = float("nan"), float("inf")
 WITHOUT_DROPOUT = {"projector": "full", "language_model": vk.LoRA(r=4)}
 
 
@@ -169,6 +172,137 @@ def test_the_model_is_evaluated_as_it_was_loaded(ways, rows, tmp_path, monkeypat
     model = train(tmp_path, rows, plan="fp32", training=ways, **more).model
     assert [kind for kind, _ in asked] == ["sdpa"] * 2 == [model.config._attn_implementation] * 2
     assert torch.equal(asked[-1][1], logits(model, few))
+
+
+# --- the truth: what is not finite, what cannot be learnt -----------------------------------------
+
+
+@pytest.mark.parametrize("place", ["frozen", "trained"])
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_saved(place, rows, tmp_path):
+    """The losses were 0, 0, 0, 0 (trl #6702): transformers writes the mean of the losses before."""
+    model, processor = adapted("fp32", **WITHOUT_DROPOUT)
+    name = {"frozen": "model.language_model.layers.1.mlp.down_proj.base_layer.weight",
+            "trained": "model.multi_modal_projector.linear_1.bias"}[place]  # fmt: skip
+    with torch.no_grad():
+        model.base_model.model.get_parameter(name).view(-1)[7] = float("nan")
+    plain = name.replace(".base_layer", "")
+    with pytest.raises(FinetuningError, match=rf"Step 1 .* loss is nan, and the weight {plain} is"):
+        vk.finetuning.train(model, processor, rows, tmp_path, max_steps=4)
+    assert last_checkpoint(tmp_path) is None
+
+
+def poisoned(monkeypatch, step, value, what):
+    """From `step` on, make the loss (or the gradient of one adapter) this value."""
+    compute, steps = trainer.loss_of_answers, []
+
+    def loss_of_answers(outputs, labels, num_items_in_batch=None):
+        loss = compute(outputs, labels, num_items_in_batch)
+        steps.append(1)
+        if len(steps) < step:
+            return loss
+        if what == "loss":
+            return loss + value
+        loss.register_hook(lambda gradient: gradient * value)
+        return loss
+
+    monkeypatch.setattr(trainer, "loss_of_answers", loss_of_answers)
+
+
+@pytest.mark.parametrize("clipped", [{}, {"max_grad_norm": 0}])
+@pytest.mark.parametrize(
+    ("value", "what", "said"),
+    [
+        (float("nan"), "gradient", r"Step 3 .* its loss is \d.*the gradient of .* is not finite"),
+        (float("inf"), "gradient", r"Step 3 .* its loss is \d.*the gradient of .* is not finite"),
+        (float("inf"), "loss", "Step 3 .* its loss is inf. All weights are finite"),
+    ],
+)
+def test_the_first_step_that_is_not_finite_stops(
+    value, what, said, clipped, rows, tmp_path, monkeypatch
+):
+    poisoned(monkeypatch, 3, value, what)
+    model, processor = adapted("fp32", **WITHOUT_DROPOUT)
+    settings = {"max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 1} | clipped
+    with pytest.raises(FinetuningError, match=said):
+        vk.finetuning.train(model, processor, rows, tmp_path, **settings)
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"
+    assert all(parameter.isfinite().all() for parameter in trained(model).values())
+
+
+def test_weights_that_are_not_finite_after_the_last_step_are_not_saved(rows, tmp_path, monkeypatch):
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad).view(-1)[0] = float("inf")
+
+    monkeypatch.setattr(trainer.Progress, "on_optimizer_step", on_optimizer_step)
+    with pytest.raises(FinetuningError, match="The weight .* is not finite after the last step"):
+        train(tmp_path, rows, max_steps=1)
+    assert last_checkpoint(tmp_path) is None
+
+
+def spelled(rows, *answers):
+    return [row | {"answer": answers[n % len(answers)]} for n, row in enumerate(list(rows)[:8])]
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset"])
+def test_answers_that_the_head_cannot_tell_apart_are_warned_of(kind, rows, tmp_path):
+    told = spelled(rows, "hook", "wave", "red")
+    told = told if kind == "list" else datasets.Dataset.from_list(told)
+    with pytest.warns(
+        UserWarning, match="2 answers: 'hook', 'wave'.*'HOOK' in place of 'hook'.*head=True"
+    ):
+        train(tmp_path, told, max_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("answers", "ways"),
+    [
+        (["HOOK", "WAVE"], WITHOUT_DROPOUT),
+        (["red", "yellow", "yes", "no", "7"], WITHOUT_DROPOUT),
+        (["hook", "wave"], {"language_model": vk.LoRA(r=4, head=True)}),
+    ],
+)
+def test_answers_that_can_be_learnt_give_no_warning(answers, ways, rows, tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The output head cannot")
+        train(tmp_path, spelled(rows, *answers), training=ways, max_steps=1)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Rows that can be read once."""
+
+    def __init__(self, rows):
+        self.rows = iter(rows)
+
+    def __iter__(self):
+        return self.rows
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(0, "gave no rows"), (4, "ended after 2 of 3 steps. Give more rows")]
+)
+def test_a_stream_that_ends_is_an_error(number, said, rows, tmp_path):
+    stream = Stream(list(rows)[:number])
+    settings = {"max_steps": 3, "per_device_train_batch_size": 2, "training": WITHOUT_DROPOUT}
+    with pytest.raises(FinetuningError, match=said):
+        train(tmp_path, stream, **settings)
+
+
+def test_no_rows_are_an_error(rows, tmp_path):
+    for nothing in ([], rows.select([])):
+        with pytest.raises(FinetuningError, match="no rows"):
+            train(tmp_path, nothing)
+
+
+def test_checkpointing_leaves_no_hook_on_the_embeddings(rows, tmp_path):
+    found = {}
+    for wanted in (False, True):
+        settings = {"gradient_checkpointing": wanted, "max_steps": 2, "bf16": False}
+        run = train(tmp_path / str(wanted), rows, plan="fp32", training=WITHOUT_DROPOUT, **settings)
+        found[wanted] = trained(run.model)
+        embeddings = run.model.get_input_embeddings()
+        assert not embeddings._forward_hooks
+    assert all(torch.equal(found[True][name], found[False][name]) for name in found[True])
 
 
 # --- killed, and continued ------------------------------------------------------------------------
@@ -321,12 +455,72 @@ def test_nothing_to_learn_from(tmp_path):
         ({"optim": "paged_adamw"}, "Did you mean 'paged_adamw_32bit'"),
         ({"learning_rate": {"languge_model": 1e-3}}, "Did you mean 'language_model'"),
         ({"learning_rate": -1}, "between 0 and 10"),
+        ({"learning_rate": 0}, "between 0 and 10"),
+        ({"learning_rate": INF}, "between 0 and 10"),
+        ({"learning_rate": NAN}, "between 0 and 10"),
+        ({"learning_rate": {"projector": NAN}}, "between 0 and 10"),
+        ({"weight_decay": NAN}, "weight_decay is a number from 0 to 10, not nan"),
+        ({"weight_decay": -0.1}, "weight_decay is a number from 0"),
+        ({"max_grad_norm": -1}, "max_grad_norm is a number from 0"),
+        ({"max_grad_norm": INF}, "max_grad_norm is a number from 0"),
+        ({"num_train_epochs": NAN}, "num_train_epochs is a number above 0"),
+        ({"num_train_epochs": INF}, "num_train_epochs is a number above 0"),
+        ({"num_train_epochs": 0}, "num_train_epochs is a number above 0"),
+        ({"num_train_epochs": -1}, "num_train_epochs is a number above 0"),
+        ({"num_train_epochs": True}, "num_train_epochs is .*not True"),
+        ({"seed": -1}, "seed is a whole number from 0 to 4,294,967,295, not -1"),
+        ({"seed": 2**32}, "seed is a whole number from 0"),
+        ({"seed": 10**5000}, "seed is a whole number from 0 to .*, not this int"),
+        ({"seed": "one"}, "seed is int, not 'one'"),
+        ({"seed": None}, "seed is int, not None"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers is a whole number from 0"),
+        ({"dataloader_num_workers": 10**6}, "dataloader_num_workers is a whole number from 0"),
+        ({"per_device_train_batch_size": 10**9}, "is a whole number from 1 to 1,000,000"),
+        ({"gradient_accumulation_steps": 0}, "is a whole number from 1 to 1,000,000"),
+        ({"max_steps": 10**18}, "max_steps is a whole number from 1 to 1,000,000,000"),
+        ({"save_steps": -5}, "save_steps is a whole number from 1"),
+        ({"warmup_steps": -1}, "warmup_steps is a number from 0"),
+        ({"warmup_steps": 2.5}, "a share below 1 or a whole number"),
+        ({"warmup_steps": 5, "max_steps": 4}, "warmup_steps is 5, and the training has 4 steps"),
+        ({"lr_scheduler_type": "x" * 10**5}, "^.{1,300}$"),
+        ({"early_stopping_patience": 2, "eval_steps": 3, "save_steps": 4}, "a multiple"),
         ({"early_stopping_patience": 2}, "give eval_steps"),
     ],
 )
 def test_settings_that_cannot_be(given, message):
     with pytest.raises(FinetuningError, match=message):
         Settings(**given)
+
+
+def test_what_the_limits_leave_open():
+    Settings(learning_rate=9.9, weight_decay=0, max_grad_norm=0, num_train_epochs=0.5, seed=0)
+    Settings(warmup_steps=4, max_steps=4, seed=2**32 - 1, dataloader_num_workers=8)
+    Settings(early_stopping_patience=1, eval_steps=2, save_steps=4)
+
+
+def test_a_warmup_longer_than_the_epochs(rows, tmp_path):
+    with pytest.raises(FinetuningError, match="warmup_steps is 7, and the training has 6 steps"):
+        train(tmp_path, rows, max_steps=None, num_train_epochs=1, warmup_steps=7)
+
+
+@pytest.mark.parametrize("batch", [4, 5])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("epochs", [0.3, 1, 1.5])
+def test_the_number_of_steps_is_known_before(batch, parts, epochs, rows, tmp_path, monkeypatch):
+    """As transformers counts them."""
+    told = []
+    monkeypatch.setattr(trainer.Trainer, "_prepare_for_training", lambda self, steps, *_: 1 / 0)
+    counted = trainer.Trainer.set_initial_training_values
+    monkeypatch.setattr(
+        trainer.Trainer,
+        "set_initial_training_values",
+        lambda self, *given: told.append(counted(self, *given)) or told[-1],
+    )
+    settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": parts}
+    settings |= {"num_train_epochs": epochs}
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path, rows, max_steps=None, **settings)
+    assert told[0][-1] == Settings(**settings).steps(len(rows))
 
 
 # --- several processes ----------------------------------------------------------------------------
@@ -424,5 +618,5 @@ def test_a_process_that_sees_two_gpus_uses_one(monkeypatch, tmp_path):
     monkeypatch.setattr(TrainingArguments, "_setup_devices", property(two_gpus))
     model, _ = adapted(language_model=vk.LoRA(r=2))
     settings = Settings(per_device_train_batch_size=4)
-    arguments = runs._arguments(settings, model, tmp_path, False)
+    arguments = runs._arguments(settings, model, tmp_path, False, 4)
     assert arguments.n_gpu == 1 and arguments.train_batch_size == 4

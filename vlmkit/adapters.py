@@ -19,8 +19,12 @@ from vlmkit.rows import LINEAR, kind_of
 FULL = "full"
 
 
+LIMITS = {"r": (1, 65_536), "lora_alpha": (0, 10**6), "lora_dropout": (0, 1)}
+"""The least and the most of a LoRA's numbers. Its rank has another limit: see `targets`."""
+
+
 @dataclass(frozen=True)
-class LoRA(Checked, what="a field of a LoRA"):
+class LoRA(Checked, what="a field of a LoRA", limits=LIMITS, above=("lora_alpha",)):
     """Low-rank adapters for the Linear layers of a component (Hu et al., 2021, arXiv 2106.09685).
 
     A layer's W x becomes W x + (lora_alpha / r) B A x; A has shape (r, in), B has shape (out, r).
@@ -47,8 +51,8 @@ class LoRA(Checked, what="a field of a LoRA"):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.lora_dropout < 1:
-            raise FinetuningError(f"lora_dropout is from 0 to below 1, not {self.lora_dropout}.")
+        if self.lora_dropout == 1:
+            raise FinetuningError("lora_dropout is from 0 to below 1, not 1.")
 
     @property
     def scale(self):
@@ -109,8 +113,8 @@ class Target:
 def targets(model, training):
     """The Targets of `training` (see `parse`) in `model`, which can be on the meta device.
 
-    Raises FinetuningError if the model lacks a component, if a LoRA finds no Linear layer, or if a
-    quantized weight is to be trained in full.
+    Raises FinetuningError if the model lacks a component, if a LoRA finds no Linear layer or has a
+    rank above all their widths, or if a quantized weight is to be trained in full.
     """
     anatomy = anatomy_of(model)
     found = []
@@ -125,8 +129,19 @@ def targets(model, training):
             )
         lora = None if way == FULL else way
         modules = _linears_of(model, component, lora) if lora else _all_of(model, component)
+        if lora:
+            _require_rank(model, component, lora, modules)
         found.append(Target(component, lora, tuple(modules)))
     return found
+
+
+def _require_rank(model, component, lora, modules):
+    widest = max(max(shape_of(model.get_submodule(name).weight)) for name in modules)
+    if lora.r > widest:
+        raise FinetuningError(
+            f"{component}: r is {lora.r:,}, and its widest layer is {widest:,} wide, so that the "
+            "adapters would be larger than the layers. Choose a smaller r; 8 to 64 are usual."
+        )
 
 
 def _all_of(model, component):
@@ -186,11 +201,12 @@ def _head_of(model, component, component_of):
     return name
 
 
-def adapted(model, training):
+def adapted(model, training, seed=0):
     """`model` with its adapters, and everything frozen that `training` (see `parse`) does not name.
 
     Changes the model in place. Returns a PeftModel, or the model itself where no component gets a
-    LoRA. Adapters are float32 whatever the model's dtype, as peft makes them.
+    LoRA. Adapters are float32 whatever the model's dtype, as peft makes them. seed: of the random
+    A of each adapter; B starts at zero.
 
     Raises FinetuningError as `targets` does, and where the LoRAs of two components differ in what
     peft has one setting for: lora_dropout and use_rslora.
@@ -207,13 +223,13 @@ def adapted(model, training):
     trained = [p for name, p in model.named_parameters() if component_of(name) in in_full]
     model.requires_grad_(False)
     if loras:
-        model = _with_adapters(model, loras)
+        model = _with_adapters(model, loras, seed)
     for parameter in trained:
         parameter.requires_grad_(True)
     return model
 
 
-def _with_adapters(model, loras):
+def _with_adapters(model, loras, seed):
     from peft import LoraConfig
 
     first = loras[0].lora
@@ -227,7 +243,7 @@ def _with_adapters(model, loras):
         rank_pattern={name: lora.r for name, lora in rest if lora.r != first.r},
         alpha_pattern={name: lora.scale for name, lora in rest if lora.scale != first.scale},
     )
-    return _with_config(model, config)
+    return _with_config(model, config, seed)
 
 
 def as_stored(model, folder):
@@ -241,11 +257,14 @@ def as_stored(model, folder):
         raise CheckpointError(f"{folder}: the adapters do not fit: {brief(error)}") from error
 
 
-def _with_config(model, config):
+def _with_config(model, config, seed=0):
+    import torch
     from peft import get_peft_model
 
     on_meta = next(model.parameters()).is_meta
-    with warnings.catch_warnings():
+    # peft draws on the CPU, and a caller's own random numbers stay as they are
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         # peft 0.21 asks transformers about checkpointing by its older name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         return get_peft_model(model, config, low_cpu_mem_usage=on_meta)

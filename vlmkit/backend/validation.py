@@ -6,6 +6,8 @@ those of its configs, by huggingface_hub.
 """
 
 import dataclasses
+import math
+import reprlib
 from typing import Literal, get_args, get_origin
 
 from vlmkit.errors import FinetuningError, did_you_mean
@@ -48,18 +50,25 @@ MEANINGS = {
 """What to know of a name that says something else than the name that it stands for."""
 
 
+MOST = 10**9
+"""The largest whole number where a field has no limit of its own: more steps than any training."""
+
+
 class Checked:
-    """Base of a dataclass whose names and types are checked before its values.
+    """Base of a dataclass whose names, types and limits are checked before anything else.
 
     what: what a field is, for errors, such as "a setting of a training".
     beside: names that are right elsewhere in the same call.
+    limits: {field: (least, most)} of numbers. A field of whole numbers without limits begins at 1
+        if its default is not 0, and ends at MOST.
+    above: fields whose number has to be above the least, and cannot be equal to it.
 
     Raises FinetuningError for an unknown name, with the right or the nearest one, for a value of
-    another type than its field's, and for a whole number below 1 if the default is not 0.
+    another type than its field's, and for a number that is not finite or beyond its limits.
     """
 
-    def __init_subclass__(cls, what, beside=()):
-        cls._what, cls._beside = what, beside
+    def __init_subclass__(cls, what, beside=(), limits=None, above=()):
+        cls._what, cls._beside, cls._limits, cls._above = what, beside, limits or {}, above
 
     def __new__(cls, *_, **given):
         known = [field.name for field in dataclasses.fields(cls)]
@@ -84,19 +93,42 @@ class Checked:
             except TypeError:
                 kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
                 raise FinetuningError(
-                    f"{field.name} is {kind.replace(' | ', ' or ')}, not {value!r}."
+                    f"{field.name} is {kind.replace(' | ', ' or ')}, not {shown(value)}."
                 ) from None
-            counts = field.type in (int, int | None) and field.default != 0
-            if counts and value is not None and value < 1:
-                raise FinetuningError(f"{field.name} is a whole number from 1, not {value}.")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self._check_limits(field, value)
+
+    def _check_limits(self, field, value):
+        whole = field.type in (int, int | None)
+        if not whole and field.name not in self._limits:
+            return
+        least, most = self._limits.get(field.name, (int(field.default != 0), MOST))
+        above = field.name in self._above
+        finite = isinstance(value, int) or math.isfinite(value)
+        if finite and least <= value <= most and not (above and value == least):
+            return
+        kind = "a whole number from" if whole else "a number above" if above else "a number from"
+        raise FinetuningError(f"{field.name} is {kind} {least:,} to {most:,}, not {shown(value)}.")
+
+
+def shown(value):
+    """A value as an error shows it: its repr, cut to a readable length."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python does not write out whole numbers of more than 4,300 digits
+        return f"this {type(value).__name__}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def require_among(name, value, known):
     """Raise FinetuningError, with the nearest right word, if `value` is not one of `known`."""
     if value not in known:
         raise FinetuningError(
-            f"{name} is one of {', '.join(known)}, not {value!r}. "
-            f"{did_you_mean(value, known)}".rstrip()
+            f"{name} is one of {', '.join(known)}, not {shown(value)}. "
+            f"{did_you_mean(str(value)[:80], known)}".rstrip()
         )
 
 

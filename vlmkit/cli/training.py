@@ -33,23 +33,39 @@ def train(
         bool,
         typer.Option(
             "--resume",
-            help="Continue the training in the output folder from its last checkpoint.",
+            help="Continue the training in the output folder from its last whole checkpoint. Where "
+            "there is none, it begins again, and says so.",
             show_default=False,
         ),
     ] = False,
 ):
     """Train a model component by component as a YAML file says, and score it before and after."""
+    from vlmkit.finetuning.continuing import writable_folder
     from vlmkit.finetuning.settings import read
 
     config = read(config)
-    output = Path(config.output).expanduser()
+    output = writable_folder(config.output)
     # Only the first process looks: when the others do, it can have begun to write.
-    if _is_first() and output.exists() and any(output.iterdir()) and not resume:
+    if _is_first() and any(output.iterdir()) and not resume:
         raise FinetuningError(
             f"{output} is not empty. Give --resume to continue the training in it, or name another "
             "folder as output."
         )
+    if resume:
+        _say_where(output / "run")
     _run(config, output)
+
+
+def _say_where(folder):
+    """Say whether there is a checkpoint to continue from."""
+    from vlmkit.finetuning.continuing import found_in, step_of
+
+    last, damaged = found_in(folder)
+    if last:
+        _say(f"resume     after step {step_of(last):,}, from {last}")
+    else:
+        why = "all its checkpoints are damaged" if damaged else "it has no checkpoint yet"
+        _say(f"resume     {folder} cannot be continued: {why}. The training begins at step 1.")
 
 
 def _run(config, output):
@@ -71,7 +87,11 @@ def _run(config, output):
     if questions is not None:
         scores.append(vk.evaluate(model, processor, questions))
         _say(f"before     {scores[0]!r}")
-    model = vk.finetuning.add_adapters(model, **config.train)
+    if config.adapters:
+        model = vk.finetuning.load(model, config.adapters, trainable=True)
+    else:
+        seed = config.settings.get("seed", 0)
+        model = vk.finetuning.add_adapters(model, seed=seed, **config.train)
     run = vk.finetuning.train(
         model, processor, rows, output / "run", eval_dataset=questions, **config.settings
     )
@@ -97,11 +117,13 @@ def _summary(name, run, scores):
             trained[component] = trained.get(component, 0) + parameter.numel()
     losses = run.curve["loss"]
     tenth = max(1, len(losses) // 10)
+    before = run.continued_from
+    continued = f"; {before:,} of the steps were done before" if before else ""
     lines = [f"# {name}, trained", ""]
     lines += [f"- {component}: {n:,} parameters trained" for component, n in trained.items()]
     lines.append(
         f"- {len(losses):,} steps; loss {losses[:tenth].mean():.3f} at first (mean of {tenth}), "
-        f"{losses[-tenth:].mean():.3f} at last"
+        f"{losses[-tenth:].mean():.3f} at last{continued}"
     )
     if run.skipped:
         lines.append(f"- skipped: {', '.join(f'{n} {why}' for why, n in run.skipped.items())}")

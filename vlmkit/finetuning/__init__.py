@@ -10,7 +10,9 @@ Each component is frozen (None, or left out), trained in full ("full"), or given
 collating.py   rows to batches, with labels on the answers
 settings.py    settings, and a training as a YAML file for `vlmkit train`
 runs.py, trainer.py   the training, on transformers' Trainer
-gradients.py   which trainable tensors get no gradient, and why
+continuing.py  which checkpoint is whole, and whether it belongs to this training
+gradients.py   which trainable tensors get no gradient, and what is not finite
+indistinct.py  which answers the output head cannot tell apart
 saved.py       what was trained, to disk and back, and merged into the weights
 """
 
@@ -20,7 +22,7 @@ from vlmkit.finetuning.collating import Collator, token_table
 from vlmkit.finetuning.gradients import gradient_report
 from vlmkit.finetuning.runs import Run, train
 from vlmkit.finetuning.saved import load, merge, save
-from vlmkit.finetuning.settings import Settings
+from vlmkit.finetuning.settings import Settings, require_seed
 
 __all__ = [
     "Collator",
@@ -41,10 +43,11 @@ __all__ = [
 ]
 
 
-def add_adapters(model, **training):
+def add_adapters(model, *, seed=0, **training):
     """`model` ready to train: what `training` names gets gradients, everything else is frozen.
 
     model: what `vk.load` returned, or any transformers VLM. It is changed in place.
+    seed: of the adapters' random start. The same seed gives the same start, in a new process too.
     training: for each component None (frozen, as if left out), "full" or a `vk.LoRA`.
 
     Returns a PeftModel, or the model itself where no component gets a LoRA, in training mode.
@@ -53,11 +56,13 @@ def add_adapters(model, **training):
     `PeftModel.save_pretrained` writes the adapters alone, `vk.finetuning.save` both.
 
     Raises FinetuningError if there is no such component, if a LoRA finds no Linear layer, if a
-    quantized weight is to be trained in full, or if the model has adapters already.
+    quantized weight is to be trained in full, if the model has adapters already, or if the seed is
+    no whole number from 0 to 4,294,967,295.
     """
+    require_seed(seed)
     if hasattr(model, "peft_config"):
         raise FinetuningError(
             "the model has adapters already. Take them off (model.unload()) or merge them in "
             "(model.merge_and_unload()), and give what that returns."
         )
-    return adapted(model, training).train()
+    return adapted(model, training, seed).train()

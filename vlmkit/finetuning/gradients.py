@@ -1,4 +1,4 @@
-"""Gradients: which trainable tensors get none, and why.
+"""Gradients: which trainable tensors get none, and why; and what is not finite.
 
 An adapter without a gradient never changes, and nothing else shows it: the loss falls, the file is
 saved, and the adapter's weights are what they were.
@@ -7,6 +7,7 @@ saved, and the adapter's weights are what they were.
 import re
 
 from vlmkit.anatomy import component_finder, plain_name, unwrapped
+from vlmkit.errors import FinetuningError
 
 _LAYER = re.compile(r"\.layers?\.(\d+)\.")
 
@@ -35,6 +36,64 @@ def gradient_report(model):
         kind = "none" if gradient is None else "zero"
         rows.append((component, name, kind, _why(name, component, last)))
     return pandas.DataFrame(rows, columns=["component", "parameter", "gradient", "why"])
+
+
+def not_finite(model, loss, step):
+    """The message for a step whose loss or gradients are not finite: the step, and the weight or
+    the gradient that is to blame, as far as it can be told.
+
+    Call it after the backward pass, before gradients are clipped: clipping spreads a NaN to all.
+    """
+    told = f"Step {step:,} stops the training: its loss is {loss:g}"
+    weight, trained = _weight_not_finite(model)
+    if weight:
+        why = (
+            "The step before made it so: try a smaller learning_rate or max_grad_norm, or a longer "
+            "warmup."
+            if trained
+            else "It is frozen, so it came with the checkpoint, or from a format that cannot hold "
+            "it: load another one, or plan bf16 or fp32 for its component."
+        )
+        return f"{told}, and the weight {weight} is not finite. {why}"
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not _is_finite(parameter.grad)
+    ]
+    if names:
+        more = f", and those of {len(names) - 1:,} more tensors" if names[1:] else ""
+        told += f", and the gradient of {plain_name(names[0])} is not finite{more}"
+    return (
+        f"{told}. All weights are finite: try a smaller learning_rate, bf16=False, or a plan with "
+        "more bits, and look at the rows of this step."
+    )
+
+
+def require_finite(model, tensors):
+    """Raise FinetuningError if a trained weight is not finite: nothing of that kind is saved.
+    tensors: {full name: tensor}, which `saved.gathered` returned."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not tensors[name].isfinite().all():
+            raise FinetuningError(
+                f"The weight {plain_name(name)} is not finite after the last step, so it is not "
+                "saved: try a smaller learning_rate or max_grad_norm, or a longer warmup."
+            )
+
+
+def _weight_not_finite(model):
+    """(the first weight with a number that is not finite, whether it is trained); None, False if
+    there is none."""
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        for tensor in (parameter, getattr(state, "absmax", None)):
+            if tensor is not None and tensor.is_floating_point() and not _is_finite(tensor):
+                return plain_name(name), parameter.requires_grad
+    return None, False
+
+
+def _is_finite(tensor):
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP's shards
+    return tensor.isfinite().all().item()
 
 
 def _why(name, component, last):

@@ -10,19 +10,22 @@ Under `accelerate launch` it runs on several processes or GPUs.
 
 import json
 import os
+import sys
 import warnings
+import weakref
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from vlmkit.backend import checkpointing
 from vlmkit.errors import FinetuningError
 from vlmkit.evaluation.asking import context_of
+from vlmkit.finetuning import continuing, indistinct, saved
 from vlmkit.finetuning.collating import Collator, check_rows
 from vlmkit.finetuning.settings import Settings
 from vlmkit.images import undecoded
 
 SETTINGS = "settings.json"
+_STARTS = weakref.WeakKeyDictionary()  # {model: {folder: its start in the first call}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,8 @@ class Run:
         `gradient_report`); None if nothing was left to train.
     skipped: how many samples were skipped, by reason, on all processes, including those that were
         read ahead of the last step.
+    continued_from: the step after which this call went on: 0 for a new training, the last step for
+        a training that was finished.
     """
 
     model: object
@@ -44,6 +49,7 @@ class Run:
     evaluations: object
     no_gradient: object
     skipped: dict
+    continued_from: int = 0
 
 
 def train(model, processor, dataset, output_dir, *, eval_dataset=None, **settings):
@@ -53,13 +59,19 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
     dataset: rows with images, question and answer, or in another layout that
         `vk.tasks.from_dataset` reads: a `datasets.Dataset`, a list, anything with a length and rows
         by number, or an iterable dataset (which needs `max_steps`).
-    output_dir: folder for checkpoints. If it has checkpoints of the same training, it continues.
+    output_dir: folder for checkpoints. If it has a checkpoint of the same training, that is
+        continued from its last whole one; if it is finished, nothing is trained. More `max_steps`
+        or `num_train_epochs` make a training longer. What belongs to a training, beside its
+        settings: rows, plan, adapters, base (see `vlmkit.finetuning.continuing.description`).
     eval_dataset: rows to ask the model every `eval_steps` and at the end.
     settings: those of `vk.finetuning.Settings`.
 
+    Warns of answers that the output head cannot tell apart (see `vlmkit.finetuning.indistinct`).
+
     Raises FinetuningError if nothing is trainable, if the dataset is empty or lacks a column, if a
-    sample cannot be used, if the folder holds another training, or if a checkpoint cannot be
-    written (the last good one stays).
+    sample cannot be used, if the folder holds another training or one of more steps, at the first
+    step whose loss or gradients are not finite, or if a checkpoint cannot be written (the last good
+    one stays).
     """
     settings = Settings(**settings)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -67,14 +79,20 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
             "nothing in this model is trainable: begin with vk.finetuning.add_adapters"
         )
     dataset = _checked(dataset, settings)
+    steps = settings.steps(len(dataset) if hasattr(dataset, "__len__") else None, _processes())
+    settings.require_warmup_within(steps)
     from accelerate.utils import gather_object
-    from transformers import EarlyStoppingCallback
+    from transformers import EarlyStoppingCallback, TrainerState
 
     from vlmkit.finetuning import trainer as trainers
 
-    output_dir = Path(output_dir).expanduser()
-    last = trainers.last_checkpoint(output_dir)
-    _require_same(settings, output_dir, last)
+    output_dir = continuing.writable_folder(output_dir)
+    description = _description(model, dataset, settings, output_dir)
+    last = _last(output_dir, description, steps)
+    done = continuing.step_of(last)
+    state = continuing.state_in(last) if last else {}
+    if not last:
+        _warn_about_answers(model, processor, dataset)
     collator = Collator(
         processor,
         settings.max_length,
@@ -83,31 +101,112 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
         unreadable=settings.unreadable,
     )
     gradients = trainers.FirstGradients()
-    callbacks = [gradients]
+    callbacks = [gradients, trainers.WithoutInputGradients()]
+    worse = 0  # evaluations without a better one, so far
     if settings.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
+        kept = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
+        worse = kept.get("attributes", {}).get("early_stopping_patience_counter", 0)
+        callbacks[-1].early_stopping_patience_counter = worse
     trainer = trainers.Trainer(
         model,
         rates=settings.learning_rate,
         processor=processor,
-        args=_arguments(settings, model, output_dir, eval_dataset is not None),
+        description=description,
+        args=_arguments(settings, model, output_dir, eval_dataset is not None, steps),
         data_collator=collator,
         train_dataset=dataset,
         eval_dataset=eval_dataset,
         callbacks=callbacks,
     )
-    try:
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-    finally:
-        # accelerate leaves autocast around the model's forward: answers would not be the plan's.
-        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    finished = last and (done >= steps or 0 < (settings.early_stopping_patience or 0) <= worse)
+    if finished:
+        why = f"it has all {done:,} steps" if done >= steps else f"it stopped early at {done:,}"
+        _say(f"{output_dir} is finished: {why}, so nothing is trained.")
+        saved.restore(model, _best(output_dir, state) if settings.early_stopping_patience else last)
+        trainer.state = TrainerState.load_from_json(str(last / continuing.STATE))
+    else:
+        if last:
+            _say(f"{output_dir} goes on after step {done:,} of {steps:,}, from {last.name}.")
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except ValueError as error:
+            if "does not contain any data" not in str(error):  # accelerate's, of a stream
+                raise
+            had = trainer.state.global_step
+            raise FinetuningError(
+                f"The dataset ended after {had:,} of {steps:,} steps. Give more rows, or fewer "
+                "max_steps."
+                if had
+                else "The dataset gave no rows, so there is nothing to learn from."
+            ) from error
+        finally:
+            # accelerate leaves autocast around the model's forward: answers would not be the plan's
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     curve, evaluations = _tables(trainer.state.log_history)
     if eval_dataset is not None and trainer.state.global_step not in set(evaluations["step"]):
         trainer.evaluate()
         curve, evaluations = _tables(trainer.state.log_history)
     _warn_about(gradients.no_gradient)
     skipped = sum(gather_object([collator.skipped]), start=Counter())  # on all processes
-    return Run(model, curve, evaluations, gradients.no_gradient, dict(skipped))
+    return Run(model, curve, evaluations, gradients.no_gradient, dict(skipped), done)
+
+
+def _description(model, dataset, settings, folder):
+    """What this training is: see `continuing.description`."""
+    found = continuing.description(model, dataset, asdict(settings), _processes())
+    # A model that is given again has what it learnt. It began as it was in the first call.
+    starts = _STARTS.setdefault(model, {})
+    if not any(folder.glob("checkpoint-*")):
+        starts.pop(folder.resolve(), None)
+    found |= starts.setdefault(folder.resolve(), {key: found[key] for key in ("base", "start")})
+    return json.loads(json.dumps(found))
+
+
+def _last(folder, description, steps):
+    """The checkpoint to go on from; None if there is none.
+
+    Raises FinetuningError if it belongs to another training, or has more steps than are asked.
+    """
+    last, passed = continuing.found_in(folder)
+    for path, wrong in passed.items():
+        goes_on = f"from {last.name}" if last else "at the start, since there is none before it"
+        _say(f"{path} is passed over: {wrong}. The training goes on {goes_on}.")
+    if last:
+        continuing.require_same(description, last)
+        if continuing.step_of(last) > steps:
+            raise FinetuningError(
+                f"{folder} holds a training of {continuing.step_of(last):,} steps by now, and this "
+                f"one has {steps:,}. Ask for as many or more, or choose another folder."
+            )
+    elif _is_first():
+        continuing.write_whole(folder / SETTINGS, description)  # for people
+    return last
+
+
+def _best(folder, state):
+    """The checkpoint with the best weights of a training that early stopping has ended."""
+    best = folder / f"checkpoint-{state['best_global_step']}"
+    wrong = continuing.damage(best)
+    if wrong:
+        raise FinetuningError(
+            f"The best weights of {folder} are in {best.name}, and it is damaged: {wrong}. Name "
+            "another folder, or delete this one, to train again."
+        )
+    return best
+
+
+def _warn_about_answers(model, processor, dataset):
+    columns = getattr(dataset, "column_names", None) or []
+    if "answer" in columns and hasattr(dataset, "__len__"):
+        dataset = dataset.select_columns(["answer"])
+    elif not isinstance(dataset, list | tuple):
+        return  # to read an answer of another kind can take as long as to draw its picture
+    rows = (dataset[place] for place in range(min(len(dataset), continuing.MOST_TEXTS)))
+    told = [row["answer"] for row in rows if isinstance(row.get("answer"), str)]
+    warning = indistinct.warning_of(model, processor, told)
+    if warning and _is_first():
+        warnings.warn(warning, stacklevel=3)
 
 
 def _checked(dataset, settings):
@@ -121,36 +220,26 @@ def _checked(dataset, settings):
     return undecoded(dataset)
 
 
-def _require_same(settings, folder, last):
-    """Raise FinetuningError if `last`, the checkpoint in `folder`, has other settings. If there is
-    none, note the settings in the folder."""
-    notes = folder / SETTINGS
-    asked = json.loads(json.dumps(asdict(settings) | {"processes": _processes()}))
-    if notes.exists() and last:
-        before = json.loads(notes.read_text(encoding="utf-8"))
-        differ = [name for name in asked if before.get(name) != asked[name]]
-        if differ:
-            told = "; ".join(f"{n} was {before.get(n)!r}, is {asked[n]!r}" for n in differ)
-            raise FinetuningError(
-                f"{folder} holds a training with other settings ({told}). Continue it with its "
-                "own settings, or choose another folder."
-            )
-        return  # write nothing: another process can be reading the file
-    folder.mkdir(parents=True, exist_ok=True)
-    notes.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
-
-
 def _processes():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _arguments(settings, model, output_dir, evaluates):
+def _is_first():
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(text):
+    if _is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
+def _arguments(settings, model, output_dir, evaluates, steps):
     """transformers' TrainingArguments: the settings have its names, and the rest is ours."""
     from transformers import TrainingArguments
 
     on_cpu = next(model.parameters()).device.type == "cpu"
     eval_steps = settings.eval_steps if evaluates else None
-    save_steps = settings.save_steps or eval_steps
+    save_steps = settings.save_steps or eval_steps or max(50, steps // 20)
     rates = settings.learning_rate
     given = {
         name: value
@@ -163,8 +252,8 @@ def _arguments(settings, model, output_dir, evaluates):
         "learning_rate": max(rates.values()) if isinstance(rates, dict) else rates,
         "eval_steps": eval_steps,
         "eval_strategy": "steps" if eval_steps else "no",
-        "save_steps": save_steps or 500,
-        "save_strategy": "steps" if save_steps else "no",
+        "save_steps": save_steps,
+        "save_strategy": "steps",
     }
     arguments = TrainingArguments(
         output_dir=str(output_dir),
@@ -173,6 +262,7 @@ def _arguments(settings, model, output_dir, evaluates):
         metric_for_best_model="eval_accuracy",
         greater_is_better=True,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it writes the mean of the losses before in place of a NaN
         dataloader_persistent_workers=settings.dataloader_num_workers > 0,
         dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False,

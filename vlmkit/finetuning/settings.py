@@ -10,6 +10,7 @@ never set. docs/train.yaml is an example, docs/training.md explains it.
 
 import re
 from dataclasses import dataclass, field, replace
+from math import ceil
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ import yaml
 from vlmkit import tasks
 from vlmkit.adapters import LoRA, parse, require_component
 from vlmkit.backend.optimizers import check_optimizer
-from vlmkit.backend.validation import Checked
+from vlmkit.backend.validation import MOST, Checked, shown
 from vlmkit.errors import FinetuningError, VlmkitError
 from vlmkit.finetuning.collating import RAISE
 from vlmkit.plan import Plan
@@ -27,8 +28,31 @@ WAYS = {None: None, "frozen": None, "full": "full", "lora": LoRA()}
 """How a file says what a component learns, besides a mapping with the fields of a LoRA."""
 
 
+SEEDS = (0, 2**32 - 1)
+"""The seeds that numpy, which a Trainer seeds too, can have."""
+
+LIMITS = {
+    "num_train_epochs": (0, 10**6),
+    "per_device_train_batch_size": (1, 10**6),
+    "gradient_accumulation_steps": (1, 10**6),
+    "warmup_steps": (0, MOST),
+    "weight_decay": (0, 10),
+    "max_grad_norm": (0, MOST),
+    "dataloader_num_workers": (0, 1024),
+    "seed": SEEDS,
+}
+"""The least and the most of the settings that are numbers. Beyond these, a training ends in an
+error of another library, in numbers that are not finite, or never."""
+
+
 @dataclass(frozen=True)
-class Settings(Checked, what="a setting of a training", beside=("eval_dataset",)):
+class Settings(
+    Checked,
+    what="a setting of a training",
+    beside=("eval_dataset",),
+    limits=LIMITS,
+    above=("num_train_epochs",),
+):
     """Settings of `vk.finetuning.train`. Most have the name and the meaning that they have in
     transformers' TrainingArguments.
 
@@ -40,7 +64,7 @@ class Settings(Checked, what="a setting of a training", beside=("eval_dataset",)
         is trained.
     warmup_steps: steps in which the learning rate rises; a number below 1 is a share of all steps.
     lr_scheduler_type: how it falls after that.
-    max_grad_norm: the largest norm of the gradients.
+    max_grad_norm: the largest norm of the gradients; 0 leaves them as they are.
     optim: "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit" or "paged_adamw_8bit".
     bf16: compute in bf16 (autocast; weights in float32 stay float32); False computes in the formats
         of the plan.
@@ -48,10 +72,13 @@ class Settings(Checked, what="a setting of a training", beside=("eval_dataset",)
     eval_steps: steps between two evaluations on eval_dataset; None evaluates at the end alone.
     early_stopping_patience: evaluations without a better one after which training stops. The best
         weights come back. None never stops early.
-    save_steps: steps between two checkpoints; None is eval_steps, or the end alone.
+    save_steps: steps between two checkpoints; None is eval_steps, or else 50 steps, and more where
+        a training has more than 1,000 (a twentieth of it). There is one at the end in any case.
     max_length, too_long, unreadable: see `vk.finetuning.Collator`.
     dataloader_num_workers: processes that read pictures during training.
-    seed: of the order of the samples and of dropout.
+    seed: of the order of the samples and of dropout; in a file, of the adapters' start too.
+
+    Raises FinetuningError for an unknown name, and for a value that no training can have.
     """
 
     max_steps: int | None = None
@@ -84,14 +111,46 @@ class Settings(Checked, what="a setting of a training", beside=("eval_dataset",)
                 require_component(component)
             if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 10:
                 raise FinetuningError(
-                    f"a learning_rate is a number between 0 and 10, not {rate!r}."
+                    f"a learning_rate is a number between 0 and 10, not {shown(rate)}."
                 )
+        if self.warmup_steps > 1 and self.warmup_steps % 1:
+            raise FinetuningError(
+                f"warmup_steps is a share below 1 or a whole number, not {self.warmup_steps}."
+            )
+        if self.max_steps:
+            self.require_warmup_within(self.max_steps)
         if self.early_stopping_patience and not self.eval_steps:
             raise FinetuningError("early_stopping_patience counts evaluations: give eval_steps too")
+        if self.early_stopping_patience and (self.save_steps or 0) % self.eval_steps:
+            raise FinetuningError(
+                f"The best weights come back from a checkpoint, so save_steps ({self.save_steps}) "
+                f"has to be a multiple of eval_steps ({self.eval_steps})."
+            )
+
+    def require_warmup_within(self, steps):
+        """Raise FinetuningError if the warmup is longer than a training of so many steps."""
+        if self.warmup_steps > steps:
+            raise FinetuningError(
+                f"warmup_steps is {self.warmup_steps:,}, and the training has {steps:,} steps: the "
+                "learning rate would never arrive. Give fewer, or a share of the steps below 1."
+            )
+
+    def steps(self, rows, processes=1):
+        """Optimizer steps of a training on so many rows; rows: None for a dataset without a
+        length, which has max_steps."""
+        if self.max_steps:
+            return self.max_steps
+        batches = ceil(ceil(rows / self.per_device_train_batch_size) / processes)
+        return ceil(self.num_train_epochs * ceil(batches / self.gradient_accumulation_steps))
+
+
+def require_seed(seed):
+    """Raise FinetuningError if `seed` is not one that every library takes."""
+    Settings(seed=seed)
 
 
 @dataclass(frozen=True)
-class TaskRows(Checked, what="a key for a task"):
+class TaskRows(Checked, what="a key for a task", limits={"n": (1, 10**7), "seed": SEEDS}):
     """Rows of vlmkit's own tasks, as in `vk.tasks.dataset`. split: by default "train" for training
     and "evaluation" for the questions."""
 
@@ -126,7 +185,8 @@ class SourceRows(Checked, what="a key for a source"):
 @dataclass(frozen=True)
 class Config(Checked, what="a key"):
     """What a file says. model, plan: as in `vk.load`. train: {component: one of WAYS, or the fields
-    of a LoRA}. data, evaluation: TaskRows or SourceRows, to learn from and to ask before and after
+    of a LoRA}. adapters: in place of train, a folder that `vk.finetuning.save` wrote, to train on
+    from there. data, evaluation: TaskRows or SourceRows, to learn from and to ask before and after
     training. settings: those of Settings. output: a folder.
 
     `read` returns it with plan as a Plan, data and evaluation as TaskRows or SourceRows, and train
@@ -136,6 +196,7 @@ class Config(Checked, what="a key"):
     model: str = "pebble"
     plan: str | dict | Plan | None = None
     train: dict | None = None
+    adapters: str | None = None
     data: dict | TaskRows | SourceRows | None = None
     settings: dict = field(default_factory=dict)
     evaluation: dict | TaskRows | SourceRows | None = None
@@ -155,7 +216,8 @@ def read(path):
         raise FinetuningError(
             f"{path} cannot be read: {error}. The current directory is {Path.cwd()}."
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        # such as `!!int abc`, which PyYAML passes on to int()
         raise FinetuningError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     try:
         return _checked(_built(Config, said, "the file"))
@@ -165,18 +227,26 @@ def read(path):
 
 def _checked(config):
     """The Config with its parts read."""
-    for key in ("train", "data", "output"):
+    for key in ("data", "output"):
         if not getattr(config, key):
             raise FinetuningError(f"{key} is missing; train, data and output are needed.")
-    train = {component: _way(component, said) for component, said in config.train.items()}
-    parse(train)
+    if config.adapters and config.train:
+        raise FinetuningError(
+            "train says what new adapters learn, and adapters names a folder of trained ones: give "
+            "one of them."
+        )
+    if not (config.adapters or config.train):
+        raise FinetuningError("train is missing; train, data and output are needed.")
+    train = {component: _way(component, said) for component, said in (config.train or {}).items()}
+    if train:
+        parse(train)
     settings = _built(Settings, config.settings, "settings")
     if settings.eval_steps and config.evaluation is None:
         raise FinetuningError("settings: eval_steps needs questions: name them in evaluation.")
     return replace(
         config,
         plan=None if config.plan is None else Plan.parse(config.plan),
-        train=train,
+        train=train or None,
         data=_source(config.data, "data"),
         evaluation=config.evaluation and _source(config.evaluation, "evaluation"),
     )
@@ -185,7 +255,7 @@ def _checked(config):
 def _built(kind, said, where):
     """kind(**said), with `where` in its errors."""
     if not isinstance(said, dict):
-        raise FinetuningError(f"{where} is a mapping of keys to values, not {said!r}.")
+        raise FinetuningError(f"{where} is a mapping of keys to values, not {shown(said)}.")
     try:
         return kind(**{str(key): value for key, value in said.items()})
     except FinetuningError as error:
@@ -199,7 +269,7 @@ def _way(component, said):
         return WAYS[said]
     raise FinetuningError(
         f"train: {component} is frozen, full, lora, or a mapping with the fields of a LoRA, not "
-        f"{said!r}."
+        f"{shown(said)}."
     )
 
 
@@ -215,7 +285,13 @@ def _source(said, where):
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that reads 2e-4 as a number, as YAML 1.2 does, and refuses a repeated key."""
+    """A SafeLoader that reads 2e-4 as a number and 2026-05-01 as text, as YAML 1.2 does. It refuses
+    a repeated key."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]

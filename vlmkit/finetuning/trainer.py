@@ -5,35 +5,55 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 import transformers
 from accelerate.utils import str_to_bool
 from tqdm import tqdm
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from vlmkit.anatomy import component_finder
+from vlmkit.anatomy import component_finder, unwrapped
 from vlmkit.backend import passes
 from vlmkit.errors import FinetuningError, brief
 from vlmkit.evaluation import evaluate
-from vlmkit.finetuning import saved
-from vlmkit.finetuning.gradients import gradient_report
+from vlmkit.finetuning import continuing, saved
+from vlmkit.finetuning.collating import IGNORED
+from vlmkit.finetuning.gradients import gradient_report, not_finite, require_finite
 
-COMPLETE = "trainer_state.json"
-"""The file that a Trainer writes last: a checkpoint without it is incomplete."""
+
+def loss_of_answers(outputs, labels, num_items_in_batch=None):
+    """The loss of the labelled tokens: their sum over the number of all labelled tokens of the
+    step, so that a batch in several parts, or on several processes, has the loss of the whole.
+
+    transformers leaves this to a model's own loss, and some classes take the mean of each part
+    (`accepts_loss_kwargs = False`): then a part with few labels counts as much as one with many.
+    """
+    logits = outputs["logits"][:, -labels.shape[1] :]  # BLIP-2 puts its pictures in front
+    told = labels[:, 1:] != IGNORED  # a token is predicted from those before it
+    found = logits[:, :-1][told].float()
+    kind = {"reduction": "mean" if num_items_in_batch is None else "sum"}
+    loss = torch.nn.functional.cross_entropy(found, labels[:, 1:][told], **kind)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
 class Trainer(transformers.Trainer):
     """transformers' Trainer for what `add_adapters` returned.
 
     rates: the learning rate, or {component: learning rate}. processor: makes prompts of the
-    questions in `eval_dataset`. The other arguments are those of transformers.
+    questions in `eval_dataset`. description: of the training, for its checkpoints. The other
+    arguments are those of transformers.
+
+    Raises FinetuningError at the first step whose loss or gradients are not finite. That step
+    changes no weight, and nothing is saved after it.
     """
 
-    def __init__(self, model, *, rates, processor, **arguments):
-        self.rates, self.processor = rates, processor
+    def __init__(self, model, *, rates, processor, description=None, **arguments):
+        self.rates, self.processor, self.description = rates, processor, description
         self.attention = passes.attention_of(model)
+        self._loss_of_step = 0.0
         with passes.trainable(model):
-            super().__init__(model, **arguments)
+            super().__init__(model, compute_loss_func=loss_of_answers, **arguments)
+        self._loss_shifts_labels = True  # so that the tokens of a step are counted as in the loss
         if str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "no")) and not self.is_fsdp_enabled:
             raise FinetuningError(
                 "FSDP was asked for, and accelerate leaves it out on a CPU and on one process "
@@ -54,6 +74,49 @@ class Trainer(transformers.Trainer):
         plain = self.args.bf16 and self.args.device.type == "cpu"
         with passes.attending(self.model, "eager" if plain else self.attention):
             return super().train(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self._loss_of_step = self._loss_of_step + loss
+        return loss
+
+    def _clip_grad_norm(self, model):
+        """Clip the gradients, and return the norm that they had.
+
+        As torch.nn.utils.clip_grad_norm_ does, with a look at the norm in between: where it is NaN,
+        clipping makes all gradients NaN, and nothing would tell where the first one was.
+        """
+        trained = [p for p in model.parameters() if p.grad is not None]
+        if any(hasattr(parameter.grad, "full_tensor") for parameter in trained):  # sharded by FSDP
+            norm = super()._clip_grad_norm(model)
+            self._require_finite(model, norm)
+            return norm
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
+        self._require_finite(model, norm)
+        if self.args.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(trained, self.args.max_grad_norm, norm)
+        return norm
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if grad_norm is None:  # max_grad_norm is 0
+            grad_norm = super()._get_grad_norm(model)
+            self._require_finite(model, grad_norm)
+        return grad_norm
+
+    def floating_point_ops(self, inputs):
+        """0: nobody reads the sum, and transformers counts all parameters anew for each step."""
+        return 0
+
+    def _require_finite(self, model, norm):
+        # A loss can be infinite on one process alone: all have to stop. The norm is of all.
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        loss = self.accelerator.gather(self._loss_of_step.reshape(1)).mean()
+        self._loss_of_step = 0.0
+        if not torch.isfinite(loss + norm):
+            model = self.accelerator.unwrap_model(model)
+            message = not_finite(model, loss.item(), self.state.global_step + 1)
+            model.zero_grad()
+            raise FinetuningError(message)
 
     def create_optimizer(self, model=None):
         """The optimizer, with a group of parameters for each component and its learning rate. Norms
@@ -108,18 +171,24 @@ class Trainer(transformers.Trainer):
     def save_model(self, output_dir=None, _internal_call=False):
         model = self.accelerator.unwrap_model(self.model)
         tensors = saved.gathered(model)
+        require_finite(model, tensors)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             saved.write(model, folder, tensors)
 
     def _save_checkpoint(self, model, trial):
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         try:
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process writes its random state
+            if self.args.should_save:
+                continuing.seal(folder, self.description)
+        except FinetuningError:
+            raise
         except Exception as error:  # an OSError, or what torch and safetensors make of one
-            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
             shutil.rmtree(folder, ignore_errors=True)
-            last = last_checkpoint(self.args.output_dir)
+            last = continuing.last_checkpoint(self.args.output_dir)
             raise FinetuningError(
                 f"{folder} could not be written: {brief(error)}. "
                 + (f"The last good one is {last}. " if last else "There is none before it. ")
@@ -131,16 +200,6 @@ class Trainer(transformers.Trainer):
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-def last_checkpoint(folder):
-    """The last complete checkpoint in `folder`, as a pathlib.Path; None if there is none."""
-    found = [
-        (int(path.name.rpartition("-")[2]), path)
-        for path in Path(folder).glob("checkpoint-*")
-        if path.name.rpartition("-")[2].isdigit() and (path / COMPLETE).is_file()
-    ]
-    return max(found)[1] if found else None
 
 
 class Progress(ProgressCallback):
@@ -162,6 +221,15 @@ class Progress(ProgressCallback):
         values = {shown[k]: f"{v:.3f}" for k, v in (logs or {}).items() if k in shown}
         if self.training_bar is not None:  # the last evaluation logs after it is closed
             self.training_bar.set_postfix(values)
+
+
+class WithoutInputGradients(TrainerCallback):
+    """Takes off the hooks by which transformers and peft make the embeddings' output need a
+    gradient. Checkpointing with use_reentrant=True needs them. Without it, which is how a training
+    here checkpoints, they only keep activations for a backward pass that nobody needs."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        unwrapped(getattr(model, "module", model)).disable_input_require_grads()
 
 
 class FirstGradients(TrainerCallback):
