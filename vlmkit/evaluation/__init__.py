@@ -10,7 +10,7 @@ columns.py     the columns of a dataset
 
 import contextlib
 
-from vlmkit.errors import QuestionError, TaskError, VlmkitError
+from vlmkit.errors import QuestionError, TaskError, VlmkitError, public
 from vlmkit.evaluation.asking import TooLong, answers, ask, check_processor, check_question
 from vlmkit.evaluation.columns import COLUMNS, column, columns_of, lacking_columns
 from vlmkit.evaluation.metrics import (
@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 
+@public
 def evaluate(
     model,
     processor,

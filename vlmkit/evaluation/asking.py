@@ -10,11 +10,12 @@ import inspect
 
 from vlmkit.anatomy import component_finder
 from vlmkit.architectures import VISION
-from vlmkit.errors import QuestionError, VlmkitError
+from vlmkit.errors import QuestionError, VlmkitError, public
 from vlmkit.evaluation.prompts import THOUGHTS, question_inputs
 from vlmkit.images import read_all
 
 
+@public
 def ask(model, processor, images, question, *, max_new_tokens=64):
     """The model's answer to a question about an image or several, as text.
 

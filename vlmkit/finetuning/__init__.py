@@ -17,7 +17,7 @@ saved.py       what was trained, to disk and back, and merged into the weights
 """
 
 from vlmkit.adapters import LoRA, Target, adapted, parse, targets
-from vlmkit.errors import FinetuningError
+from vlmkit.errors import FinetuningError, public
 from vlmkit.finetuning.collating import Collator, token_table
 from vlmkit.finetuning.gradients import gradient_report
 from vlmkit.finetuning.runs import Run, train
@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 
+@public
 def add_adapters(model, *, seed=0, **training):
     """`model` ready to train: what `training` names gets gradients, everything else is frozen.
 

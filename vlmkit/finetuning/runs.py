@@ -17,7 +17,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 
 from vlmkit.backend import checkpointing
-from vlmkit.errors import FinetuningError
+from vlmkit.errors import FinetuningError, public
 from vlmkit.evaluation.asking import context_of
 from vlmkit.finetuning import continuing, indistinct, saved
 from vlmkit.finetuning.collating import Collator, check_rows
@@ -52,6 +52,7 @@ class Run:
     continued_from: int = 0
 
 
+@public
 def train(model, processor, dataset, output_dir, *, eval_dataset=None, **settings):
     """Train what is trainable in `model`, in place, and return a Run.
 

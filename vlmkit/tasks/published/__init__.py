@@ -9,7 +9,7 @@ writing.py  the way back: rows in the layout that TRL reads
 
 import warnings
 
-from vlmkit.errors import TaskError
+from vlmkit.errors import TaskError, public
 from vlmkit.evaluation.columns import columns_of
 from vlmkit.tasks.published.layouts import picture_columns
 from vlmkit.tasks.published.opening import FileRows, opened
@@ -20,6 +20,7 @@ from vlmkit.tasks.published.writing import to_messages
 __all__ = ["SCHEMAS", "from_dataset", "to_messages"]
 
 
+@public
 def from_dataset(
     source,
     schema=None,
