@@ -7,7 +7,7 @@ learn: the model can learn "some such token", and not which.
 """
 
 from vlmkit.anatomy import unwrapped
-from vlmkit.evaluation.prompts import prompts
+from vlmkit.evaluation.prompts import _answered, turns_of
 
 ALIKE = 0.1
 """The largest difference of two rows that are alike, as a share of their length. pebble's unused
@@ -65,12 +65,11 @@ def _tokens_of(processor, answers):
     another token than the word alone."""
     if not answers:
         return {}
-    tokenizer, number = processor.tokenizer, len(answers)
-    asked = prompts(processor, [[None]], ["?"])[0]
-    told = prompts(processor, [[None]] * number, ["?"] * number, answers)
-    start = tokenizer(asked, add_special_tokens=False)["input_ids"]
+    tokenizer, pictures = processor.tokenizer, [[None]] * len(answers)
+    told = _answered(processor, pictures, [turns_of([None], "?", answer) for answer in answers])
     specials, found = set(tokenizer.all_special_ids), {}
-    for answer, text in zip(answers, told, strict=True):
+    for answer, (text, places) in zip(answers, told, strict=True):
+        start = tokenizer(text[: places[-1][0]], add_special_tokens=False)["input_ids"]
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         same = 0
         while same < min(len(start), len(ids)) and start[same] == ids[same]:
