@@ -47,7 +47,8 @@ def text_of_turn(turn):
 
 def after_thoughts(answer):
     """The answer without the thoughts before it, such as "red" of "<think>It is …</think>red"."""
-    return _THOUGHTS_END.sub("", answer, count=1).strip()
+    end = _THOUGHTS_END.match(answer)  # a search takes the square of the length
+    return answer[end.end() if end else 0 :].strip()
 
 
 def question_inputs(processor, images, questions):

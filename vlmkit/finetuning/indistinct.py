@@ -15,6 +15,7 @@ rows differ by 0.02 from the nearest other row, its used rows by 0.4 and more.""
 
 _FEW = 128  # dimensions that are compared first: most rows differ in these already
 _MOST_ANSWERS, _MOST_TOKENS = 2_000, 4_096
+_LONGEST = 1_000  # characters
 
 
 def indistinct_tokens(model, ids):
@@ -45,9 +46,9 @@ def indistinct_tokens(model, ids):
 def indistinct_answers(model, processor, answers):
     """{answer: a spelling whose tokens can be told apart, or None} for each of `answers`, texts,
     that has a token whose row of the output head is alike another. Of more than 2,000 different
-    answers, the first 2,000 are looked at."""
-    answers = list(dict.fromkeys(answer.strip() for answer in answers if answer.strip()))
-    answers = answers[:_MOST_ANSWERS]
+    answers, the first 2,000 are looked at, and of long ones none: they have other tokens, too."""
+    answers = (answer.strip() for answer in answers if len(answer) <= _LONGEST)
+    answers = list(dict.fromkeys(filter(None, answers)))[:_MOST_ANSWERS]
     tokens = _tokens_of(processor, answers)
     wrong = indistinct_tokens(model, set().union(*tokens.values()))
     alike = [answer for answer in answers if wrong & tokens[answer]]
