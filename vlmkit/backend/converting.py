@@ -16,8 +16,6 @@ Since transformers 5.21, the oldest version tried, until its configs name what t
 import re
 import warnings
 
-import torch
-
 from vlmkit.errors import PlanError
 from vlmkit.formats import DEFAULT, format_named, torch_dtype
 
@@ -87,6 +85,7 @@ def formats_of_config(config):
     not. Warns if the config computes in another dtype than the plan, which computes in bf16. Raises
     PlanError for what a plan cannot express.
     """
+    import torch
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     if not (config.load_in_4bit or config.load_in_8bit):
