@@ -221,5 +221,5 @@ def _try_apart(work):
 
 def _address_space():
     """Bytes of address space of this process. Raises OSError where /proc does not say."""
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
