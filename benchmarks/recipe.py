@@ -95,10 +95,10 @@ def one_training(given, vision, language, hidden, seed):
     import torch
     from safetensors.torch import load_file, save_file
 
+    from vlmkit.folders import write_whole
     from vlmkit.models.cobble import conversations, tensors
     from vlmkit.models.cobble.arrays import Arrays
     from vlmkit.models.cobble.train import SETTINGS
-    from vlmkit.models.pebble.train import replace
 
     device = torch.device(given.device)
     file = file_of(given.folder, (vision, language, hidden, seed), ".safetensors")
@@ -128,7 +128,7 @@ def one_training(given, vision, language, hidden, seed):
         logs = file.parent / "training"  # a log of training has the name of the result
         logs.mkdir(exist_ok=True)
         weights = conversations.train_projector(logs, model, pictures, tokenizer, device, *learned)
-        replace(file, lambda path: save_file(weights, path))
+        write_whole(file, lambda path: save_file(weights, path))
         kept["projector"] = {key: tensor.to(device) for key, tensor in weights.items()}
     rows = []
     for asked_vision, asked_language, asked_projector, question in cells(vision, language, hidden):
@@ -150,10 +150,10 @@ def one_training(given, vision, language, hidden, seed):
 def write(file, rows):
     import pandas as pd
 
-    from vlmkit.models.pebble.train import replace
+    from vlmkit.folders import write_whole
 
     table = pd.DataFrame(rows, columns=COLUMNS)
-    replace(file, lambda path: table.to_csv(path, index=False, lineterminator="\n"))
+    write_whole(file, lambda path: table.to_csv(path, index=False, lineterminator="\n"))
 
 
 def all_trainings(given):

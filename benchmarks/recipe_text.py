@@ -137,10 +137,10 @@ def main(argv=None):
 def _write(file, head, rows):
     import pandas as pd
 
-    from vlmkit.models.pebble.train import replace
+    from vlmkit.folders import write_whole
 
     table = pd.DataFrame(rows, columns=head)
-    replace(file, lambda path: table.to_csv(path, index=False, lineterminator="\n"))
+    write_whole(file, lambda path: table.to_csv(path, index=False, lineterminator="\n"))
 
 
 if __name__ == "__main__":

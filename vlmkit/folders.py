@@ -1,4 +1,4 @@
-"""Folders that are written completely or not at all, and the folder of vlmkit's cache."""
+"""Folders and files that are written completely or not at all, and the folder of vlmkit's cache."""
 
 import contextlib
 import ctypes
@@ -21,6 +21,22 @@ def cache_folder():
     if os.name == "nt":
         variable, usual = "LOCALAPPDATA", "~/AppData/Local"
     return Path(os.environ.get(variable) or usual).expanduser() / "vlmkit"
+
+
+def write_whole(path, write):
+    """Write the file `path`, a pathlib.Path, by `write`, a function that is given a name beside it.
+
+    A kill leaves the old file or the new one, never half of one. If `write` fails, its error is
+    raised and nothing of the new file is left.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

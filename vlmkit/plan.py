@@ -8,7 +8,6 @@
 A plan knows no model. `vlmkit.layout.layout_of(model, plan)` says what a plan does to a model.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -22,6 +21,7 @@ import yaml
 
 from vlmkit import COMPONENTS
 from vlmkit.errors import PlanError, brief, did_you_mean
+from vlmkit.folders import write_whole
 from vlmkit.formats import DEFAULT, FORMATS, format_named
 from vlmkit.tables import Table
 
@@ -164,13 +164,9 @@ class Plan(Table):
             text = json.dumps(said, indent=2) + "\n"
         else:
             text = yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
-        part = path.with_name(f"{path.name}.part")
         try:
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, path)
+            write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
         except OSError as error:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
             raise PlanError(f"The plan cannot be written to {path}: {brief(error)}") from error
         return path
 

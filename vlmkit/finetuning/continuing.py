@@ -8,13 +8,13 @@ training on other rows, of another model, or with other settings.
 
 import hashlib
 import json
-import os
 import tempfile
 from pathlib import Path
 
 from vlmkit import COMPONENTS
 from vlmkit.anatomy import component_finder, is_adapter, plain_name, unwrapped
 from vlmkit.errors import FinetuningError, brief
+from vlmkit.folders import write_whole
 
 LIST = "training.json"
 STATE = "trainer_state.json"
@@ -53,17 +53,13 @@ def seal(checkpoint, description):
         if path.is_file() and path.name != LIST
     }
     content = {"training": description, "files": files}
-    write_whole(checkpoint / LIST, content | {"hash": _hash_of_json(content)})
+    write_json(checkpoint / LIST, content | {"hash": _hash_of_json(content)})
 
 
-def write_whole(path, content):
+def write_json(path, content):
     """Write `content` as JSON to the file `path`, which has either all of it or what it had."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    text = json.dumps(content, indent=1) + "\n"
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def found_in(folder):

@@ -181,7 +181,7 @@ def _last(folder, description, steps):
                 f"one has {steps:,}. Ask for as many or more, or choose another folder."
             )
     elif _is_first():
-        continuing.write_whole(folder / SETTINGS, description)  # for people
+        continuing.write_json(folder / SETTINGS, description)  # for people
     return last
 
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from vlmkit import tasks
 from vlmkit.errors import VlmkitError
-from vlmkit.models.pebble.train import replace
+from vlmkit.folders import write_whole
 
 CHUNK = 250
 """Steps between two checkpoints of a run."""
@@ -95,7 +95,7 @@ def learn(name, folder, modules, parameters, settings, loss_of, device, seed=0):
             state = {"step": step + 1, "seconds": seconds, "lines": lines}
             state["optimizer"] = optimizer.state_dict()
             state |= {key: _kept(module) for key, module in modules.items()}
-            replace(file, lambda path, state=state: torch.save(state, path))
+            write_whole(file, lambda path, state=state: torch.save(state, path))
     progress.close()
     _write_log(folder / f"{name}.csv", lines)
 
@@ -114,4 +114,4 @@ def _write_log(file, lines):
             writer.writerow(["stage", "step", "seconds", "loss", "right"])
             writer.writerows(lines)
 
-    replace(file, write)
+    write_whole(file, write)

@@ -12,9 +12,9 @@ import random
 import torch
 import torch.nn.functional as F
 
+from vlmkit.folders import write_whole
 from vlmkit.models.cobble import instructions, tensors
 from vlmkit.models.cobble.arrays import write_json
-from vlmkit.models.pebble.train import replace
 
 TEXTS, LENGTH = 4_000, 64
 """How many texts, and how many tokens each has."""
@@ -39,7 +39,7 @@ def own_answers(file, model, tokenizer):
             question: answer[: end or None].strip()
             for question, answer, end in zip(questions, found, ends, strict=True)
         }
-        replace(file, lambda path: write_json(path, kept))
+        write_whole(file, lambda path: write_json(path, kept))
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -58,7 +58,7 @@ def own_texts(file, model, seed=0):
             parts.append(
                 model.generate(input_ids=begun, attention_mask=mask, **drawn, **length).cpu()
             )
-        replace(file, lambda path: torch.save(torch.cat(parts), path))
+        write_whole(file, lambda path: torch.save(torch.cat(parts), path))
     return torch.load(file)
 
 

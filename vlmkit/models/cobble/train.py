@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from vlmkit.errors import VlmkitError, brief
-from vlmkit.folders import cache_folder
+from vlmkit.folders import cache_folder, write_whole
 from vlmkit.models.cobble import fetching
 from vlmkit.models.cobble.arrays import Arrays, prepare_pictures
 from vlmkit.models.cobble.conversations import (
@@ -36,7 +36,6 @@ from vlmkit.models.cobble.conversations import (
 from vlmkit.models.cobble.loop import Schedule
 from vlmkit.models.cobble.own_words import OwnWords, own_answers, own_texts
 from vlmkit.models.cobble.vision import build_encoder, train_teacher, train_vision_encoder
-from vlmkit.models.pebble.train import replace
 from vlmkit.tasks import real
 
 FORMATS = ("bf16", "int8", "nf4", "nf4-dq", "int3")
@@ -131,7 +130,7 @@ def _chat(folder, pictures, language_model, device, seed):
 def _save(folder, stage, weights):
     from safetensors.torch import save_file
 
-    replace(folder / RESULTS[stage], lambda path: save_file(weights, path))
+    write_whole(folder / RESULTS[stage], lambda path: save_file(weights, path))
 
 
 def _report(stage, model, tokenizer, pictures):

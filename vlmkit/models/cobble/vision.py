@@ -8,10 +8,10 @@ heads that read the targets are not kept.
 import torch
 import torch.nn.functional as F
 
+from vlmkit.folders import write_whole
 from vlmkit.models.cobble import recipe, tensors
 from vlmkit.models.cobble.loop import learn
 from vlmkit.models.pebble import batches
-from vlmkit.models.pebble.train import replace
 from vlmkit.tasks import real
 
 EASY_SHAPES = ("circle", "rectangle", "triangle")
@@ -79,7 +79,7 @@ def train_teacher(folder, pictures, device, seed, settings):
     parameters = list(teacher.parameters())
     learn("teacher", folder, {"teacher": teacher}, parameters, settings, loss_of, device, seed)
     teacher.eval().requires_grad_(False)
-    replace(done, lambda path: torch.save(teacher.state_dict(), path))
+    write_whole(done, lambda path: torch.save(teacher.state_dict(), path))
     share = share_right(lambda seen: teacher(seen.float() / 127.5 - 1), pictures, "photographs")
     print(f"teacher: {share:.4f} of the test photographs", flush=True)
     return teacher

@@ -17,7 +17,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import statistics
 import time
 from collections import Counter
@@ -28,6 +27,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from vlmkit import tasks
+from vlmkit.folders import write_whole
 from vlmkit.models.pebble import batches, recipe
 from vlmkit.models.pebble.batches import Group
 
@@ -301,19 +301,11 @@ def run_stage(model, reader, stage, folder, tokenizer, device, workers):
         shown = statistics.mean(so_far["accuracy"].values())
         progress.set_postfix(loss=f"{mean:.3f}", right=f"{shown:.3f}")
         state = {name: each.state_dict() for name, each in learning.items()} | so_far
-        replace(part, lambda path, state=state: torch.save(state, path))
+        write_whole(part, lambda path, state=state: torch.save(state, path))
         log(folder / "log.csv", stage, loss=mean, **so_far)
     progress.close()
-    replace(done, lambda path: torch.save(model.state_dict(), path))
+    write_whole(done, lambda path: torch.save(model.state_dict(), path))
     part.unlink(missing_ok=True)
-
-
-def replace(file, write):
-    """Write a file under another name, then rename it. A kill leaves the old file or the new one,
-    never half of one."""
-    part = file.with_suffix(".part")
-    write(part)
-    os.replace(part, file)
 
 
 def log(file, stage, step, seconds, accuracy, loss):
@@ -329,7 +321,7 @@ def log(file, stage, step, seconds, accuracy, loss):
     writer = csv.DictWriter(text, [*row, "patches", *ALL_KINDS], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    replace(file, lambda path: path.write_bytes(text.getvalue().encode()))
+    write_whole(file, lambda path: path.write_bytes(text.getvalue().encode()))
 
 
 def train(folder, stages=STAGES, device="cpu", workers=0, seed=0):
