@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import yaml
-from test_training import HEAD, WITHOUT_DROPOUT, adapted, train, trained
+from test_training import HEAD, KILLS, WITHOUT_DROPOUT, adapted, train, trained
 
 import vlmkit as vk
 from vlmkit import cli
@@ -96,6 +96,15 @@ def test_what_may_differ(rows, folder):
     assert train(folder, rows, **(QUICK | changed)).continued_from == 4
 
 
+def train_patiently(folder, rows):
+    """Train until two evaluations in a row were no better."""
+    model, processor = adapted(**WITHOUT_DROPOUT)
+    return vk.finetuning.train(
+        model, processor, rows, folder, eval_dataset=rows, max_steps=20, eval_steps=1,
+        per_device_train_batch_size=2, early_stopping_patience=2,
+    )  # fmt: skip
+
+
 def test_a_training_that_stopped_early_is_finished(rows, tmp_path, monkeypatch):
     scores = iter([0.5, 0.4, 0.3])
     kind = type("Scores", (), {"interval": (0, 1), "by_task": None})
@@ -103,15 +112,8 @@ def test_a_training_that_stopped_early_is_finished(rows, tmp_path, monkeypatch):
         trainer, "evaluate", lambda *_: type("One", (kind,), {"accuracy": next(scores)})()
     )
 
-    def call():
-        model, processor = adapted(**WITHOUT_DROPOUT)
-        return vk.finetuning.train(
-            model, processor, rows, tmp_path, eval_dataset=rows, max_steps=20, eval_steps=1,
-            per_device_train_batch_size=2, early_stopping_patience=2,
-        )  # fmt: skip
-
-    first = call()
-    again = call()
+    first = train_patiently(tmp_path, rows)
+    again = train_patiently(tmp_path, rows)
     assert first.curve["step"].tolist() == again.curve["step"].tolist() == [1, 2, 3]
     assert again.continued_from == 3 and same(first, again)  # the best, of step 1
 
@@ -127,20 +129,13 @@ def test_patience_is_counted_across_a_kill(rows, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer, "evaluate", evaluate)
 
-    def call():
-        model, processor = adapted(**WITHOUT_DROPOUT)
-        return vk.finetuning.train(
-            model, processor, rows, tmp_path, eval_dataset=rows, max_steps=20, eval_steps=1,
-            per_device_train_batch_size=2, early_stopping_patience=2,
-        )  # fmt: skip
-
-    call()
+    train_patiently(tmp_path, rows)
     shutil.rmtree(tmp_path / "checkpoint-3")
     for left in tmp_path.glob("checkpoint-*"):
         assert left.name in ("checkpoint-1", "checkpoint-2")
     if last_checkpoint(tmp_path).name == "checkpoint-2":
         count[:] = [1, 1]
-        assert call().curve["step"].tolist() == [1, 2, 3]
+        assert train_patiently(tmp_path, rows).curve["step"].tolist() == [1, 2, 3]
 
 
 def test_checkpoints_are_written_without_being_asked_for(rows, tmp_path, monkeypatch):
@@ -373,12 +368,7 @@ def test_the_same_file_ends_bit_for_bit_the_same(tmp_path):
     assert files(tmp_path / "here") != files(tmp_path / "other")
 
 
-KILLED = """
-class Kills(trainer.Progress):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            os._exit(9)
-trainer.Progress = Kills
+KILLED = f"""{KILLS}
 from vlmkit import cli
 sys.exit(cli.main(["train", sys.argv[2]]))
 """

@@ -223,6 +223,9 @@ def test_a_plan_in_a_file_loads_and_is_audited(tmp_path):
         ("overrides: [{pattern: '(', format: nf4}]", "not a regular expression"),
         ("!!python/object/apply:os.system [true]", "is not YAML"),
         ("[" * 5000, "is not YAML"),
+        ("projector: fp32\nprojector: nf4", "is there twice"),
+        ("projector: !!int abc", "is not YAML"),
+        ("projector: !!timestamp abc", "is not YAML"),
     ],
 )
 def test_files_that_hold_no_plan(text, says, tmp_path):

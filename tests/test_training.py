@@ -316,12 +316,14 @@ from test_training import *
 rows = vk.tasks.dataset("vqa", 24, split="train")
 folder, ways = Path(sys.argv[1]), WITHOUT_DROPOUT
 """
-KILLED = """
+KILLS = """
 class Kills(trainer.Progress):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 3:
             os._exit(9)
 trainer.Progress = Kills
+"""
+KILLED = f"""{KILLS}
 train(folder, rows, max_steps=4, save_steps=2)
 """
 

@@ -17,8 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-import yaml
-
 from vlmkit import COMPONENTS
 from vlmkit.errors import PlanError, brief, did_you_mean
 from vlmkit.folders import write_whole
@@ -126,12 +124,19 @@ class Plan(Table):
 
     @classmethod
     def _of_file(cls, path):
+        import yaml  # here, since most plans are in no file
+
+        from vlmkit.backend.validation import YamlLoader
+
         try:
             text = path.read_text(encoding="utf-8")
-            said = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+            if path.suffix.lower() == ".json":
+                said = json.loads(text)
+            else:
+                said = yaml.load(text, YamlLoader)  # noqa: S506, a SafeLoader
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"The plan {path} cannot be read: {brief(error)}") from error
-        except (ValueError, RecursionError, yaml.YAMLError) as error:
+        except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
             kind = "JSON" if path.suffix.lower() == ".json" else "YAML"
             raise PlanError(f"The plan {path} is not {kind}: {brief(error)}") from error
         if not isinstance(said, Mapping):
@@ -163,6 +168,8 @@ class Plan(Table):
         if path.suffix.lower() == ".json":
             text = json.dumps(said, indent=2) + "\n"
         else:
+            import yaml
+
             text = yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
         try:
             write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))

@@ -7,8 +7,11 @@ those of its configs, by huggingface_hub.
 
 import dataclasses
 import math
+import re
 import reprlib
 from typing import Literal, get_args, get_origin
+
+import yaml
 
 from vlmkit.errors import FinetuningError, did_you_mean
 
@@ -138,3 +141,29 @@ def _hint(name, known, beside):
             meaning = f", which {MEANINGS[right]}" if right in MEANINGS else ""
             return f"It is called {right!r} here{meaning}. "
     return did_you_mean(name, known)
+
+
+class YamlLoader(yaml.SafeLoader):
+    """A SafeLoader that reads 2e-4 as a number and 2026-05-01 as text, as YAML 1.2 does. It refuses
+    a repeated key."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key!r} is there twice", problem_mark=node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    "-+0123456789",
+)

@@ -8,7 +8,6 @@ The file is checked before anything is loaded: an unknown key would otherwise be
 never set. docs/train.yaml is an example, docs/training.md explains it.
 """
 
-import re
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
@@ -19,7 +18,7 @@ import yaml
 from vlmkit import tasks
 from vlmkit.adapters import LoRA, parse, require_component
 from vlmkit.backend.optimizers import check_optimizer
-from vlmkit.backend.validation import MOST, Checked, shown
+from vlmkit.backend.validation import MOST, Checked, YamlLoader, shown
 from vlmkit.errors import FinetuningError, VlmkitError
 from vlmkit.finetuning.collating import RAISE
 from vlmkit.plan import Plan
@@ -211,7 +210,7 @@ def read(path):
     """
     path = Path(path).expanduser()
     try:
-        said = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506, a SafeLoader
+        said = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)  # noqa: S506, a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise FinetuningError(
             f"{path} cannot be read: {error}. The current directory is {Path.cwd()}."
@@ -282,29 +281,3 @@ def _source(said, where):
             f"names {'both' if 'task' in said else 'neither'}."
         )
     return _built(TaskRows if "task" in said else SourceRows, said, where)
-
-
-class _Loader(yaml.SafeLoader):
-    """A SafeLoader that reads 2e-4 as a number and 2026-05-01 as text, as YAML 1.2 does. It refuses
-    a repeated key."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key!r} is there twice", problem_mark=node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    "-+0123456789",
-)
