@@ -290,8 +290,8 @@ def test_ctrl_c_is_quiet(red):
     assert running.stdout.readline().startswith("picture")  # buffered until the model is named
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)
-    # A shell shows 130 for both: if the signal comes inside an `exec` of text (a dataclass is made so),
-    # Python 3.11 ends a `python -m` by the signal itself, whatever status the program returns.
+    # A shell shows 130 for both. If the signal comes inside an `exec` of text (a dataclass is made
+    # so), Python 3.11 ends a `python -m` by the signal itself, whatever the program returns.
     assert running.returncode in (130, -signal.SIGINT)
     assert err == ""
 

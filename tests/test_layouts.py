@@ -298,8 +298,15 @@ def test_text_stands_as_it_does_in_the_file(tmp_path):
     for options in ({}, {"streaming": True}):
         assert [row["answer"] for row in from_dataset(source, **options)] == expected
     csv = tmp_path / "rows.csv"
-    csv.write_text("question,answer,image\n?,2019-05-01,\n?,2.50,\n?,NaN,\n")
-    assert [row["answer"] for row in from_dataset(csv)] == ["2019-05-01", "2.50", "NaN"]
+    table = "question,answer,image\n?,2019-05-01,\n?,2.50,\n?,NaN,\n"
+    csv.write_text(table)
+    (tmp_path / "rows.tsv").write_text(table.replace(",", "\t"))
+    (tmp_path / "semicolons.csv").write_text(table.replace(",", ";"))
+    for source in (csv, tmp_path / "rows.tsv", tmp_path / "semicolons.csv"):
+        assert [row["answer"] for row in from_dataset(source)] == ["2019-05-01", "2.50", "NaN"]
+    csv.write_bytes(table.encode("utf-16"))
+    with pytest.raises(TaskError, match="UTF-8"):
+        from_dataset(csv)
 
 
 def test_values_of_python_are_texts_too():
@@ -318,6 +325,7 @@ def test_pictures_of_every_kind(folder, monkeypatch):
         FILE,
         folder / FILE,
         "pictures\\1.png",
+        (folder / FILE).as_uri(),
         png(),
         {"bytes": png(), "path": None},
         {"bytes": None, "path": FILE},
@@ -367,6 +375,14 @@ BAD = {
     "no user": ({"messages": [RED]}, "asks no question"),
     "no last answer": ({"messages": TURNS[:4], "images": [FILE]}, "not an answer"),
     "an unknown role": ({"messages": [{"role": "tool", "content": "x"}, RED]}, "role 'tool'"),
+    "a call of a tool": (
+        {"messages": [TURNS[3], {"role": "assistant", "tool_calls": [{"id": "1"}]}, RED]},
+        "message 2 has tool_calls",
+    ),
+    "an answer without weight": (
+        {"messages": [TURNS[3], {**RED, "weight": 0}, TURNS[3], RED]},
+        "message 2 .*not to be learned",
+    ),
     "an empty turn": ({"messages": [{"role": "user", "content": None}, RED]}, "message 1 .*empty"),
     "a video": (
         {"messages": [{"role": "user", "content": [{"type": "video"}, "?"]}, RED]},

@@ -10,6 +10,7 @@ import base64
 import io
 import os
 import warnings
+from urllib.request import url2pathname
 
 from vlmkit.errors import ImageError
 
@@ -30,7 +31,8 @@ def read(image):
     `image` is one of
 
     - a PIL image of any mode;
-    - a path to a file in any format that Pillow reads; of an animation, the first frame is used;
+    - a path to a file in any format that Pillow reads, also written as `file:///...`; of an
+      animation, the first frame is used;
     - a dict of bytes and path, which is how `datasets` stores a picture that is not decoded;
     - bytes of a file, an opened file, or a `data:` address with a picture in base64;
     - an array or tensor of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels: unsigned
@@ -179,9 +181,16 @@ def _read_file(path):
     return _decoded(path, path)
 
 
+def without_scheme(path):
+    """`path` as the file system takes it, if it is written as an address: file:///data/a%20b.png."""
+    if not path.lower().startswith("file:"):
+        return path
+    return url2pathname(path[len("file:") :].removeprefix("//").removeprefix("localhost"))
+
+
 def _file(path):
     """The path of a picture's file, which is there and not empty."""
-    path = os.path.expanduser(os.fsdecode(path))
+    path = os.path.expanduser(without_scheme(os.fsdecode(path)))
     if "\\" in path and not os.path.exists(path):
         other = path.replace("\\", "/")  # written on a system with another separator
         path = other if os.path.exists(other) else path

@@ -31,6 +31,11 @@ ROLES = {
     "chatgpt": "assistant",
     "model": "assistant",
 }
+WEIGHTS = ("weight", "loss", "loss_weight", "train", "training")
+"""Keys by which other tools take an answer out of the loss, with one of the values `NOTHING`."""
+
+NOTHING = ("0", "0.0", "false")
+
 _PLACEHOLDER = re.compile(r"\n?<image>\n?")  # the template breaks the line itself, if at all
 
 
@@ -168,6 +173,14 @@ def _turn(message, number):
             f"message {number} has the role {role!r}, and the roles are {', '.join(ROLES)}."
         )
     role, content = ROLES[role], message.get("content", message.get("value"))
+    for key in ("tool_calls", "function_call"):
+        if message.get(key):
+            raise TaskError(f"message {number} has {key}, and vlmkit reads text and pictures only.")
+    if role == "assistant" and any(str(message.get(k, 1)).lower() in NOTHING for k in WEIGHTS):
+        raise TaskError(
+            f"message {number} is an answer that is not to be learned, and vlmkit learns every "
+            "answer of a row: leave the row out, or write the turns up to it as one question."
+        )
     parts = content if isinstance(content, (list, tuple)) else [content]
     made = [one for part in parts for one in _parts(part, role, number)]
     thoughts = message.get("reasoning_content") or message.get("thinking")

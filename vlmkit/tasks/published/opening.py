@@ -18,6 +18,7 @@ BUILDERS = {
     ".json": "json",
     ".ndjson": "json",
     ".csv": "csv",
+    ".tsv": "csv",
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Longer names first: "testdev" begins with "test".
@@ -39,7 +40,7 @@ class FileRows:
 
     def __iter__(self):
         for file in self.files:
-            read = _csv if file.suffix == ".csv" else _json
+            read = _csv if BUILDERS.get(file.suffix) == "csv" else _json
             folder = os.path.abspath(file.parent)
             try:
                 for row in read(file, self.field):
@@ -49,13 +50,21 @@ class FileRows:
                     elif not isinstance(row, TaskError):
                         row = TaskError(f"it is no object with named values: {row!r:.80}.")
                     yield row
-            except (OSError, UnicodeError, csv.Error) as error:
+            except UnicodeError as error:
+                raise TaskError(
+                    f"{file} is not text in UTF-8: save it so. {brief(error)}."
+                ) from error
+            except (OSError, csv.Error) as error:
                 raise TaskError(f"{file} cannot be read: {brief(error)}.") from error
 
 
 def _csv(file, field):
     with open(file, encoding="utf-8-sig", newline="") as lines:
-        for row in csv.DictReader(lines):
+        header = lines.readline()
+        lines.seek(0)
+        # A spreadsheet separates by what its country does not use in numbers.
+        separator = max(",;\t", key=header.count)
+        for row in csv.DictReader(lines, delimiter=separator):
             # An empty cell is a missing value, and a cell too many has no name.
             yield {name: value or None for name, value in row.items() if name is not None}
 
@@ -124,6 +133,7 @@ def opened(source, split=None, streaming=False, name=None, **loading):
         raise TaskError(
             "A source is a file or folder, a hub id, an opened dataset of the datasets library, or "
             f"a list of rows; this is a {type(source).__name__}."
+            + (" Give its rows: to_dict('records')." if hasattr(source, "to_dict") else "")
         )
     path = Path(source).expanduser()
     if path.exists():

@@ -4,7 +4,7 @@ import os
 
 from vlmkit.errors import ImageError, TaskError, VlmkitError
 from vlmkit.evaluation.columns import columns_of, lacking_columns
-from vlmkit.images import check_all, read_all, undecoded
+from vlmkit.images import check_all, read_all, undecoded, without_scheme
 from vlmkit.tasks.published.schemas import schema_of
 
 TEXTS = ("question", "answer", "task", "kind")
@@ -133,6 +133,7 @@ def _located(cell, folders):
         cell = cell.get("path") or ""
     if not isinstance(cell, str) or cell.startswith(("http://", "https://", "data:")):
         return cell
+    cell = without_scheme(cell)
     if not folders:
         return cell
     # Paths are also written on a system with another separator.
