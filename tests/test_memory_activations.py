@@ -34,10 +34,10 @@ PASSES = {
     "full, checkpoints": ("bf16", "full", True),
 }
 KINDS = [kind for kind in PASSES if kind != "prompt in nf4"]
-# One case of each family, the kinds in turn, and some more: the rest is slow.
-SOME = {(family, KINDS[3 * i % len(KINDS)]) for i, family in enumerate(FAMILIES)}
-SOME |= {("llava", "LoRA on nf4"), ("qwen3_vl", "full"), ("gemma3", "prompt"), ("blip2", "full")}
-SOME = {case for case in SOME if case[0] != "idefics2"} | {("idefics2", "prompt in nf4")}
+# One case of every second family, the kinds in turn, and one more: the rest is slow.
+SOME = {(family, KINDS[3 * i % len(KINDS)]) for i, family in enumerate(FAMILIES) if i % 2 == 0} | {
+    ("idefics2", "prompt in nf4")
+}
 CASES = [
     (family, kind) if (family, kind) in SOME else pytest.param(family, kind, marks=pytest.mark.slow)
     for family in FAMILIES
@@ -114,8 +114,8 @@ def test_the_peak_of_a_pass(family, kind, folder_of):
 
 
 def test_the_average():
-    """After the cases above, at least twenty of them."""
-    if len(ERRORS) < 20:
+    """After the cases above, at least eight of them."""
+    if len(ERRORS) < 8:
         pytest.skip("the cases were not run in this process")
     print(
         f"{len(ERRORS)} cases: {sum(ERRORS.values()) / len(ERRORS):.3%}, {max(ERRORS.values()):.3%}"

@@ -15,7 +15,7 @@ from vlmkit.formats import FORMATS, torch_dtype
 from vlmkit.layout import layout_of
 from vlmkit.memory import compare, measure, predict
 
-MODELS, MANY, SOME = 300, 40, 20
+MODELS, MANY, SOME = 300, 20, 10
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = ("llava", "llava_onevision", "qwen2_vl", "mllama", "idefics3", "gemma3", "mistral3")

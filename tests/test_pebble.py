@@ -7,15 +7,25 @@ from importlib import resources
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from vlmkit import tasks
+from vlmkit.catalog.bundled import BUNDLED
 from vlmkit.errors import VlmkitError
 from vlmkit.models.pebble import batches, recipe, states, train
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return recipe.build_tokenizer()
+    return AutoTokenizer.from_pretrained(BUNDLED["pebble"].folder)
+
+
+@pytest.mark.slow
+def test_the_tokenizer_is_made_again_as_it_is(tokenizer):
+    again = recipe.build_tokenizer()
+    assert again.get_vocab() == tokenizer.get_vocab()
+    text = "Is the red circle left of 27 squares? STOP"
+    assert again.encode(text) == tokenizer.encode(text)
 
 
 @pytest.fixture(scope="module")
