@@ -85,8 +85,13 @@ def _without_video(family, kind, *parts, **settings):
         if name != "video_processor":
             super(pictures_only, self).check_argument_for_proper_class(name, part)
 
+    def save(self, folder, **more):  # transformers' own would ask the video processor too
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
     own = getattr(module, kind)
-    pictures_only = type(kind, (own,), {"check_argument_for_proper_class": check})
+    methods = {"check_argument_for_proper_class": check, "save_pretrained": save}
+    pictures_only = type(kind, (own,), methods)
     return pictures_only(*parts, **settings)
 
 

@@ -56,7 +56,7 @@ def whole_folder(path, *, overwrite=False, size=0, need=""):
     try:
         path = Path(path).expanduser().resolve()
         recover(path)
-        _require_free(path, overwrite)
+        require_free(path, overwrite)
         made = [folder for folder in path.parents if not folder.exists()]
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
@@ -87,7 +87,9 @@ def whole_folder(path, *, overwrite=False, size=0, need=""):
         ) from error
 
 
-def _require_free(path, overwrite):
+def require_free(path, overwrite):
+    """Raise CheckpointError if `whole_folder` would refuse `path`, a pathlib.Path: it is a file, or
+    a folder that is not empty and not to be replaced."""
     if path.is_dir():
         if any(path.iterdir()) and not overwrite:
             raise CheckpointError(

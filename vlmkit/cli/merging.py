@@ -15,9 +15,10 @@ Examples:
   vlmkit merge my-run/adapters my-model --plan recommended    # into the quantized base
   vlmkit merge my-run/adapters my-model --base pebble
 
-OUT is an ordinary checkpoint: transformers, vk.load and vLLM load it. A quantized weight is
-quantized again, and a part of what was learnt can be lost. The table shows how much: 0 means that
-all of the adapters' change arrived, and 1 that rounding undid as much as was learnt.
+OUT is an ordinary checkpoint: transformers and vk.load load it, and in bf16 vLLM and llama.cpp's
+converter do (docs/from_vlmkit.md). A quantized weight is quantized again, and a part of what was
+learnt can be lost. The table shows how much: 0 means that all of the adapters' change arrived, and
+1 that rounding undid as much as was learnt.
 """
 
 
@@ -38,13 +39,31 @@ def merge(
 ):
     """Merge adapters, and what was trained in full beside them, into their base."""
     import vlmkit as vk
-    from vlmkit.errors import FinetuningError
+    from vlmkit.checkpoints import find
+    from vlmkit.errors import CheckpointError, FinetuningError
     from vlmkit.finetuning.saved import notes_of
+    from vlmkit.folders import require_free
 
-    base = base or notes_of(adapters).get("base")
-    if not base:
+    named = notes_of(adapters).get("base")
+    if not (base or named):
         raise FinetuningError(f"{adapters} does not say what it was trained on. Give --base MODEL.")
-    model, processor = vk.load(base, plan, trust_remote_code=trust_remote_code)
+    try:
+        folder = find(base or named, trust_remote_code=trust_remote_code)
+    except CheckpointError as error:
+        if base:
+            raise
+        raise FinetuningError(
+            f"{adapters} was trained on {named}, which is not to be found ({error}) Give its name "
+            "or folder: --base MODEL."
+        ) from error
+    # Before a weight is read
+    for name, needed in {"ADAPTERS": adapters, "the base": folder}.items():
+        if needed.expanduser().resolve().is_relative_to(out.expanduser().resolve()):
+            raise FinetuningError(
+                f"{out} is or contains {name} ({needed}), which would be deleted. Name another OUT."
+            )
+    require_free(out.expanduser(), overwrite)
+    model, processor = vk.load(base or named, plan, trust_remote_code=trust_remote_code)
     model = vk.finetuning.load(model, adapters)
     if hasattr(model, "peft_config"):
         model, report = vk.finetuning.merge(model)

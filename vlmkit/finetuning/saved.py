@@ -9,21 +9,28 @@ folder also notes the base, since adapters fit every model of the same shape but
 lists its files with their hashes, so that none can be lost or changed without an error.
 
 Plain peft loads the folder too. Modules that were trained in full are in the adapters' file as its
-`modules_to_save`, as far as it has this for them; README.md in the folder says what it cannot load.
+`modules_to_save`, as far as it has this for them. README.md in the folder says what peft cannot
+load, and peft says it in a warning when it loads the folder. docs/from_vlmkit.md has the details.
 """
 
 import hashlib
 import json
 import os
+import re
+import warnings
 from pathlib import Path
 
 from vlmkit.anatomy import component_finder, is_adapter, plain_name, shape_of, unwrapped
+from vlmkit.catalog.bundled import BUNDLED
 from vlmkit.errors import FinetuningError, brief, public
 from vlmkit.folders import whole_folder
 
 NOTES, IN_FULL, ADAPTERS = "vlmkit.json", "trained_in_full.safetensors", "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PARTS = (IN_FULL, ADAPTERS, WEIGHTS)
+LEFT_OUT = "peft leaves out parameters that were trained in full (see README.md): "
+"""The beginning of a key in adapter_config.json. peft ignores a key that it does not know and names
+it in a warning. Nothing else in this file makes plain peft say that a parameter is missing."""
 
 
 @public
@@ -73,8 +80,21 @@ def write(model, folder, tensors):
         model.save_pretrained(folder, state_dict=tensors)
     if in_full:
         save_file(in_full, folder / IN_FULL)
-    notes = {"base": unwrapped(model).name_or_path, "fingerprint": _fingerprint(model, tensors)}
-    _write_notes(folder, notes)
+    _write_notes(folder, {"base": _base_of(model), "fingerprint": _fingerprint(model, tensors)})
+
+
+def _base_of(model):
+    """The name of the base, for people and for other machines: a hub id rather than a folder in the
+    hub's cache, the name of a model of the course, or else the full path of a folder."""
+    name = unwrapped(model).name_or_path or ""
+    path = Path(name).resolve()
+    if not (name and path.is_dir()):
+        return name
+    cached = re.search(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]\w+$", str(path))
+    if cached:
+        return "/".join(cached.groups())
+    own = (bundled.name for bundled in BUNDLED.values() if bundled.folder.resolve() == path)
+    return next(own, str(path))
 
 
 def _write_notes(folder, notes):
@@ -95,37 +115,56 @@ def _write_for_peft(model, folder):
 
     notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
     in_full = load_file(folder / IN_FULL) if (folder / IN_FULL).exists() else {}
-    held = {}
-    if (folder / ADAPTERS).exists() and in_full:
-        modules = _whole_modules(unwrapped(model), in_full)
-        held = {n: t for n, t in in_full.items() if any(n.startswith(f"{m}.") for m in modules)}
-        adapters = load_file(folder / WEIGHTS)
-        adapters |= {f"base_model.model.{name}": tensor for name, tensor in held.items()}
-        save_file(adapters, folder / WEIGHTS, metadata={"format": "pt"})
+    lost = sorted(in_full)
+    if (folder / ADAPTERS).exists():
         config = json.loads((folder / ADAPTERS).read_text(encoding="utf-8"))
-        config["modules_to_save"] = modules or None
+        config["base_model_name_or_path"] = _base_for_peft(model, notes["base"])
+        modules, held = _held_by_peft(unwrapped(model), in_full)
+        lost = sorted(in_full.keys() - held.keys())
+        if modules:
+            adapters = load_file(folder / WEIGHTS)
+            adapters |= {f"base_model.model.{name}": tensor for name, tensor in held.items()}
+            save_file(adapters, folder / WEIGHTS, metadata={"format": "pt"})
+            config["modules_to_save"] = modules
+        if lost:
+            config[LEFT_OUT + ", ".join(lost)] = True
         (folder / ADAPTERS).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         _write_notes(folder, notes)
-    lost = sorted(in_full.keys() - held.keys())
-    (folder / "README.md").write_text(_readme(folder, notes["base"], held, lost), encoding="utf-8")
+    text = _readme(folder, notes["base"], in_full, lost)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _whole_modules(model, in_full):
-    """Full names of the outermost modules of which every parameter is in `in_full`. peft can put a
-    copy in the place of each of them, but not in the place of a list of modules."""
+def _base_for_peft(model, base):
+    """The base as transformers finds it, which does not know the names of the course's models."""
+    return unwrapped(model).name_or_path if base in BUNDLED else base
+
+
+def _held_by_peft(model, in_full):
+    """(full names of modules, {name: tensor of them}): what of `in_full` peft can load, by putting
+    a copy in the place of a module of which every parameter was trained.
+
+    The modules are the outermost ones. A list of modules is none of them, since peft cannot copy
+    it. An output head that is tied to the embedding is a copy of its own, and has its own tensor.
+    """
     from torch.nn import ModuleDict, ModuleList
 
-    found = []
+    trained = {id(p): in_full.get(plain_name(name)) for name, p in model.named_parameters()}
+    modules, held = [], {}
     for path, module in model.named_modules():
-        names = {plain_name(f"{path}.{name}") for name, _ in module.named_parameters()}
-        inside = any(f"{path}.".startswith(f"{other}.") for other in found)
-        whole = path and names and names <= in_full.keys()
-        if whole and not inside and not isinstance(module, (ModuleList, ModuleDict)):
-            found.append(path)
-    return found
+        inside = {
+            plain_name(f"{path}.{name}"): trained[id(parameter)]
+            for name, parameter in module.named_parameters(remove_duplicate=False)
+        }
+        whole = path and inside and all(tensor is not None for tensor in inside.values())
+        covered = inside.keys() <= held.keys()
+        if whole and not covered and not isinstance(module, (ModuleList, ModuleDict)):
+            modules.append(path)
+            held |= {name: tensor.clone() for name, tensor in inside.items()}
+    return modules, held
 
 
-def _readme(folder, base, held, lost):
+def _readme(folder, base, in_full, lost):
+    """The text of README.md. lost: the names of `in_full` that plain peft cannot load."""
     lines = [
         "# Adapters, written by vlmkit",
         "",
@@ -142,14 +181,26 @@ def _readme(folder, base, held, lost):
             "Plain peft cannot load this folder: it has no adapters, only parameters that were "
             f"trained in full, in {IN_FULL}."
         )
-    else:
+        return "\n".join(lines) + "\n"
+    both = " and what was trained in full" if len(lost) < len(in_full) else ""
+    lines.append(
+        "Plain peft loads it too: `peft.PeftModel.from_pretrained(model, folder)`. It then has "
+        f"the adapters{both}."
+    )
+    fine = sorted({str(t.dtype).removeprefix("torch.") for t in in_full.values()} - {"bfloat16"})
+    if both and fine:
         lines.append(
-            "Plain peft loads it too: `peft.PeftModel.from_pretrained(model, folder)`. It then has "
-            f"the adapters{' and what was trained in full' if held else ''}."
+            f"What was trained in full is {' and '.join(fine)} here. peft rounds it to the dtype "
+            "in which the base was loaded."
         )
-    if lost and (folder / ADAPTERS).exists():
-        lines += ["", "**Plain peft leaves out these parameters, which were trained in full:**", ""]
-        lines += [f"- {name}" for name in lost]
+    if lost:
+        lines += [
+            "",
+            "**Plain peft leaves out these parameters, which were trained in full.** It says so in "
+            "a warning. Without them, the model is another one than was trained:",
+            "",
+            *(f"- {name}" for name in lost),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -160,6 +211,9 @@ def load(model, path, *, trainable=False):
 
     model: the base, under any plan that does not quantize what was trained in full.
     trainable: whether training goes on; otherwise everything is frozen, in eval mode.
+
+    Warns if what was trained in full is rounded to a coarser format of the base, and how much of
+    what was learnt that loses.
 
     Raises FinetuningError if `path` holds nothing that `save` wrote, if one of its files is missing
     or was changed, if it was trained on another base, or if its parameters do not fit.
@@ -174,7 +228,10 @@ def load(model, path, *, trainable=False):
     if (path / ADAPTERS).exists():
         from peft import PeftConfig, PeftModel
 
-        config = PeftConfig.from_pretrained(str(path))
+        said = json.loads((path / ADAPTERS).read_text(encoding="utf-8"))
+        config = PeftConfig.from_peft_type(
+            **{name: value for name, value in said.items() if not name.startswith(LEFT_OUT)}
+        )
         config.modules_to_save = None  # what was trained in full is in its place already
         config.inference_mode = not trainable
         model = PeftModel.from_pretrained(model, path, is_trainable=trainable, config=config)
@@ -240,12 +297,15 @@ def _put_in_full(model, path):
     from safetensors.torch import load_file
 
     stored = load_file(path / IN_FULL) if (path / IN_FULL).exists() else {}
-    _put(model, stored, path)
+    _put(model, stored, path, warn=True)
     return stored.keys()
 
 
-def _put(model, stored, path):
-    """Copy the tensors `stored`, {plain name: tensor}, into `model`: all of them, or none."""
+def _put(model, stored, path, warn=False):
+    """Copy the tensors `stored`, {plain name: tensor}, into `model`: all of them, or none.
+
+    warn: whether to warn of what is lost where they are rounded.
+    """
     import torch
 
     held = {plain_name(name): parameter for name, parameter in model.named_parameters()}
@@ -260,9 +320,22 @@ def _put(model, stored, path):
                 f"{name} was trained in full, and in this model it is quantized: load the base "
                 "under a plan that keeps it in a float format."
             )
+    missed = changed = 0.0
     with torch.no_grad():
         for name, tensor in stored.items():
+            if warn and tensor.dtype != held[name].dtype:
+                rounded, before = tensor.to(held[name].dtype), held[name].cpu().float()
+                missed += (rounded.float() - tensor).square().sum().item()
+                changed += (tensor - before).square().sum().item()
             held[name].copy_(_sharded_like(held[name], tensor))
+    if missed > 0.01**2 * changed:
+        warnings.warn(
+            f"What was trained in full in {path} is finer than the format that this model has for "
+            f"it. Rounding loses {(missed / changed) ** 0.5:.4f} of what was learnt (0: nothing; "
+            "1: as much as was learnt). To keep it, load the base under a plan with the format of "
+            "the training, such as projector=fp32.",
+            stacklevel=5,
+        )
 
 
 def _sharded_like(parameter, tensor):
@@ -317,13 +390,13 @@ def _require_base(model, path, notes):
 def merge(model):
     """The adapters merged into the weights: (the model without adapters, a report).
 
-    Each weight W becomes W + (lora_alpha / r) B A, rounded to W's format. A quantized weight is
-    quantized again, and the adapter's change can be smaller than the steps of its format.
+    Each weight W becomes W + (lora_alpha / r) B A, rounded once to W's format. A quantized
+    weight is quantized again, and the adapter's change can be smaller than its format's steps.
     The report is a DataFrame with a row per component and format: modules, and lost, the length of
     (merged - wanted) over the length of the adapters' change. 0 means that all of the change
     arrived, 1 that rounding undid as much as was learnt. In bf16 or fp32 less is lost.
 
-    Raises FinetuningError if the model has no adapters.
+    Raises FinetuningError if the model has no adapters, or if a merged weight would not be finite.
     """
     import pandas
 
@@ -337,11 +410,16 @@ def merge(model):
     wanted = {}
     for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight") and getattr(module, "lora_A", None):
-            change = module.get_delta_weight(model.active_adapter).float().cpu()
             plain = plain_name(f"{name}.base_layer.weight")
             base = _weight_of(module.get_base_layer())
-            wanted[plain] = (component_of(plain), base + change, change)
-    model = model.merge_and_unload(safe_merge=True)
+            weight = _merged_in_float32(module, model.active_adapter, base)
+            if not weight.isfinite().all():
+                raise FinetuningError(
+                    f"{plain} would not be finite after merging: its adapter is damaged."
+                )
+            wanted[plain] = (component_of(plain), weight, weight - base)
+    # With safe_merge, peft rounds the adapter's change first and then the sum once more.
+    model = model.merge_and_unload()
     rows = []
     for name, (component, weight, change) in wanted.items():
         module = model.get_submodule(name.rpartition(".")[0])
@@ -353,6 +431,23 @@ def merge(model):
     report = report.groupby(["component", "format"], sort=False, as_index=False).sum()
     report["lost"] = (report["missed"] / report["changed"]).fillna(0.0) ** 0.5
     return model, report[["component", "format", "modules", "lost"]]
+
+
+def _merged_in_float32(module, adapter, base):
+    """What the weight of an adapted layer should become, in float32. base: its weight before."""
+    from torch.nn import Linear
+
+    kind = getattr(module, "lora_variant", {}).get(adapter)
+    if kind is None:
+        return base + module.get_delta_weight(adapter).float().cpu()
+    # Such as DoRA, which reads the layer that it adapts: it gets one that nothing is rounded in.
+    own, plain = module.base_layer, Linear(*reversed(base.shape), bias=False)
+    plain.weight.data = base.to(module.lora_A[adapter].weight.device)
+    module.base_layer = plain
+    try:
+        return kind.merge_safe(module, adapter, plain.weight.data.clone()).detach().float().cpu()
+    finally:
+        module.base_layer = own
 
 
 def _weight_of(layer):
