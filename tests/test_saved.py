@@ -132,7 +132,7 @@ def test_plain_peft_has_the_same_bits_or_says_what_it_lacks(
 
 
 def names_in(folder):
-    """The names of the tensors in a checkpoint, without what bitsandbytes writes beside a weight."""
+    """Names of a checkpoint's tensors, without what bitsandbytes writes beside a weight."""
     files = sorted(Path(folder).glob("*.safetensors"))
     names = {name for file in files for name in load_file(file)}
     return {name for name in names if not vk.checkpoints.BESIDE.search(name)}

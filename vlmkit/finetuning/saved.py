@@ -234,7 +234,10 @@ def load(model, path, *, trainable=False):
         )
         config.modules_to_save = None  # what was trained in full is in its place already
         config.inference_mode = not trainable
-        model = PeftModel.from_pretrained(model, path, is_trainable=trainable, config=config)
+        with warnings.catch_warnings():
+            # peft 0.21 asks transformers about checkpointing by its older name
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+            model = PeftModel.from_pretrained(model, path, is_trainable=trainable, config=config)
     if trainable:
         for name, parameter in model.named_parameters():
             if plain_name(name) in in_full:
@@ -418,8 +421,10 @@ def merge(model):
                     f"{plain} would not be finite after merging: its adapter is damaged."
                 )
             wanted[plain] = (component_of(plain), weight, weight - base)
-    # With safe_merge, peft rounds the adapter's change first and then the sum once more.
-    model = model.merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Merge lora module to")  # the report has it in numbers
+        # With safe_merge, peft rounds the adapter's change first and then the sum once more.
+        model = model.merge_and_unload()
     rows = []
     for name, (component, weight, change) in wanted.items():
         module = model.get_submodule(name.rpartition(".")[0])

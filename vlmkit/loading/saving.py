@@ -42,9 +42,10 @@ def save(model, processor, path, *, overwrite=False):
     if hasattr(model, "peft_config"):
         raise CheckpointError(
             "The model has PEFT adapters. To merge them and save everything: "
-            "vk.save(model.merge_and_unload(), ...). To save the model without them, with a "
-            "component that was trained in full: vk.save(model.unload(), ...). To save the "
-            "adapters alone: model.save_pretrained(path)."
+            "vk.save(vk.finetuning.merge(model)[0], ...). To save the model without them, with a "
+            "component that was trained in full: vk.save(model.unload(), ...). To save what was "
+            "trained: vk.finetuning.save(model, path). To save the adapters alone: "
+            "model.save_pretrained(path)."
         )
     layout = layout_of(model, plan_of(model))
     size = audit_layout(model, layout).total
