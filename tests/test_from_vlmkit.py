@@ -1,4 +1,4 @@
-"""docs/from_vlmkit.md: its code and its `vlmkit` commands run in their order, and do what it says."""
+"""docs/from_vlmkit.md: its code and its `vlmkit` commands run in order, and do what it says."""
 
 import json
 import re

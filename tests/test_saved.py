@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import vlmkit as vk
 from vlmkit.cli import main
-from vlmkit.errors import FinetuningError
+from vlmkit.errors import CheckpointError, FinetuningError
 
 PARTS = ["adapter_config.json", "adapter_model.safetensors", "trained_in_full.safetensors"]
 
@@ -201,7 +201,7 @@ def test_a_merge_is_rounded_once_and_its_report_is_right(dora, family, one_threa
 def test_a_damaged_adapter_is_not_merged(family, one_thread):
     model = trained(family("llava"), language_model=vk.LoRA(r=4))
     next(p for n, p in model.named_parameters() if "lora_B" in n).data[0, 0] = float("nan")
-    with pytest.raises(FinetuningError, match=r"q_proj\.weight would not be finite"):
+    with pytest.raises(FinetuningError, match=r"q_proj\.lora_B\S* is not finite"):
         vk.finetuning.merge(model)
 
 
@@ -251,6 +251,9 @@ def test_the_readme_says_what_plain_peft_leaves_out(both, tmp_path):
     assert "peft cannot load" in (folder / "README.md").read_text()
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", PARTS[2], "vlmkit.json"]
     vk.finetuning.load(vk.load("pebble", "bf16")[0], folder)
+    for trained_part in (folder, both[0]):
+        with pytest.raises(CheckpointError, match=r"not a checkpoint.*vk\.finetuning\.load\("):
+            vk.load(trained_part)
 
 
 @pytest.mark.parametrize("file", PARTS)

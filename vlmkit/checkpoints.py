@@ -194,10 +194,13 @@ def _read_json(folder, file):
     try:
         raw = json.loads((folder / file).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        if (folder / "adapter_config.json").exists():
+        notes = folder / "vlmkit.json"  # of vk.finetuning.save, also where no adapters are
+        if notes.exists() or (folder / "adapter_config.json").exists():
+            way = "vk.finetuning.load" if notes.exists() else "peft.PeftModel.from_pretrained"
             raise CheckpointError(
-                f"{folder} holds a PEFT adapter, not a checkpoint. Load the model that the adapter "
-                "was trained on, then the adapter: peft.PeftModel.from_pretrained(model, folder)."
+                f"{folder} holds what was trained on a model (a PEFT adapter, or parameters), and "
+                "is not a checkpoint. Load the model that it was trained on, and then the folder: "
+                f"{way}(model, folder)."
             ) from error
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
         raise CheckpointError(
