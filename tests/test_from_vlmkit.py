@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_saved import logits
+from test_saved import BARE, WAYS, logits
 from transformers import AutoModelForImageTextToText
 
 import vlmkit as vk
@@ -121,6 +122,12 @@ def test_the_page_in_order(tmp_path, monkeypatch, capsys):
                 assert cli.main(shlex.split(line.removeprefix("vlmkit "))) == 0
             assert capsys.readouterr().out.count("Lost by rounding") == 2
         check(space)
+
+
+def test_the_count_of_the_page():
+    """Of the cases that `test_plain_peft_has_the_same_bits_or_says_what_it_lacks` goes through."""
+    cases = len(FAMILIES) * len(WAYS)
+    assert f"in {cases - 2 * len(BARE)} of {cases} cases" in PAGE
 
 
 def test_peft_says_what_the_page_says(family, tmp_path):

@@ -86,20 +86,29 @@ def killed_after_a_checkpoint(path, output):
     assert process.wait() == -signal.SIGKILL, output.with_suffix(".log").read_text()
 
 
-def answers(model, processor, asked):
-    """(the answers as texts, by the model's own `generate`, and the logits after the prompt)."""
-    prompt = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Color?"}]}],
-        add_generation_prompt=True,
-    )
-    found, after = [], []
+def inputs_of(processor, asked):
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Color?"}]}
+    ]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     for picture, _ in asked:
-        inputs = processor(text=[prompt], images=[Image.open(picture)], return_tensors="pt")
-        with torch.no_grad():
-            after.append(model(**inputs).logits[0, -1].float())
-            ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        yield processor(text=[prompt], images=[Image.open(picture)], return_tensors="pt")
+
+
+def answers(model, processor, asked):
+    """The answers, by the model's own `generate`."""
+    found = []
+    for inputs in inputs_of(processor, asked):
+        ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
         found.append(processor.decode(ids[0, inputs["input_ids"].shape[1] :]))
-    return found, torch.stack(after)
+    return found
+
+
+@torch.no_grad()
+def logits(model, processor, asked):
+    """The logits after the prompts."""
+    found = [model(**inputs).logits[0, -1] for inputs in inputs_of(processor, asked)]
+    return torch.stack(found).float()
 
 
 @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -131,19 +140,23 @@ def test_the_whole_way(family, tmp_path, monkeypatch, capsys, killed):
     assert "language_model   bf16       14 0.00" in capsys.readouterr().out
 
     asked = asked[-3:]
-    trained = answers(vk.finetuning.load(vk.load(base, PLAN)[0], adapters), processor, asked)
-    assert trained[0] == [f"{color}<eos>" for _, color in asked]
+    trained = vk.finetuning.load(vk.load(base, PLAN)[0], adapters)
     plain = AutoModelForImageTextToText.from_pretrained(out)
-    found = answers(plain, processor, asked)
-    assert found[0] == trained[0]
-    with_adapters = vk.finetuning.load(vk.load(base, "bf16")[0], adapters)
-    near = answers(with_adapters, processor, asked)
-    same = answers(vk.finetuning.merge(with_adapters)[0], processor, asked)
-    assert same[0] == found[0] and torch.equal(same[1], found[1])
-    untrained = answers(vk.load(base, "bf16")[0], processor, asked)
-    learnt = (near[1] - untrained[1]).abs().mean()
-    assert (found[1] - near[1]).abs().mean() < 0.01 * learnt  # 2**-8 is a step of bf16
-    assert (found[1] - trained[1]).abs().mean() < 0.1 * learnt  # of NF4 beside bf16
+    right = [f"{color}<eos>" for _, color in asked]
+    assert answers(trained, processor, asked) == answers(plain, processor, asked) == right
+    model = vk.load(base, "bf16")[0]
+    untrained = logits(model, processor, asked)
+    model = vk.finetuning.load(model, adapters)
+    learnt = logits(model, processor, asked)
+    found = logits(plain, processor, asked)
+    assert torch.equal(logits(vk.finetuning.merge(model)[0], processor, asked), found)
+
+    def apart(one, other):
+        """The mean difference, as a share of what was learnt."""
+        return ((one - other).abs().mean() / (learnt - untrained).abs().mean()).item()
+
+    assert apart(found, learnt) < 0.01  # 2**-8 is a step of bf16
+    assert apart(found, logits(trained, processor, asked)) < 0.1  # of NF4 beside bf16
 
     before, after = (load_file(folder / "model.safetensors") for folder in (base, out))
     assert before.keys() == after.keys() and len(after) == 57
