@@ -3,6 +3,7 @@ killed, resumed, merged, and loaded by plain transformers."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def test_the_whole_way(family, tmp_path, monkeypatch, capsys, killed):
         killed_after_a_checkpoint(path, output)
         assert not adapters.exists()
         assert cli.main(["train", path, "--resume"]) == 0
-        assert "resume     after step 10, from" in capsys.readouterr().out
+        assert re.search(r"resume +after step [12]0, from", capsys.readouterr().out)
         unbroken = tmp_path / "unbroken"
         assert cli.main(["train", file_for(base, rows, unbroken)]) == 0
         for file in ("adapter_model.safetensors", "trained_in_full.safetensors"):
