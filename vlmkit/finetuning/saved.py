@@ -118,7 +118,8 @@ def _write_for_peft(model, folder):
     lost = sorted(in_full)
     if (folder / ADAPTERS).exists():
         config = json.loads((folder / ADAPTERS).read_text(encoding="utf-8"))
-        config["base_model_name_or_path"] = _base_for_peft(model, notes["base"])
+        if notes["base"] not in ("", *BUNDLED):  # transformers does not know the course's models
+            config["base_model_name_or_path"] = notes["base"]
         modules, held = _held_by_peft(unwrapped(model), in_full)
         lost = sorted(in_full.keys() - held.keys())
         if modules:
@@ -132,11 +133,6 @@ def _write_for_peft(model, folder):
         _write_notes(folder, notes)
     text = _readme(folder, notes["base"], in_full, lost)
     (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def _base_for_peft(model, base):
-    """The base as transformers finds it, which does not know the names of the course's models."""
-    return unwrapped(model).name_or_path if base in BUNDLED else base
 
 
 def _held_by_peft(model, in_full):
