@@ -5,7 +5,7 @@ vk.course.check("equal cost", 19)
 
 import importlib
 
-_MODULES = ("controls", "exercises", "explorer", "pictures", "suited")
+_MODULES = ("controls", "exercises", "explorer", "pictures", "project", "suited")
 _SUITED = ("in_its_words", "number", "questions", "without_adapters")
 
 
