@@ -1,5 +1,6 @@
 """`vlmkit new`: a project to begin with."""
 
+import shlex
 from pathlib import Path
 
 from vlmkit.cli.options import MODEL, argument, name_of, option
@@ -25,5 +26,5 @@ def new(
     from vlmkit.course.project import write
 
     written = write(folder, name_of(model))
-    print(f"written to {written}\n\n  cd {folder}\n  jupyter lab task.ipynb")
+    print(f"written to {written}\n\n  cd {shlex.quote(str(folder))}\n  jupyter lab task.ipynb")
     print("\nOr without the notebook: vlmkit train train.yaml. README.md says what to replace.")

@@ -40,8 +40,8 @@ def write(path, model="pebble"):
     or if `path` is taken (a folder may be there if it is empty) or cannot be written.
     """
     folder = find(model, weights=False)
-    if Path(model).expanduser().is_dir():
-        model = str(folder.resolve())
+    if folder.resolve() == Path(model).expanduser().resolve():
+        model = folder.resolve()
     here, path = Path(__file__).parent, Path(path)
     with whole_folder(path, overwrite=None) as new:
         for name in COPIED:
