@@ -1,5 +1,5 @@
-"""The course: what only the chapters use, and a project to begin with. Nothing else in vlmkit knows a
-chapter.
+"""The course: what only the chapters use, and a project to begin with. Nothing else in vlmkit knows
+a chapter.
 
 vk.course.check("equal cost", 19)
 """
