@@ -22,8 +22,14 @@ def questions(rows, answers=None, ax=None, across=None):
     rows = list(rows)
     answers = [row["answer"] for row in rows] if answers is None else list(answers)
     widths = [max(1, len(row["images"])) for row in rows]
-    gap, line = 0.25, 1.6  # of which 1 is the picture
-    left, top, places = 0, 0, []
+    limit = {"max_lines": 3, "placeholder": " …"} if across else {}
+    captions = [
+        "\n".join(textwrap.fill(text, 22 * width, **limit) for text in (row["question"], answer))
+        for row, answer, width in zip(rows, (f"→ {a}" for a in answers), widths, strict=True)
+    ]
+    # In heights of a picture: the picture, the space around it, and the lines of the caption
+    line = 1.15 + 0.12 * max((caption.count("\n") + 1 for caption in captions), default=0)
+    gap, left, top, places = 0.25, 0, 0, []
     for width in widths:
         if across and left and left + width > across * (1 + gap):
             left, top = 0, top - line
@@ -31,7 +37,7 @@ def questions(rows, answers=None, ax=None, across=None):
         left += width + gap
     whole = max((x + width for (x, _), width in zip(places, widths, strict=True)), default=1)
     ax = axes_of(ax, 1.7 * whole, 2.6 - 1.72 * top, layout=None)
-    for row, answer, width, (left, top) in zip(rows, answers, widths, places, strict=True):
+    for row, caption, width, (left, top) in zip(rows, captions, widths, places, strict=True):
         for number, image in enumerate(row["images"]):
             picture = read(image).copy()
             picture.thumbnail((MOST, MOST))
@@ -39,9 +45,6 @@ def questions(rows, answers=None, ax=None, across=None):
             start = left + number + 0.97 * (1 - wide) / 2
             place = (start, start + 0.97 * wide, top, top + high)
             ax.imshow(picture, extent=place, interpolation="nearest")
-        limit = {"max_lines": 3, "placeholder": " …"} if across else {}
-        texts = (row["question"], f"→ {answer}")
-        caption = "\n".join(textwrap.fill(text, 22 * width, **limit) for text in texts)
         place = (left + width / 2, top - 0.06)
         ax.text(*place, caption, ha="center", va="top", fontsize=9, parse_math=False)
     ax.set(xlim=(0, whole), ylim=(top, 1), aspect="equal")
@@ -59,7 +62,8 @@ def mistakes(rows, scores, most=20, ax=None):
     table = scores.answers
     wrong = table.index[~table["correct"]]
     shown = wrong[:most]
-    answers = [f"{table['predicted'][n]} (expected: {table['answer'][n]})" for n in shown]
+    cut = table[["predicted", "answer"]].map(lambda text: text[:24] + "…" * (len(text) > 24))
+    answers = [f"{cut['predicted'][n]} (expected: {cut['answer'][n]})" for n in shown]
     ax = questions([rows[int(n)] for n in shown], answers, ax, across=5)
     counted = f"{len(wrong):,} of {len(table):,} answers are wrong"
     first = f"; the first {most:,}" if len(wrong) > most else ""
