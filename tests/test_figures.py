@@ -75,6 +75,34 @@ def test_questions_show_each_picture_with_its_caption():
         figures.questions(rows(), answers=["green"])
 
 
+def test_questions_are_on_several_lines_and_keep_the_shape_of_a_picture():
+    wide = {"images": [Image.new("RGB", (8, 4))], "question": "$5 " * 99, "answer": "$"}
+    ax = figures.questions([*rows(), wide], across=2)
+    tops = [image.get_extent()[2] for image in ax.images]
+    assert tops[0] == 0 > tops[1] == tops[2] > tops[3]
+    left, right, bottom, top = ax.images[3].get_extent()
+    assert (right - left) / (top - bottom) == pytest.approx(2, rel=0.05)
+    assert ax.texts[2].get_text().count("\n") == 3  # three lines of the question, and the answer
+    assert ax.get_ylim() == (tops[3], 1)
+    ax.figure.canvas.draw()  # a dollar sign is no formula
+
+
+def test_mistakes_are_the_wrong_answers_with_the_expected_ones():
+    asked = [dict(row, task="a", kind="b") for row in rows() * 3]
+    scores = vk.evaluation.scored(asked, ["red", "no", "blue", "no", "red", "yes"])
+    ax = figures.mistakes(asked, scores)
+    assert [text.rpartition("→ ")[2] for text in texts(ax.texts)] == [
+        "blue (expected: red)",
+        "yes (expected: no)",
+    ]
+    assert len(ax.images) == 3 and ax.get_title().startswith("2 of 6")
+    ax = figures.mistakes(asked, scores, most=1)
+    assert len(ax.texts) == 1 and ax.get_title().startswith("2 of 6")
+    none = vk.evaluation.scored(asked, [row["answer"] for row in asked])
+    ax = figures.mistakes(asked, none)
+    assert not ax.images and ax.get_title().startswith("0 of 6")
+
+
 def test_attention_covers_the_whole_picture_in_percent():
     weights = np.array([[0.1, 0.0], [0.25, 0.05]])
     ax = figures.attention(Image.new("RGB", (8, 4), "white"), weights)

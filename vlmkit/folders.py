@@ -44,7 +44,8 @@ def whole_folder(path, *, overwrite=False, size=0, need=""):
     """A new folder beside `path` to write to. It gets the name `path` at the end of the block.
 
     overwrite: whether a folder at `path` that is not empty is replaced. It stays until the new one
-        is complete, and comes back if the new one cannot take its place.
+        is complete, and comes back if the new one cannot take its place. None: as False, for a
+        caller that has no such option.
     size: bytes that must be free before anything is written. need: a sentence for the error.
 
     If anything fails (a full disk, an interrupt), `path` and the folders around it stay as before.
@@ -92,8 +93,12 @@ def require_free(path, overwrite):
     a folder that is not empty and not to be replaced."""
     if path.is_dir():
         if any(path.iterdir()) and not overwrite:
+            or_replace = "" if overwrite is None else ", or replace it: overwrite=True"
+            raise CheckpointError(f"{path} is not empty. Choose another folder{or_replace}.")
+        if Path.cwd().is_relative_to(path):  # whoever works in it would be left in a removed one
             raise CheckpointError(
-                f"{path} is not empty. Choose another folder, or replace it: overwrite=True."
+                f"{path} is the current directory, or holds it, and a new folder would take its "
+                "place. Choose another folder, or call this from outside."
             )
     elif path.exists() or path.is_symlink():
         raise CheckpointError(f"{path} is not a folder. Choose another name.")

@@ -7,6 +7,7 @@
     vlmkit memory pebble --plan nf4                   # what a model needs
     vlmkit fit                                        # what fits on which graphics card
     vlmkit lint pebble quantization_config.json       # what somebody's config will do
+    vlmkit new my-task                                # a project: pictures, rows, notebook
     vlmkit train train.yaml                           # fine-tuning, as a file says
     vlmkit merge my-run/adapters my-model             # adapters and base as one model
     vlmkit doctor                                     # what this machine can run
@@ -28,7 +29,7 @@ from pathlib import Path
 import typer
 
 from vlmkit import __version__
-from vlmkit.cli import answering, checking, fetching, merging, sizing, training
+from vlmkit.cli import answering, checking, fetching, merging, sizing, starting, training
 from vlmkit.cli.options import option
 from vlmkit.errors import VlmkitError, brief
 
@@ -47,6 +48,7 @@ for command, short, epilog in (
     (sizing.memory, "What a model needs, by component.", sizing.MEMORY_EXAMPLES),
     (sizing.fit, "Which models fit on which graphics cards.", sizing.FIT_EXAMPLES),
     (checking.lint, "What a quantization config will really do.", checking.LINT_EXAMPLES),
+    (starting.new, "Write a project to begin with.", starting.EXAMPLES),
     (training.train, "Train a model as a file says.", training.EXAMPLES),
     (merging.merge, "Merge adapters into their base.", merging.EXAMPLES),
     (checking.doctor, "What this machine can run, and what is missing.", checking.DOCTOR_EXAMPLES),

@@ -1,11 +1,12 @@
-"""The course: what only the chapters use. Nothing else in vlmkit knows a chapter.
+"""The course: what only the chapters use, and a project to begin with. Nothing else in vlmkit knows
+a chapter.
 
 vk.course.check("equal cost", 19)
 """
 
 import importlib
 
-_MODULES = ("controls", "exercises", "explorer", "pictures", "suited")
+_MODULES = ("controls", "exercises", "explorer", "pictures", "project", "suited")
 _SUITED = ("in_its_words", "number", "questions", "without_adapters")
 
 

@@ -5,7 +5,7 @@ changes no global setting of matplotlib, and the data can be read back from what
 """
 
 from vlmkit.figures.damage import damage, damage_by_bytes, layer_damage, scores_against_damage
-from vlmkit.figures.pictures import attention, bits, patches, questions
+from vlmkit.figures.pictures import attention, bits, mistakes, patches, questions
 from vlmkit.figures.quality import (
     accuracy,
     accuracy_against,
@@ -38,6 +38,7 @@ __all__ = [
     "frontier",
     "layer_damage",
     "learning",
+    "mistakes",
     "parameters_by_component",
     "patches",
     "questions",

@@ -4,31 +4,70 @@ import textwrap
 
 from vlmkit.figures.style import GRAY, SKY, VERMILION, axes_of, finish, label_rows
 
+MOST = 400
+"""Pixels of a picture's longer side. A photograph has more than a figure can show."""
 
-def questions(rows, answers=None, ax=None):
+
+def questions(rows, answers=None, ax=None, across=None):
     """Pictures in a row, each with its question and answer below.
 
-    rows: of a dataset of `vlmkit.tasks`, dicts with images (a list of PIL images), question and
-        answer.
+    rows: of a dataset of `vlmkit.tasks`, dicts with images (a list of what `vlmkit.images.read`
+        takes), question and answer.
     answers: texts to show instead of the rows' own answers, for example a model's.
+    across: how many pictures are beside each other, at most. Then the next line begins, and long
+        texts are cut. By default all pictures are in one line.
     """
+    from vlmkit.images import read
+
     rows = list(rows)
     answers = [row["answer"] for row in rows] if answers is None else list(answers)
-    widths = [len(row["images"]) for row in rows]
-    gap = 0.25
-    across = sum(widths) + gap * (len(rows) - 1)
-    ax = axes_of(ax, 1.7 * across, 2.6, layout=None)
-    left = 0
-    for row, answer, width in zip(rows, answers, widths, strict=True):
-        for number, image in enumerate(row["images"]):
-            place = (left + number, left + number + 0.97, 0, 1)
-            ax.imshow(image, extent=place, interpolation="nearest")
-        texts = (row["question"], f"→ {answer}")
-        caption = "\n".join(textwrap.fill(text, 22 * width) for text in texts)
-        ax.text(left + width / 2, -0.06, caption, ha="center", va="top", fontsize=9)
+    widths = [max(1, len(row["images"])) for row in rows]
+    limit = {"max_lines": 3, "placeholder": " …"} if across else {}
+    captions = [
+        "\n".join(textwrap.fill(text, 22 * width, **limit) for text in (row["question"], answer))
+        for row, answer, width in zip(rows, (f"→ {a}" for a in answers), widths, strict=True)
+    ]
+    # In heights of a picture: the picture, the space around it, and the lines of the caption
+    line = 1.15 + 0.12 * max((caption.count("\n") + 1 for caption in captions), default=0)
+    gap, left, top, places = 0.25, 0, 0, []
+    for width in widths:
+        if across and left and left + width > across * (1 + gap):
+            left, top = 0, top - line
+        places.append((left, top))
         left += width + gap
-    ax.set(xlim=(0, across), ylim=(0, 1), aspect="equal")
+    whole = max((x + width for (x, _), width in zip(places, widths, strict=True)), default=1)
+    ax = axes_of(ax, 1.7 * whole, 2.6 - 1.72 * top, layout=None)
+    for row, caption, width, (left, top) in zip(rows, captions, widths, places, strict=True):
+        for number, image in enumerate(row["images"]):
+            picture = read(image).copy()
+            picture.thumbnail((MOST, MOST))
+            wide, high = (side / max(picture.size) for side in picture.size)
+            start = left + number + 0.97 * (1 - wide) / 2
+            place = (start, start + 0.97 * wide, top, top + high)
+            ax.imshow(picture, extent=place, interpolation="nearest")
+        place = (left + width / 2, top - 0.06)
+        ax.text(*place, caption, ha="center", va="top", fontsize=9, parse_math=False)
+    ax.set(xlim=(0, whole), ylim=(top, 1), aspect="equal")
     ax.set_axis_off()
+    return ax
+
+
+def mistakes(rows, scores, most=20, ax=None):
+    """A wall of wrong answers: pictures with the question, the answer that was given, and the
+    expected one. The title counts them.
+
+    rows: the dataset that was asked. scores: what `vk.evaluate` returned for it.
+    most: how many are shown, the first ones.
+    """
+    table = scores.answers
+    wrong = table.index[~table["correct"]]
+    shown = wrong[:most]
+    cut = table[["predicted", "answer"]].map(lambda text: text[:24] + "…" * (len(text) > 24))
+    answers = [f"{cut['predicted'][n]} (expected: {cut['answer'][n]})" for n in shown]
+    ax = questions([rows[int(n)] for n in shown], answers, ax, across=5)
+    counted = f"{len(wrong):,} of {len(table):,} answers are wrong"
+    first = f"; the first {most:,}" if len(wrong) > most else ""
+    ax.set_title(counted + first, fontsize=10)
     return ax
 
 
