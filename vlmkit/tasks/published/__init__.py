@@ -50,8 +50,8 @@ def from_dataset(
 
     source: a parquet, JSON-lines, JSON, CSV or TSV file, or a folder of these (also an
         imagefolder with metadata.jsonl); a folder that `save_to_disk` wrote; an opened dataset of
-        the `datasets` library; a list of rows; or a hub id. Paths of pictures are relative to the file, or to the
-        folder.
+        the `datasets` library; a list of rows; or a hub id. Paths of pictures are relative to the
+        file, or to the folder.
     schema: one of `SCHEMAS`, the column layouts that vlmkit reads; by default recognized from the
         columns. "plain" is for your own data: image or images, question, answer, and optionally
         answers, task and kind.
