@@ -6,7 +6,19 @@ from pathlib import Path
 
 import typer
 
-from vlmkit.cli.options import Code, Json, Model, PlanText, Revision, name_of, option, print_json
+from vlmkit.cli.options import (
+    Code,
+    Json,
+    MaxPixels,
+    MinPixels,
+    Model,
+    PlanText,
+    Revision,
+    limits_of,
+    name_of,
+    option,
+    print_json,
+)
 
 MEMORY_EXAMPLES = """\
 Examples:
@@ -17,6 +29,7 @@ Examples:
       --images 4 --image-size 1024x768 --tokens 2048
   vlmkit memory Qwen/Qwen2.5-VL-7B-Instruct --images 1 --image-size 1024x768 --tokens 512 \\
       --train lora --rank 16 --gradient-checkpointing --budget "24 GB"
+  vlmkit memory Qwen/Qwen2.5-VL-7B-Instruct --images 1 --image-size 4032x3024 --max-pixels 1003520
   vlmkit memory pebble --train projector=full,language_model=lora --tokens 64 --json
 
 With --budget the exit status is 1 if the model does not fit.
@@ -75,6 +88,8 @@ def memory(
     plan: PlanText = None,
     images: Images = 0,
     image_size: ImageSize = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
     tokens: Tokens = 0,
     new_tokens: NewTokens = 0,
     batch_size: BatchSize = 1,
@@ -180,6 +195,8 @@ def fit(
     ) = None,
     images: Images = 1,
     image_size: ImageSize = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
     tokens: Tokens = 512,
     new_tokens: NewTokens = 0,
     batch_size: BatchSize = 1,
@@ -222,6 +239,7 @@ def _use(options):
     """What `vk.memory.predict` needs to know besides a model and a plan."""
     names = ["images", "image_size", "tokens", "new_tokens", "batch_size", "gradient_checkpointing"]
     use = {name: options[name] for name in names}
+    use |= limits_of(options["min_pixels"], options["max_pixels"])
     if options["optim"] is not None:
         use["optim"] = options["optim"]
     return use | {"training": _training(options["train"], options["rank"])}

@@ -1,6 +1,7 @@
 """Processors: they turn pictures and text into a model's tensors."""
 
-from vlmkit.errors import CheckpointError, brief
+from vlmkit.errors import CheckpointError, PlanError, SizeError, brief, did_you_mean
+from vlmkit.families import LIMITS, newer_names, with_limits
 
 ANY_OF = ("processor_config.json", "preprocessor_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -46,3 +47,40 @@ def load_processor(folder, trust_remote_code=False):
             f"images. processor_config.json is missing or incomplete. {REMEDY}"
         )
     return processor
+
+
+def check_limits(limits, processor):
+    """Raise PlanError for names that are neither limits of a family nor arguments of `vk.load`,
+    and SizeError for limits without a processor."""
+    from vlmkit.loading import load
+
+    known = (*load.__wrapped__.__kwdefaults__, *LIMITS)
+    for name in limits:
+        if name not in LIMITS:
+            hint = "Formats are a plan's: vk.load(name, plan). " if name in FORMATS_ELSEWHERE else ""
+            raise PlanError(
+                f"{name!r} is not an argument of vk.load. {hint or did_you_mean(name, known)}The "
+                f"arguments are {', '.join(known)}."
+            )
+    if limits and not processor:
+        raise SizeError(
+            f"{', '.join(limits)} limits what a processor makes of pictures, and processor=False "
+            "leaves it out."
+        )
+
+
+FORMATS_ELSEWHERE = (
+    "dtype", "torch_dtype", "quantization_config", "load_in_4bit", "load_in_8bit"
+)  # fmt: skip
+"""Arguments with which transformers is told what a plan says here."""
+
+
+def set_limits(processor, config, limits):
+    """Put `limits` into the processor of the model of `config`: see
+    `vlmkit.families.with_limits`, whose SizeError it raises."""
+    pictures = processor.image_processor
+    found = {name: value for name, value in pictures.to_dict().items() if value is not None}
+    settings = newer_names(found)
+    for name, value in with_limits(config, settings, limits).items():
+        if value != settings.get(name):
+            setattr(pictures, name, type(pictures.size)(**value) if name == "size" else value)
