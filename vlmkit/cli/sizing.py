@@ -139,7 +139,7 @@ def memory(
             words = f"Fits in {room}: {left} are left."
             if not fits:
                 words = f"Does not fit in {room}: {left} too much."
-            print(f"\n{words}{_advice(budget, fits)}")
+            print(f"\n{words}{_advice(budget, room - ledger.total)}")
             if not fits and train and not gradient_checkpointing:
                 use["gradient_checkpointing"] = True
                 with quiet():
@@ -162,15 +162,17 @@ def _room(budget):
     return Size(GPUS[budget].bytes - parse_size(RESERVED), f"{budget}, less {RESERVED},")
 
 
-def _advice(budget, fits):
+def _advice(budget, left):
     """What to know about a budget in GB, if a graphics card is meant by it."""
+    from vlmkit.units import GIGABYTE
+
     number = re.fullmatch(r"\s*([0-9]{1,3}) *gb\s*", budget.lower())
-    if not number or fits:
+    if not number or left > GIGABYTE:
         return ""
     return (
-        f" A GB is 10^9 bytes. A graphics card that is sold with {number[1]} GB has "
-        f"{number[1]} GiB (--budget {number[1]}GiB), and CUDA and other programs take about 1 GB "
-        "of it, which `vlmkit fit` takes off."
+        " A GB is 10^9 bytes, and all of them are counted here. If you mean a graphics card, give its "
+        'name, such as --budget "RTX 4090": 1 GB is then taken off for CUDA and other programs, as '
+        "`vlmkit fit` does."
     )
 
 

@@ -57,7 +57,9 @@ def check_limits(limits, processor):
     known = (*load.__wrapped__.__kwdefaults__, *LIMITS)
     for name in limits:
         if name not in LIMITS:
-            hint = "Formats are a plan's: vk.load(name, plan). " if name in FORMATS_ELSEWHERE else ""
+            hint = (
+                "Formats are a plan's: vk.load(name, plan). " if name in FORMATS_ELSEWHERE else ""
+            )
             raise PlanError(
                 f"{name!r} is not an argument of vk.load. {hint or did_you_mean(name, known)}The "
                 f"arguments are {', '.join(known)}."
