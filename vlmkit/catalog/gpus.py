@@ -14,10 +14,10 @@ part of it on some cards, and the driver keeps some hundred MB:
     T4         14.75 GiB            15.8                 (NVIDIA/DALI 1813)
     H200       139.80 GiB           150.1                (measured: benchmarks/results)
 
-So a GB of 10^9 bytes is the careful reading for most cards, and up to 0.2 GB too much for cards with
-error correction. `vk.fit` and `vlmkit memory --budget "RTX 4090"` both take 1 GB off for CUDA and
-other programs (`vlmkit.memory.fitting.RESERVED`, a process was reported to need 0.78 GB). Together
-this counts no card of this list with more than it has.
+So a GB of 10^9 bytes is the careful reading for most cards. It is up to 0.2 GB too much for cards
+with error correction. `vk.fit` and `vlmkit memory --budget "RTX 4090"` both take 1 GB off for CUDA
+and other programs (`vlmkit.memory.fitting.RESERVED`); a process was reported to need 0.78 GB. So no
+card of this list is counted with more than it has.
 """
 
 from dataclasses import dataclass

@@ -170,9 +170,9 @@ def _advice(budget, left):
     if not number or left > GIGABYTE:
         return ""
     return (
-        " A GB is 10^9 bytes, and all of them are counted here. If you mean a graphics card, give its "
-        'name, such as --budget "RTX 4090": 1 GB is then taken off for CUDA and other programs, as '
-        "`vlmkit fit` does."
+        " A GB is 10^9 bytes, and all of them are counted here. If you mean a graphics card, give "
+        'its name, such as --budget "RTX 4090": 1 GB is then taken off for CUDA and other '
+        "programs, as `vlmkit fit` does."
     )
 
 

@@ -37,10 +37,10 @@ def ask(
     Decoding is greedy, whatever the checkpoint's generation_config.json says: the most probable
     token each time, until the model ends its answer or `max_new_tokens` are reached: the attribute
     at_limit of the answer says which. With do_sample=True tokens are drawn at random. Then
-    temperature (0.001 to 1000), top_p (above 0, at most 1) and top_k (0 is off) are transformers' own;
-    one that is left out is the checkpoint's, or transformers' default. seed: a number from which
-    the draws follow: the same answer each time on the same machine. It leaves PyTorch's own random
-    numbers as they were.
+    temperature (0.001 to 1000), top_p (above 0, at most 1) and top_k (0 is off) are those of
+    transformers. One that is left out is the checkpoint's, or transformers' default. seed: a number
+    that decides the draws: the answer is then the same each time, on the same machine. PyTorch's
+    own random numbers stay as they were.
 
     The thoughts of a model that thinks first are a part of the text. The model's training mode and
     its generation settings do not change.

@@ -101,9 +101,8 @@ def check_device_map(device_map, layout):
 
     for module in device_map:
         if not any(covers(module, name) for name in names):
-            outer = {
-                ".".join(n.split(".")[:k]): True for n in names for k in range(1, n.count("."))
-            }
+            parts = [name.split(".") for name in names]
+            outer = {".".join(p[:k]): True for p in parts for k in range(1, len(p) - 1)}
             raise PlanError(
                 f"device_map names {shown(module)}, and this model has no module of that name with "
                 f"parameters. {did_you_mean(str(module), outer)}vk.anatomy(name) shows the modules."

@@ -57,12 +57,12 @@ def check_limits(limits, processor):
     known = (*load.__wrapped__.__kwdefaults__, *LIMITS)
     for name in limits:
         if name not in LIMITS:
-            hint = (
-                "Formats are a plan's: vk.load(name, plan). " if name in FORMATS_ELSEWHERE else ""
-            )
+            hint = did_you_mean(name, known)
+            if name in FORMATS_ELSEWHERE:
+                hint = "Formats are a plan's: vk.load(name, plan). "
             raise PlanError(
-                f"{name!r} is not an argument of vk.load. {hint or did_you_mean(name, known)}The "
-                f"arguments are {', '.join(known)}."
+                f"{name!r} is not an argument of vk.load. {hint}The arguments are "
+                f"{', '.join(known)}."
             )
     if limits and not processor:
         raise SizeError(
