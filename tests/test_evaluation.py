@@ -370,11 +370,11 @@ def test_the_same_seed_draws_the_same_answer(model, processor):
 
 def test_evaluation_is_greedy_whatever_a_checkpoint_says(model, processor, dataset, monkeypatch):
     rows = dataset.select(range(6))
-    expected = vk.evaluate(model, processor, rows).table["predicted"].tolist()
+    expected = vk.evaluate(model, processor, rows).answers["predicted"].tolist()
     for name, value in {"do_sample": True, "temperature": 50.0, "top_k": 0}.items():
         monkeypatch.setattr(model.generation_config, name, value)
     for _ in range(2):
-        assert vk.evaluate(model, processor, rows).table["predicted"].tolist() == expected
+        assert vk.evaluate(model, processor, rows).answers["predicted"].tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -407,4 +407,4 @@ def test_rows_in_another_layout_are_read_by_from_dataset(model, processor):
     ]
     with pytest.raises(TaskError, match=r"has messages, images.*from_dataset\(dataset\)"):
         vk.evaluate(model, processor, rows)
-    assert len(vk.evaluate(model, processor, vk.tasks.from_dataset(rows)).table) == 1
+    assert vk.evaluate(model, processor, vk.tasks.from_dataset(rows)).n == 1
