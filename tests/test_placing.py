@@ -329,3 +329,32 @@ def test_arguments_that_load_does_not_have(llava, monkeypatch):
         vk.load(llava, max_pixels=1000)
     with pytest.raises(SizeError, match="processor=False"):
         vk.load(llava, max_pixels=1000, processor=False)
+
+
+FILE = """
+model: {model}
+plan: bf16
+load: {load}
+train: {{projector: full}}
+data: {{task: vqa, n: 4}}
+settings: {{max_steps: 1, per_device_train_batch_size: 2}}
+output: {output}
+"""
+
+
+def test_a_training_file_limits_pictures(other_family, tmp_path, capsys, monkeypatch):
+    from vlmkit.cli import main
+    from vlmkit.finetuning.settings import read
+
+    def train(load, *more):
+        text = FILE.format(model=other_family, load=load, output=tmp_path / "out")
+        (tmp_path / "train.yaml").write_text(text)
+        return main(["train", str(tmp_path / "train.yaml"), *more])
+
+    assert train("{size: {longest_edge: 96}, do_image_splitting: true}") == 0
+    assert train("{size: {longest_edge: 48}}", "--resume") != 0
+    assert "pictures was" in capsys.readouterr().err
+    for load, says in (("{device: cpu}", "a key of load"), ("{max_pixels: 9}", "has size")):
+        assert train(load, "--resume") != 0
+        assert says in capsys.readouterr().err
+    assert read(tmp_path / "train.yaml").load == {"max_pixels": 9}

@@ -77,12 +77,22 @@ FORMATS_ELSEWHERE = (
 """Arguments with which transformers is told what a plan says here."""
 
 
+def limits_of(processor):
+    """{name of LIMITS: value} that the processor has."""
+    settings = _settings(processor)
+    return {name: settings[name] for name in LIMITS if name in settings}
+
+
 def set_limits(processor, config, limits):
     """Put `limits` into the processor of the model of `config`: see
     `vlmkit.families.with_limits`, whose SizeError it raises."""
-    pictures = processor.image_processor
-    found = {name: value for name, value in pictures.to_dict().items() if value is not None}
-    settings = newer_names(found)
+    pictures, settings = processor.image_processor, _settings(processor)
     for name, value in with_limits(config, settings, limits).items():
         if value != settings.get(name):
             setattr(pictures, name, type(pictures.size)(**value) if name == "size" else value)
+
+
+def _settings(processor):
+    pictures = getattr(processor, "image_processor", None)
+    found = {} if pictures is None else pictures.to_dict()
+    return newer_names({name: value for name, value in found.items() if value is not None})
