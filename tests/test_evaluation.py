@@ -408,3 +408,16 @@ def test_rows_in_another_layout_are_read_by_from_dataset(model, processor):
     with pytest.raises(TaskError, match=r"has messages, images.*from_dataset\(dataset\)"):
         vk.evaluate(model, processor, rows)
     assert vk.evaluate(model, processor, vk.tasks.from_dataset(rows)).n == 1
+
+
+def test_a_checkpoint_that_leaves_nothing_to_draw(model, processor, monkeypatch):
+    """Qwen2-VL's own settings of sampling are greedy decoding by another name."""
+    own = {"temperature": 0.01, "top_p": 0.001, "top_k": 1}
+    for name, value in own.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    with pytest.raises(
+        VlmkitError, match="temperature 0.01, top_p 0.001.*Give temperature and top_p "
+    ):
+        vk.ask(model, processor, red(), "What?", do_sample=True, top_k=50)
+    drawn = {"do_sample": True, "temperature": 20.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 6}
+    assert len({vk.ask(model, processor, red(), "What?", seed=s, **drawn) for s in range(4)}) > 1

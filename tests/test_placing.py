@@ -176,6 +176,20 @@ def test_a_model_is_on_gpus_or_on_the_cpu(family, monkeypatch):
         load(family("llava"), device="cpu", device_map="cpu")
 
 
+def test_hooks_of_accelerate_change_no_answer(llava):
+    """accelerate puts these hooks on the modules of a model that is spread over several GPUs."""
+    from accelerate import dispatch_model
+
+    model, processor = vk.load(llava, BOTH)
+    picture = Image.new("RGB", (30, 20), "red")
+    before = vk.ask(model, processor, picture, "What?", max_new_tokens=6)
+    keys = {"skip_keys": model._skip_keys_device_placement}
+    dispatch_model(model, dict.fromkeys(PARTS, "cpu"), "cpu", force_hooks=True, **keys)
+    assert hasattr(model.model.vision_tower, "_hf_hook")
+    assert vk.ask(model, processor, picture, "What?", max_new_tokens=6) == before
+    vk.audit(model, BOTH)
+
+
 def test_a_mapped_model_is_asked_and_trained(llava, tmp_path):
     model, processor = vk.load(llava, device_map=dict.fromkeys(PARTS, "cpu"))
     picture = Image.new("RGB", (30, 20), "red")

@@ -38,7 +38,8 @@ def ask(
     token each time, until the model ends its answer or `max_new_tokens` are reached: the attribute
     at_limit of the answer says which. With do_sample=True tokens are drawn at random. Then
     temperature (0.001 to 1000), top_p (above 0, at most 1) and top_k (0 is off) are those of
-    transformers. One that is left out is the checkpoint's, or transformers' default. seed: a number
+    transformers. One that is left out is the checkpoint's, or transformers' default; a checkpoint's
+    that leaves nothing to draw is an error. seed: a number
     that decides the draws: the answer is then the same each time, on the same machine. PyTorch's
     own random numbers stay as they were.
 
@@ -52,6 +53,8 @@ def ask(
     check_processor(processor)
     check_question(question)
     sampling = sampling_of(do_sample, temperature, top_p, top_k, seed)
+    if do_sample:
+        _require_draws(model.generation_config, sampling)
     images, questions = [read_all(images)], [question]
     with _seeded(seed):
         return answers(
@@ -88,6 +91,20 @@ _SAMPLING = {
     "seed": (int, 0, 2**32 - 1, "a whole number from 0 to 2^32 - 1"),
 }
 """{setting: (its type, the least, the most, what it is in words)}."""
+
+
+def _require_draws(own, sampling):
+    """Raise VlmkitError if a checkpoint's own settings, where the caller gave none, leave nothing
+    to draw: Qwen2-VL's are temperature 0.01, top_p 0.001 and top_k 1."""
+    greedy = {"temperature": 0.1, "top_p": 0.1, "top_k": 1}  # at most: the likeliest token wins
+    own = {name: getattr(own, name, None) for name in greedy if name not in sampling}
+    own = {n: v for n, v in own.items() if v is not None and (v or n != "top_k") and v <= greedy[n]}
+    if own:
+        raise VlmkitError(
+            f"The checkpoint's generation_config.json has {', '.join(f'{n} {own[n]}' for n in own)}"
+            f", with which the most probable token is drawn each time. Give {' and '.join(own)} "
+            "too. transformers' defaults are temperature 1, top_p 1 and top_k 50."
+        )
 
 
 @contextlib.contextmanager
