@@ -114,6 +114,15 @@ def test_the_answer_alone(llava, red, capsys):
     assert capsys.readouterr().out == answer + "\n"
 
 
+def test_a_drawn_answer_comes_again_with_its_seed(llava, red, capsys):
+    words = ["ask", "--answer-only", "--model", llava, "--max-new-tokens", 5, red, "What?"]
+    assert run(*words, "--do-sample", "--temperature", 9, "--top-k", 0, "--seed", 7) == 0
+    model, processor = vk.load(llava)
+    drawn = {"do_sample": True, "temperature": 9, "top_k": 0, "seed": 7}
+    answer = vk.ask(model, processor, red, "What?", max_new_tokens=5, **drawn)
+    assert capsys.readouterr().out == answer + "\n"
+
+
 def test_anatomy(llava, capsys):
     assert run("anatomy", llava) == 0
     assert "LlavaForConditionalGeneration" in capsys.readouterr().out
@@ -136,6 +145,9 @@ def test_anatomy(llava, capsys):
         (["ask", "RED", "What?", "--model", "nowhere"], "'nowhere'"),
         (["ask", "RED", "What?", "--model", "LLAVA", "--max-new-tokens", "0"], "max_new_tokens"),
         (["ask", "RED", "What? " * 99, "--model", "LLAVA"], "tokens"),
+        (["ask", "RED", "What?", "--seed", "1"], "--do-sample"),
+        (["ask", "RED", "What?", "--do-sample", "--temperature", "0"], "temperature"),
+        (["ask", "RED", "What?", "--model", "LLAVA", "--max-pixels", "9"], "has none"),
         (["ask", "RED", "What?", "--bogus"], "--bogus"),
         (["anatomy", "nowhere"], "'nowhere'"),
         (["anatomy", "pebble", "too"], "too"),
@@ -226,6 +238,14 @@ def test_memory_as_text_and_as_json(capsys):
     assert document["by_component"] == ledger.by_component
     assert document["by_kind"] == ledger.by_kind
     assert "fits" not in document
+
+
+def test_limits_of_pixels_count(capsys):
+    name = "Qwen/Qwen2-VL-2B-Instruct"
+    words = ["memory", name, "--images", 1, "--image-size", "4032x3024", "--max-pixels", 200704]
+    assert run(*words, "--json") == 0
+    use = {"images": 1, "image_size": (4032, 3024), "max_pixels": 200704}
+    assert printed(capsys)["total"] == vk.memory.predict(name, **use).total
 
 
 @pytest.mark.parametrize(("budget", "status"), [("2 GB", 1), ("8GiB", 0), ("8000MB", 0)])

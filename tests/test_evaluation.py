@@ -345,3 +345,79 @@ def test_models_compared_by_task():
     table = compared({"a": Scores(right), "b": Scores(right.assign(correct=False))})
     assert table.loc["a"].to_dict() == {"vqa": "75 [30, 95]", "ocr": "100 [21, 100]"}
     assert table.loc["b", "vqa"].startswith("0 [0, ")
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_draws_the_same_answer(model, processor):
+    def ask(**how):
+        return vk.ask(model, processor, red(), "What?", max_new_tokens=6, **how)
+
+    before = torch.random.get_rng_state()
+    settings = {"do_sample": True, "temperature": 20, "top_k": 0, "top_p": 1}
+    drawn = [ask(**settings, seed=seed) for seed in (*range(5), *range(5))]
+    assert drawn[:5] == drawn[5:] and len(set(drawn)) > 1
+    assert torch.equal(torch.random.get_rng_state(), before)
+    likeliest = ask()
+    for sharp in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 0.001}):
+        assert ask(do_sample=True, seed=1, **sharp) == likeliest
+    torch.manual_seed(3)
+    free = ask(**settings)
+    torch.manual_seed(3)
+    assert ask(**settings) == free
+
+
+def test_evaluation_is_greedy_whatever_a_checkpoint_says(model, processor, dataset, monkeypatch):
+    rows = dataset.select(range(6))
+    expected = vk.evaluate(model, processor, rows).answers["predicted"].tolist()
+    for name, value in {"do_sample": True, "temperature": 50.0, "top_k": 0}.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    for _ in range(2):
+        assert vk.evaluate(model, processor, rows).answers["predicted"].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": 0.7},
+        {"seed": 1, "top_p": 0.9},
+        {"do_sample": 1},
+        *({"do_sample": True, "temperature": t} for t in (0, -1, float("nan"), float("inf"), "1")),
+        *({"do_sample": True, "top_p": p} for p in (0, 1.1, True)),
+        *({"do_sample": True, "top_k": k} for k in (-1, 2.5, 10**12)),
+        *({"do_sample": True, "seed": s} for s in (-1, 0.5, 2**32, "1")),
+    ],
+    ids=str,
+)
+def test_sampling_that_cannot_be(model, processor, given):
+    with pytest.raises(VlmkitError, match=[*given][-1]):
+        vk.ask(model, processor, red(), "What?", **given)
+
+
+def test_rows_in_another_layout_are_read_by_from_dataset(model, processor):
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+            ],
+            "images": [red()],
+        }
+    ]
+    with pytest.raises(TaskError, match=r"has messages, images.*from_dataset\(dataset\)"):
+        vk.evaluate(model, processor, rows)
+    assert vk.evaluate(model, processor, vk.tasks.from_dataset(rows)).n == 1
+
+
+def test_a_checkpoint_that_leaves_nothing_to_draw(model, processor, monkeypatch):
+    """Qwen2-VL's own settings of sampling are greedy decoding by another name."""
+    own = {"temperature": 0.01, "top_p": 0.001, "top_k": 1}
+    for name, value in own.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    with pytest.raises(
+        VlmkitError, match="temperature 0.01, top_p 0.001.*Give temperature and top_p "
+    ):
+        vk.ask(model, processor, red(), "What?", do_sample=True, top_k=50)
+    drawn = {"do_sample": True, "temperature": 20.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 6}
+    assert len({vk.ask(model, processor, red(), "What?", seed=s, **drawn) for s in range(4)}) > 1

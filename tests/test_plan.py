@@ -309,3 +309,16 @@ def test_what_a_bitsandbytes_config_says_otherwise():
             Plan.parse(config)
     with pytest.raises(PlanError, match="matches no module"):  # transformers ignores it silently
         vk.preview("pebble", bitsandbytes_config(["vision_tower", "lm_head"]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"projector": "fp32", "projector": "nf4"}',
+        '{"overrides": [{"pattern": "a", "pattern": "b", "format": "nf4"}]}',
+    ],
+)
+def test_a_key_that_is_twice_in_a_json_file(text, tmp_path):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(PlanError, match="is there twice"):
+        Plan.parse(tmp_path / "plan.json")

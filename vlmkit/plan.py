@@ -126,12 +126,12 @@ class Plan(Table):
     def _of_file(cls, path):
         import yaml  # here, since most plans are in no file
 
-        from vlmkit.backend.validation import YamlLoader
+        from vlmkit.backend.validation import YamlLoader, unique_keys
 
         try:
             text = path.read_text(encoding="utf-8")
             if path.suffix.lower() == ".json":
-                said = json.loads(text)
+                said = json.loads(text, object_pairs_hook=unique_keys)
             else:
                 said = yaml.load(text, YamlLoader)  # noqa: S506, a SafeLoader
         except (OSError, UnicodeDecodeError) as error:

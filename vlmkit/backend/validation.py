@@ -167,3 +167,13 @@ YamlLoader.add_implicit_resolver(
     re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     "-+0123456789",
 )
+
+
+def unique_keys(pairs):
+    """The dictionary of a JSON object's (key, value) pairs, for `json.loads(object_pairs_hook=…)`.
+    Raises ValueError for a repeated key, of which JSON keeps the last without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is there twice")
+    return found

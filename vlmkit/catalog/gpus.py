@@ -2,9 +2,22 @@
 
     vlmkit.catalog.gpus.GPUS["RTX 4090"].bytes          # 24,000,000,000
 
-The sizes are those of the product pages. A card offers a different number of bytes: makers write GB
-and mean GiB (2^30 bytes), and error correction takes a part if it is on. Here a GB is 10^9 bytes,
-the smaller reading.
+The sizes are those of the product pages, and a GB is 10^9 bytes here. What PyTorch calls a card's
+total capacity is another number. The memory is made in GiB (2^30 bytes), error correction takes a
+part of it on some cards, and the driver keeps some hundred MB:
+
+    RTX 4090   23.61 to 23.68 GiB   25.4 x 10^9 bytes   (issues: pinokiofactory/flux-webui 11,
+                                                         zai-org/CogVideo 36)
+    RTX 5090   31.36 GiB            33.7                 (TrajectoryCrafter/TrajectoryCrafter 20)
+    A100 40GB  39.50 GiB            42.4                 (TianheWu/CoSeR 10)
+    L40S       44.53 GiB            47.8                 (Wan-Video/Wan2.1 205)
+    T4         14.75 GiB            15.8                 (NVIDIA/DALI 1813)
+    H200       139.80 GiB           150.1                (measured: benchmarks/results)
+
+So a GB of 10^9 bytes is the careful reading for most cards. It is up to 0.2 GB too much for cards
+with error correction. `vk.fit` and `vlmkit memory --budget "RTX 4090"` both take 1 GB off for CUDA
+and other programs (`vlmkit.memory.fitting.RESERVED`); a process was reported to need 0.78 GB. So no
+card of this list is counted with more than it has.
 """
 
 from dataclasses import dataclass

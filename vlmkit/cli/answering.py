@@ -6,7 +6,17 @@ from pathlib import Path
 
 import typer
 
-from vlmkit.cli.options import MODEL, Code, PlanText, argument, name_of, option
+from vlmkit.cli.options import (
+    MODEL,
+    Code,
+    MaxPixels,
+    MinPixels,
+    PlanText,
+    argument,
+    limits_of,
+    name_of,
+    option,
+)
 from vlmkit.errors import ImageError, QuestionError
 
 EXAMPLES = """\
@@ -18,6 +28,7 @@ Examples:
   vlmkit ask photo.jpg "What is in the picture?" --model cobble
   vlmkit ask photo.jpg "Can it fly?" --model cobble-chat --answer-only
   vlmkit ask photo.jpg "What is this?" --model PATH_OR_HUB_ID --plan language_model=nf4
+  vlmkit ask photo.jpg "Tell a story." --model cobble-chat --do-sample --temperature 0.7 --seed 1
 """
 
 
@@ -30,6 +41,13 @@ def ask(
     ) = None,
     plan: PlanText = None,
     max_new_tokens: option(int, "The greatest length of the answer.", metavar="N", shown=True) = 64,
+    do_sample: option(bool, "Draw tokens at random; greedy without it.", "--do-sample") = False,
+    temperature: option(float, "Above 1 is more random, below 1 less.", metavar="T") = None,
+    top_p: option(float, "Draw from the likeliest tokens that add up to P.", metavar="P") = None,
+    top_k: option(int, "Draw from the K likeliest tokens.", metavar="K") = None,
+    seed: option(int, "The same answer again for the same number.", metavar="N") = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
     answer_only: option(bool, "Print the answer and nothing else.", "--answer-only") = False,
     trust_remote_code: Code = False,
 ):
@@ -46,18 +64,27 @@ def ask(
     import vlmkit as vk
     from vlmkit.backend.quiet import quiet
     from vlmkit.evaluation import check_question
+    from vlmkit.evaluation.asking import sampling_of
 
     check_question(question)
+    sampling = {
+        "do_sample": do_sample, "temperature": temperature, "top_p": top_p, "top_k": top_k,
+        "seed": seed,
+    }  # fmt: skip
+    sampling_of(**sampling)
+    limits = limits_of(min_pixels, max_pixels)
     plan, name = None if plan is None else vk.Plan.parse(plan), name_of(model)
     if not answer_only:
         for path, picture in zip(paths, pictures, strict=True):
             print(f"picture    {path} ({picture.width} x {picture.height} pixels)")
         print(f"question   {question}\nmodel      {name}", flush=True)
     start = time.perf_counter()
-    model, processor = vk.load(name, plan, trust_remote_code=trust_remote_code)
+    model, processor = vk.load(name, plan, trust_remote_code=trust_remote_code, **limits)
     loaded = time.perf_counter()
     with quiet():
-        answer = vk.ask(model, processor, pictures, question, max_new_tokens=max_new_tokens)
+        answer = vk.ask(
+            model, processor, pictures, question, max_new_tokens=max_new_tokens, **sampling
+        )
     if answer_only:
         print(answer)
         return

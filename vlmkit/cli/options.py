@@ -37,6 +37,16 @@ Revision = option(str, "Branch, tag or commit of a hub id.", metavar="NAME")
 Json = option(bool, "Print one JSON document and nothing else.", "--json")
 
 
+MinPixels = option(int, "The least pixels of a picture (Qwen-VL, GLM-4V).", metavar="N")
+MaxPixels = option(int, "The most pixels of a picture: larger ones are shrunk.", metavar="N")
+
+
+def limits_of(min_pixels, max_pixels):
+    """The limits that are given, as `vk.load` and `vk.memory.predict` take them."""
+    given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def name_of(model):
     """The name of a model, or the default model's if there is none."""
     from vlmkit.loading import default_model

@@ -6,7 +6,19 @@ from pathlib import Path
 
 import typer
 
-from vlmkit.cli.options import Code, Json, Model, PlanText, Revision, name_of, option, print_json
+from vlmkit.cli.options import (
+    Code,
+    Json,
+    MaxPixels,
+    MinPixels,
+    Model,
+    PlanText,
+    Revision,
+    limits_of,
+    name_of,
+    option,
+    print_json,
+)
 
 MEMORY_EXAMPLES = """\
 Examples:
@@ -17,6 +29,7 @@ Examples:
       --images 4 --image-size 1024x768 --tokens 2048
   vlmkit memory Qwen/Qwen2.5-VL-7B-Instruct --images 1 --image-size 1024x768 --tokens 512 \\
       --train lora --rank 16 --gradient-checkpointing --budget "24 GB"
+  vlmkit memory Qwen/Qwen2.5-VL-7B-Instruct --images 1 --image-size 4032x3024 --max-pixels 1003520
   vlmkit memory pebble --train projector=full,language_model=lora --tokens 64 --json
 
 With --budget the exit status is 1 if the model does not fit.
@@ -75,6 +88,8 @@ def memory(
     plan: PlanText = None,
     images: Images = 0,
     image_size: ImageSize = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
     tokens: Tokens = 0,
     new_tokens: NewTokens = 0,
     batch_size: BatchSize = 1,
@@ -124,7 +139,7 @@ def memory(
             words = f"Fits in {room}: {left} are left."
             if not fits:
                 words = f"Does not fit in {room}: {left} too much."
-            print(f"\n{words}{_advice(budget, fits)}")
+            print(f"\n{words}{_advice(budget, room - ledger.total)}")
             if not fits and train and not gradient_checkpointing:
                 use["gradient_checkpointing"] = True
                 with quiet():
@@ -147,15 +162,17 @@ def _room(budget):
     return Size(GPUS[budget].bytes - parse_size(RESERVED), f"{budget}, less {RESERVED},")
 
 
-def _advice(budget, fits):
+def _advice(budget, left):
     """What to know about a budget in GB, if a graphics card is meant by it."""
+    from vlmkit.units import GIGABYTE
+
     number = re.fullmatch(r"\s*([0-9]{1,3}) *gb\s*", budget.lower())
-    if not number or fits:
+    if not number or left > GIGABYTE:
         return ""
     return (
-        f" A GB is 10^9 bytes. A graphics card that is sold with {number[1]} GB has "
-        f"{number[1]} GiB (--budget {number[1]}GiB), and CUDA and other programs take about 1 GB "
-        "of it, which `vlmkit fit` takes off."
+        " A GB is 10^9 bytes, and all of them are counted here. If you mean a graphics card, give "
+        'its name, such as --budget "RTX 4090": 1 GB is then taken off for CUDA and other '
+        "programs, as `vlmkit fit` does."
     )
 
 
@@ -180,6 +197,8 @@ def fit(
     ) = None,
     images: Images = 1,
     image_size: ImageSize = None,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
     tokens: Tokens = 512,
     new_tokens: NewTokens = 0,
     batch_size: BatchSize = 1,
@@ -222,6 +241,7 @@ def _use(options):
     """What `vk.memory.predict` needs to know besides a model and a plan."""
     names = ["images", "image_size", "tokens", "new_tokens", "batch_size", "gradient_checkpointing"]
     use = {name: options[name] for name in names}
+    use |= limits_of(options["min_pixels"], options["max_pixels"])
     if options["optim"] is not None:
         use["optim"] = options["optim"]
     return use | {"training": _training(options["train"], options["rank"])}

@@ -81,7 +81,7 @@ def _run(config, output):
         check_rows(questions)
     if unusable:
         _say(f"skipping   {unusable:,} of {len(rows):,} rows, which cannot be used")
-    model, processor = vk.load(config.model, config.plan, device=_device())
+    model, processor = vk.load(config.model, config.plan, device=_device(), **config.load)
     _say(f"model      {config.model}")
     scores = []
     if questions is not None:

@@ -10,29 +10,114 @@ import inspect
 
 from vlmkit.anatomy import component_finder
 from vlmkit.architectures import VISION
-from vlmkit.errors import QuestionError, VlmkitError, public
+from vlmkit.errors import QuestionError, VlmkitError, public, shown
 from vlmkit.evaluation.prompts import THOUGHTS, question_inputs
 from vlmkit.images import read_all
 
 
 @public
-def ask(model, processor, images, question, *, max_new_tokens=64):
+def ask(
+    model,
+    processor,
+    images,
+    question,
+    *,
+    max_new_tokens=64,
+    do_sample=False,
+    temperature=None,
+    top_p=None,
+    top_k=None,
+    seed=None,
+):
     """The model's answer to a question about an image or several, as text.
 
     images: a PIL image, a path or an array (see `vlmkit.images.read`), or a list of them, in the
-    order in which the model sees them. An empty list asks without an image. Decoding is greedy: the
-    most probable token each time, until the model ends its answer or `max_new_tokens` are reached:
-    the attribute at_limit of the answer says which. The thoughts of a model that thinks first are a
-    part of the text. The model's training mode and its generation settings do not change.
+    order in which the model sees them. An empty list asks without an image.
+
+    Decoding is greedy, whatever the checkpoint's generation_config.json says: the most probable
+    token each time, until the model ends its answer or `max_new_tokens` are reached: the attribute
+    at_limit of the answer says which. With do_sample=True tokens are drawn at random. Then
+    temperature (0.001 to 1000), top_p (above 0, at most 1) and top_k (0 is off) are those of
+    transformers. One that is left out is the checkpoint's, or transformers' default; a checkpoint's
+    that leaves nothing to draw is an error. seed: a number
+    that decides the draws: the answer is then the same each time, on the same machine. PyTorch's
+    own random numbers stay as they were.
+
+    The thoughts of a model that thinks first are a part of the text. The model's training mode and
+    its generation settings do not change.
 
     Raises `ImageError` for an image that cannot be read, `QuestionError` for an empty question and
     for one that, with its images, is too long for the model's context, and `VlmkitError` if there
-    is no processor.
+    is no processor and for settings of sampling that cannot be or have no effect.
     """
     check_processor(processor)
     check_question(question)
+    sampling = sampling_of(do_sample, temperature, top_p, top_k, seed)
+    if do_sample:
+        _require_draws(model.generation_config, sampling)
     images, questions = [read_all(images)], [question]
-    return answers(model, processor, images, questions, max_new_tokens=max_new_tokens)[0]
+    with _seeded(seed):
+        return answers(
+            model, processor, images, questions, max_new_tokens=max_new_tokens, **sampling
+        )[0]
+
+
+def sampling_of(do_sample=False, temperature=None, top_p=None, top_k=None, seed=None):
+    """What `generate` is told about sampling: a dictionary. Raises VlmkitError for values that
+    cannot be, and for values without do_sample, which would have no effect."""
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not isinstance(do_sample, bool):
+        raise VlmkitError(f"do_sample is True or False, not {shown(do_sample)}.")
+    if not do_sample:
+        if named := [*given, *(["seed"] if seed is not None else [])]:
+            raise VlmkitError(
+                f"Decoding is greedy, so that {' and '.join(named)} would have no effect. To draw "
+                "tokens at random, add do_sample=True (--do-sample on the command line)."
+            )
+        return {}
+    for name, value in (given | ({} if seed is None else {"seed": seed})).items():
+        kind, least, most, says = _SAMPLING[name]
+        number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        if not number or not least <= value <= most:
+            raise VlmkitError(f"{name} is {says}, not {shown(value)}.")
+    return {"do_sample": True, **{name: _SAMPLING[name][0](given[name]) for name in given}}
+
+
+_SAMPLING = {
+    "temperature": (float, 1e-3, 1e3, "a number from 0.001 to 1000 (greedy: without do_sample)"),
+    "top_p": (float, 1e-9, 1, "a number above 0, at most 1"),
+    "top_k": (int, 0, 10**9, "a whole number from 0 (0 is off)"),
+    "seed": (int, 0, 2**32 - 1, "a whole number from 0 to 2^32 - 1"),
+}
+"""{setting: (its type, the least, the most, what it is in words)}."""
+
+
+def _require_draws(own, sampling):
+    """Raise VlmkitError if a checkpoint's own settings, where the caller gave none, leave nothing
+    to draw: Qwen2-VL's are temperature 0.01, top_p 0.001 and top_k 1."""
+    greedy = {"temperature": 0.1, "top_p": 0.1, "top_k": 1}  # at most: the likeliest token wins
+    own = {name: getattr(own, name, None) for name in greedy if name not in sampling}
+    own = {n: v for n, v in own.items() if v is not None and (v or n != "top_k") and v <= greedy[n]}
+    if own:
+        raise VlmkitError(
+            f"The checkpoint's generation_config.json has {', '.join(f'{n} {own[n]}' for n in own)}"
+            f", with which the most probable token is drawn each time. Give {' and '.join(own)} "
+            "too. transformers' defaults are temperature 1, top_p 1 and top_k 50."
+        )
+
+
+@contextlib.contextmanager
+def _seeded(seed):
+    """PyTorch's random numbers follow from `seed` here, and afterwards go on as before."""
+    import torch
+
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
 class Answer(str):
@@ -50,14 +135,15 @@ class TooLong(QuestionError):
         self.prompt = prompt
 
 
-def answers(model, processor, images, questions, *, max_new_tokens):
+def answers(model, processor, images, questions, *, max_new_tokens, **sampling):
     """The answers to a batch. images[i] is the list of RGB images of questions[i]; all these lists
-    have the same length.
+    have the same length. sampling: what `sampling_of` returned; greedy without it.
 
     Raises the errors of `ask`, and `TooLong` with the number of the prompt that is too long.
     """
     inputs = prepared(model, processor, images, questions, max_new_tokens)
-    tokens = _new_tokens(inputs, generated(model, processor, inputs, max_new_tokens))
+    made = generated(model, processor, inputs, max_new_tokens, **sampling)
+    tokens = _new_tokens(inputs, made)
     found = [Answer(text) for text in _texts(processor, tokens)]
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, (list, tuple)) else [ends])
@@ -124,19 +210,19 @@ def prepared(model, processor, images, questions, max_new_tokens):
     return inputs
 
 
-def generated(model, processor, inputs, max_new_tokens, **outputs):
-    """What `model.generate` returns for prepared inputs, with greedy decoding. outputs: arguments
-    that ask `generate` for more."""
+def generated(model, processor, inputs, max_new_tokens, do_sample=False, **more):
+    """What `model.generate` returns for prepared inputs, with greedy decoding unless `do_sample`.
+    more: further arguments of `generate`."""
     pad = model.generation_config.pad_token_id
     with in_evaluation_mode(model):
         return model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             max_length=None,  # generate would warn about the checkpoint's own
-            do_sample=False,
+            do_sample=do_sample,
             num_beams=1,
             pad_token_id=processor.tokenizer.pad_token_id if pad is None else pad,
-            **outputs,
+            **more,
         )
 
 

@@ -26,5 +26,6 @@ def lacking_columns(columns, needed=COLUMNS):
     return (
         f"The dataset has no column {' and no column '.join(missing)}. It has "
         f"{', '.join(columns) or 'no columns'}, and needs {', '.join(needed)}. "
-        "dataset.rename_column renames a column, and vk.tasks.from_dataset reads other layouts."
+        "vk.tasks.from_dataset(dataset) makes these columns of other layouts, such as messages, "
+        "conversations, prompt and completion, or image; dataset.rename_column renames a column."
     )

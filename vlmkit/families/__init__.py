@@ -13,11 +13,13 @@ be built without.
 import json
 from pathlib import Path
 
+from vlmkit.errors import SizeError, shown
 from vlmkit.families import grids, tiles
 from vlmkit.families.base import Family, Picture, check_size, image_id, inputs_of, side_of
 
 __all__ = [
     "FAMILIES",
+    "LIMITS",
     "Family",
     "Picture",
     "check_size",
@@ -27,6 +29,7 @@ __all__ = [
     "newer_names",
     "settings_of",
     "side_of",
+    "with_limits",
 ]
 
 
@@ -45,11 +48,12 @@ def family_of(config):
     return FAMILIES.get(config.model_type) or Family()
 
 
-def settings_of(config, folder=None):
+def settings_of(config, folder=None, limits=None):
     """({setting: value} of the image processor, where they come from in words).
 
     The settings are read from `processor_config.json` or `preprocessor_config.json` in `folder`,
-    the checkpoint's. If `folder` is None, they are the usual ones of the family.
+    the checkpoint's. If `folder` is None, they are the usual ones of the family. limits: those of
+    `with_limits`, which go before them.
     """
     settings = family_of(config).settings(config)
     source = f"the settings usual for {config.model_type}"
@@ -61,7 +65,79 @@ def settings_of(config, folder=None):
         found = found.get("image_processor", found)
         settings.update(newer_names({k: v for k, v in found.items() if v is not None}))
         source = file
+    if limits:
+        settings = with_limits(config, settings, limits)
+        source += f", with {', '.join(f'{name} {limits[name]}' for name in limits)}"
     return settings, source
+
+
+LIMITS = (
+    "min_pixels", "max_pixels", "size", "min_patches", "max_patches", "do_image_splitting"
+)  # fmt: skip
+"""Limits of a picture's size that some family's image processor has, by transformers' names."""
+
+
+def with_limits(config, settings, limits):
+    """The `settings` of an image processor with `limits`: {name of LIMITS: value}.
+
+    min_pixels, max_pixels: the least and the most pixels of a picture, one of them or both.
+    size: a dictionary with the keys that the processor's own size has, such as {"longest_edge":
+        1024}; a key that is left out stays. For Qwen-VL and GLM-4V shortest_edge and longest_edge
+        are numbers of pixels too, and for others they are sides.
+    min_patches, max_patches: the least and the most tiles.
+    do_image_splitting: whether a picture is cut into tiles at all.
+
+    Raises SizeError for a limit that the family of `config` does not have, naming those that it
+    has, and for values that cannot be.
+    """
+    family = family_of(config)
+    for name, value in limits.items():
+        if name not in family.limits:
+            has = f"has {', '.join(family.limits)}" if family.limits else "has none"
+            raise SizeError(
+                f"{name} is no limit of {config.model_type}, which {has}. {family.no_limits}"
+            )
+        _check_limit(name, value)
+    given = {name: limits[name] for name in limits if "pixels" not in name}
+    size = dict(given.pop("size", {}))
+    edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+    pixels = {edges[name]: limits[name] for name in edges if name in limits}
+    if size and pixels:
+        raise SizeError("size and min_pixels or max_pixels say the same. Give one of them.")
+    before = settings.get("size") or {}
+    if size.keys() - before.keys():
+        raise SizeError(
+            f"size of {config.model_type} has {', '.join(before)}, not {', '.join(size)}."
+        )
+    new = {**settings, **given, "size": {**before, **size, **pixels}}
+    least, most = new["size"].get("shortest_edge", 0), new["size"].get("longest_edge", 0)
+    pairs = [(least, most or least), (new.get("min_patches", 0), new.get("max_patches", 0))]
+    for least, most in pairs:
+        if least > most:
+            raise SizeError(
+                f"the smallest size, {least:,}, is larger than the largest, {most:,}. The "
+                f"processor's own settings are {shown(before)}; give both limits to change both."
+            )
+    family.check(new)
+    return new
+
+
+MOST_PIXELS, MOST_PATCHES = 10**9, 100
+
+
+def _check_limit(name, value):
+    if name == "do_image_splitting":
+        right, kind = isinstance(value, bool), "True or False"
+    else:
+        values = value.values() if isinstance(value, dict) and value else [value]
+        most = MOST_PATCHES if "patches" in name else MOST_PIXELS
+        right = (name == "size") == isinstance(value, dict) and all(
+            type(one) is int and 1 <= one <= most for one in values
+        )
+        kind = f"a whole number from 1 to {most:,}"
+        kind = f"a dictionary of sizes, each {kind}" if name == "size" else kind
+    if not right:
+        raise SizeError(f"{name} is {kind}, not {shown(value)}.")
 
 
 def newer_names(found):

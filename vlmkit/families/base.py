@@ -48,15 +48,31 @@ class Family:
 
     model_types: the values of `model_type` in config.json.
     one_size: whether the vision encoder resizes every picture to its own resolution.
+    limits: what limits a picture's size in its processor (see `vlmkit.families.with_limits`).
     """
 
     model_types = ()
     one_size = False
+    limits = ()
+
+    @property
+    def no_limits(self):
+        """What to say to somebody who asks for a limit that the family does not have."""
+        if self.limits:
+            return ""
+        if self.one_size:
+            return "Every picture is resized to the resolution of the vision encoder."
+        if not self.model_types:
+            return "vlmkit has no rule for this family. Set it on processor.image_processor."
+        return "The model's config lists the tiles into which a picture may be cut."
 
     def settings(self, config):
         """Settings of the image processor that the family's published checkpoints have. They are
         used when a config comes alone, without the files of its processor."""
         return {}
+
+    def check(self, settings):
+        """Raises SizeError for settings of the image processor that the family cannot have."""
 
     def picture(self, config, settings, width, height, alone=True):
         """The Picture that the processor makes of a picture of `width` x `height` pixels.

@@ -61,6 +61,7 @@ class Qwen(Family):
     """
 
     model_types = ("qwen2_vl", "qwen2_5_vl")
+    limits = ("min_pixels", "max_pixels", "size")
     least, frames = 4, 1
 
     def settings(self, config):
@@ -137,6 +138,7 @@ class Mistral3(Family):
     `longest_edge` pixels. A token follows each row: it breaks the line or ends the picture."""
 
     model_types = ("mistral3",)
+    limits = ("size",)
 
     def settings(self, config):
         return {"size": {"longest_edge": side_of(config.vision_config.image_size)}}

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from vlmkit.errors import SizeError
 from vlmkit.families.base import Family, Picture, grid_of, side_of, whole
 from vlmkit.families.grids import largest
 
@@ -73,6 +74,7 @@ class Idefics2(Family):
     everything that it is given: the picture, or its four quarters and the picture."""
 
     model_types = ("idefics2",)
+    limits = ("size", "do_image_splitting")
 
     def settings(self, config):
         return {"size": {"shortest_edge": 378, "longest_edge": 980}, "do_image_splitting": True}
@@ -110,6 +112,10 @@ def _within(width, height, size):
     return max(width, size["shortest_edge"]), max(height, size["shortest_edge"])
 
 
+MOST_TILES = 6
+"""The published tokenizers have markers from <row_1_col_1> to <row_6_col_6>."""
+
+
 class Idefics3(Idefics2):
     """Idefics3 and SmolVLM (arXiv 2504.05299, section 2): the picture is enlarged to `longest_edge`
     and cut into tiles, each with its row and column written before it; the whole picture follows.
@@ -120,6 +126,14 @@ class Idefics3(Idefics2):
     def settings(self, config):  # four tiles a side
         side = side_of(config.vision_config.image_size)
         return {"size": {"longest_edge": 4 * side}, "max_image_size": {"longest_edge": side}}
+
+    def check(self, settings):
+        side, longest = settings["max_image_size"]["longest_edge"], settings["size"]["longest_edge"]
+        if settings.get("do_image_splitting", True) and longest > MOST_TILES * side:
+            raise SizeError(
+                f"size longest_edge {longest:,} makes more than {MOST_TILES} tiles of {side} pixels"
+                " in a row, and the tokenizer has no marker for more."
+            )
 
     def picture(self, config, settings, width, height, alone=True):
         side, patches = settings["max_image_size"]["longest_edge"], grid_of(config) ** 2
@@ -173,6 +187,7 @@ class InternVL(Family):
     picture."""
 
     model_types = ("internvl",)
+    limits = ("min_patches", "max_patches")
 
     def settings(self, config):
         return {"crop_to_patches": True, "min_patches": 1, "max_patches": 12}

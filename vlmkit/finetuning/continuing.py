@@ -15,6 +15,7 @@ from vlmkit import COMPONENTS
 from vlmkit.anatomy import component_finder, is_adapter, plain_name, unwrapped
 from vlmkit.errors import FinetuningError, brief
 from vlmkit.folders import write_whole
+from vlmkit.loading.processors import limits_of
 
 LIST = "training.json"
 STATE = "trainer_state.json"
@@ -137,19 +138,21 @@ def _hasher():
 # --- which training -------------------------------------------------------------------------------
 
 
-def description(model, dataset, settings, processes):
+def description(model, processor, dataset, settings, processes):
     """What a training is, as a dict that JSON can hold: its settings and the number of processes,
     and as texts its rows, the plan and the adapters by component, the base and the start.
 
     rows: how many, and a hash of the first 10,000 texts and 256 pictures that `_spread` chooses. So
         a change of one row of many can be missed, and a change of their number cannot. A dataset
         without a length is not read.
+    pictures: the limits of a picture's size that the processor has.
     base: a hash of 4,096 numbers of each frozen tensor. start: the same of what is trained, without
         adapters that do nothing yet, since their random A does not change the model.
     """
     return settings | {
         "processes": processes,
         "rows": _rows(dataset),
+        "pictures": limits_of(processor),
         "plan": _plan(model),
         "adapters": _adapters(model),
         "base": _base(model),

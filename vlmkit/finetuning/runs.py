@@ -88,7 +88,7 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
     from vlmkit.finetuning import trainer as trainers
 
     output_dir = continuing.writable_folder(output_dir)
-    description = _description(model, dataset, settings, output_dir)
+    description = _description(model, processor, dataset, settings, output_dir)
     last = _last(output_dir, description, steps)
     done = continuing.step_of(last)
     state = continuing.state_in(last) if last else {}
@@ -153,9 +153,9 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
     return Run(model, curve, evaluations, gradients.no_gradient, dict(skipped), done)
 
 
-def _description(model, dataset, settings, folder):
+def _description(model, processor, dataset, settings, folder):
     """What this training is: see `continuing.description`."""
-    found = continuing.description(model, dataset, asdict(settings), _processes())
+    found = continuing.description(model, processor, dataset, asdict(settings), _processes())
     # A model that is given again has what it learnt. It began as it was in the first call.
     starts = _STARTS.setdefault(model, {})
     if not any(folder.glob("checkpoint-*")):

@@ -18,8 +18,9 @@ import yaml
 from vlmkit import tasks
 from vlmkit.adapters import LoRA, parse, require_component
 from vlmkit.backend.optimizers import check_optimizer
-from vlmkit.backend.validation import MOST, Checked, YamlLoader, shown
+from vlmkit.backend.validation import MOST, Checked, YamlLoader, require_among, shown
 from vlmkit.errors import FinetuningError, VlmkitError
+from vlmkit.families import LIMITS as PICTURE_LIMITS
 from vlmkit.finetuning.collating import RAISE
 from vlmkit.plan import Plan
 
@@ -181,12 +182,16 @@ class SourceRows(Checked, what="a key for a source"):
         return tasks.from_dataset(**vars(self), decode=False)
 
 
+LOADED = ("attn_implementation", *PICTURE_LIMITS)
+"""Further arguments of `vk.load` that a file can give."""
+
+
 @dataclass(frozen=True)
 class Config(Checked, what="a key"):
-    """What a file says. model, plan: as in `vk.load`. train: {component: one of WAYS, or the fields
-    of a LoRA}. adapters: in place of train, a folder that `vk.finetuning.save` wrote, to train on
-    from there. data, evaluation: TaskRows or SourceRows, to learn from and to ask before and after
-    training. settings: those of Settings. output: a folder.
+    """What a file says. model, plan: as in `vk.load`. load: some of LOADED, for `vk.load`. train:
+    {component: one of WAYS, or the fields of a LoRA}. adapters: in place of train, a folder that
+    `vk.finetuning.save` wrote, to train on from there. data, evaluation: TaskRows or SourceRows, to
+    learn from and to ask before and after training. settings: those of Settings. output: a folder.
 
     `read` returns it with plan as a Plan, data and evaluation as TaskRows or SourceRows, and train
     as `vk.finetuning.add_adapters` takes it.
@@ -194,6 +199,7 @@ class Config(Checked, what="a key"):
 
     model: str = "pebble"
     plan: str | dict | Plan | None = None
+    load: dict = field(default_factory=dict)
     train: dict | None = None
     adapters: str | None = None
     data: dict | TaskRows | SourceRows | None = None
@@ -236,6 +242,8 @@ def _checked(config):
         )
     if not (config.adapters or config.train):
         raise FinetuningError("train is missing; train, data and output are needed.")
+    for name in config.load:
+        require_among("a key of load", name, LOADED)
     train = {component: _way(component, said) for component, said in (config.train or {}).items()}
     if train:
         parse(train)

@@ -17,18 +17,22 @@ from vlmkit.backend.boundaries import join_dtypes
 from vlmkit.backend.cpu import guard_against_cpu_traps
 from vlmkit.backend.quiet import is_watched, quiet, without_garbage_collection
 from vlmkit.checkpoints import find, weight_files
-from vlmkit.errors import public
+from vlmkit.errors import PlanError, public
 from vlmkit.layout import layout_of
 from vlmkit.loading.audit import Audit, Preview, audit, audit_layout, plan_of, preview
-from vlmkit.loading.processors import load_processor
-from vlmkit.loading.saving import save
-from vlmkit.loading.weights import (
+from vlmkit.loading.placing import (
+    check_attention,
+    check_device_map,
     check_formats,
-    load_weights,
-    require_headers,
+    check_placed,
+    device_of,
     resolve_device,
-    with_adapters,
+    resolve_device_map,
+    set_attention,
 )
+from vlmkit.loading.processors import check_limits, load_processor, set_limits
+from vlmkit.loading.saving import save
+from vlmkit.loading.weights import load_weights, require_headers, with_adapters
 from vlmkit.plan import Plan
 from vlmkit.units import GIGABYTE
 
@@ -42,7 +46,18 @@ def default_model():
 
 
 @public
-def load(name, plan=None, *, processor=True, device=None, revision=None, trust_remote_code=False):
+def load(
+    name,
+    plan=None,
+    *,
+    processor=True,
+    device=None,
+    device_map=None,
+    attn_implementation=None,
+    revision=None,
+    trust_remote_code=False,
+    **limits,
+):
     """Load the model `name` under `plan`. Returns (model, processor), audited.
 
     name: a model of the course ("pebble", "cobble"), a folder, or a hub id.
@@ -50,8 +65,20 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
         that is quantized already, None is what it holds, and any other plan has to agree with that.
     processor: False leaves the processor out. It is returned as None, and no file of it is needed.
     device: "cpu", "cuda", …; None is cuda if there is one, otherwise the CPU.
+    device_map: transformers' own, in place of `device`: a device, "auto" (or another of
+        `vlmkit.loading.placing.STRATEGIES`) to spread the model over all GPUs, or {name of a
+        module: device} with "" for all others. A model is either on GPUs or on the CPU. A map that
+        would keep a part of it on the CPU or on the disk, to be copied to a GPU in each forward
+        pass, is refused.
+    attn_implementation: transformers' own: "sdpa" (the default where a model has it), "eager",
+        "flash_attention_2" or "flex_attention", or {part of the config: one of them}, such as
+        {"vision_config": "eager"}. `vk.save` does not keep it.
     revision: branch, tag or commit of a hub id.
     trust_remote_code: whether Python code that comes with the checkpoint may run.
+    limits: how large the processor makes pictures, by transformers' names: min_pixels, max_pixels
+        or size (Qwen-VL, GLM-4V), size and do_image_splitting (Idefics, SmolVLM), size (Mistral 3),
+        min_patches and max_patches (InternVL). See `vlmkit.families.with_limits`. `vk.save` keeps
+        them, and `vk.memory.predict` takes the same.
 
     The plan is resolved to full module names before any weight is read. If anything is wrong,
     nothing is returned. If the projector was trained with another format of the language model or
@@ -62,24 +89,35 @@ def load(name, plan=None, *, processor=True, device=None, revision=None, trust_r
 
     Several threads may load at once. Each waits until the one before it is done.
 
-    Raises PlanError (the plan does not fit the model or the device), CheckpointError (files are
-    missing, damaged or refused), AnatomyError (not a VLM, or it has unknown parts), AuditError
-    (what was loaded is not what the plan asked for).
+    Raises PlanError (the plan, the devices or the attention do not fit the model or this machine),
+    CheckpointError (files are missing, damaged or refused), AnatomyError (not a VLM, or it has
+    unknown parts), SizeError (limits that the model's processor does not have), AuditError (what
+    was loaded is not what the plan asked for).
     """
     plan = None if plan is None else Plan.parse(plan)
-    device = resolve_device(device)
+    if device is not None and device_map is not None:
+        raise PlanError("device and device_map both say where the model goes. Give one of them.")
+    places = {"": resolve_device(device)} if device_map is None else resolve_device_map(device_map)
+    check_limits(limits, processor)
     with quiet(bars=is_watched()):  # a download may take long
         folder = find(name, revision=revision, trust_remote_code=trust_remote_code)
     with one_at_a_time(), without_garbage_collection():
         with quiet():
             layout = layout_of(folder, plan, trust_remote_code=trust_remote_code)
-            check_formats(layout, device)
+            check_formats(layout, device_of(places))
+            places = check_device_map(places, layout)
+            if attn_implementation is not None:
+                set_attention(layout.config, attn_implementation, trust_remote_code)
+                check_attention(layout, device_of(places))
             layout.quantization_config()  # raises before a weight is read
             require_headers(folder, layout, trust_remote_code)
             # The processor comes first: it is quick, and its files are missing most often.
             loaded_processor = load_processor(folder, trust_remote_code) if processor else None
+            if limits:
+                set_limits(loaded_processor, layout.config, limits)
         with quiet(bars=_is_large(folder) and is_watched()):
-            model = load_weights(folder, layout, device, trust_remote_code)
+            model = load_weights(folder, layout, places, trust_remote_code)
+            check_placed(model)
             guard_against_cpu_traps(model)
             join_dtypes(model, layout)
             audit_layout(model, layout)

@@ -1,6 +1,7 @@
 """Processors: they turn pictures and text into a model's tensors."""
 
-from vlmkit.errors import CheckpointError, brief
+from vlmkit.errors import CheckpointError, PlanError, SizeError, brief, did_you_mean
+from vlmkit.families import LIMITS, newer_names, with_limits
 
 ANY_OF = ("processor_config.json", "preprocessor_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -46,3 +47,52 @@ def load_processor(folder, trust_remote_code=False):
             f"images. processor_config.json is missing or incomplete. {REMEDY}"
         )
     return processor
+
+
+def check_limits(limits, processor):
+    """Raise PlanError for names that are neither limits of a family nor arguments of `vk.load`,
+    and SizeError for limits without a processor."""
+    from vlmkit.loading import load
+
+    known = (*load.__wrapped__.__kwdefaults__, *LIMITS)
+    for name in limits:
+        if name not in LIMITS:
+            hint = did_you_mean(name, known)
+            if name in FORMATS_ELSEWHERE:
+                hint = "Formats are a plan's: vk.load(name, plan). "
+            raise PlanError(
+                f"{name!r} is not an argument of vk.load. {hint}The arguments are "
+                f"{', '.join(known)}."
+            )
+    if limits and not processor:
+        raise SizeError(
+            f"{', '.join(limits)} limits what a processor makes of pictures, and processor=False "
+            "leaves it out."
+        )
+
+
+FORMATS_ELSEWHERE = (
+    "dtype", "torch_dtype", "quantization_config", "load_in_4bit", "load_in_8bit"
+)  # fmt: skip
+"""Arguments with which transformers is told what a plan says here."""
+
+
+def limits_of(processor):
+    """{name of LIMITS: value} that the processor has."""
+    settings = _settings(processor)
+    return {name: settings[name] for name in LIMITS if name in settings}
+
+
+def set_limits(processor, config, limits):
+    """Put `limits` into the processor of the model of `config`: see
+    `vlmkit.families.with_limits`, whose SizeError it raises."""
+    pictures, settings = processor.image_processor, _settings(processor)
+    for name, value in with_limits(config, settings, limits).items():
+        if value != settings.get(name):
+            setattr(pictures, name, type(pictures.size)(**value) if name == "size" else value)
+
+
+def _settings(processor):
+    pictures = getattr(processor, "image_processor", None)
+    found = {} if pictures is None else pictures.to_dict()
+    return newer_names({name: value for name, value in found.items() if value is not None})

@@ -10,58 +10,14 @@ from vlmkit.anatomy import on_meta, shape_of
 from vlmkit.backend.quiet import environment
 from vlmkit.backend.storages import state_tensors
 from vlmkit.checkpoints import ADAPTERS, BESIDE, FLOATS, renamer, weight_headers
-from vlmkit.errors import CheckpointError, PlanError, brief
+from vlmkit.errors import CheckpointError, brief
 from vlmkit.formats import torch_dtype
+from vlmkit.loading.placing import device_of
 
 # Buffers that older releases of transformers saved. Models compute them now.
 NO_LONGER_SAVED = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
 # transformers' own switch, since 5.21. With "1" it reads the weights in the main thread.
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
-
-
-def resolve_device(device=None):
-    """`torch.device` for `device`. None is cuda where there is one, otherwise the CPU.
-
-    Raises PlanError if this machine does not have the device.
-    """
-    import torch
-
-    if device is None:
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        resolved = torch.device(device)
-        torch.empty(1, device=resolved)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise PlanError(
-            f"device {str(device)!r} cannot be used here ({brief(error, 100)}). Leave device out "
-            f"to get {str(resolve_device())!r}."
-        ) from error
-    if resolved.type == "meta":
-        raise PlanError("device 'meta' holds no weights. Use vk.anatomy or vk.memory.predict.")
-    if resolved.type == "cuda" and resolved.index is None:
-        resolved = torch.device("cuda", torch.cuda.current_device())
-    return resolved
-
-
-def check_formats(layout, device):
-    """Raise PlanError if a format of `layout` does not run on `device`."""
-    quantized = ", ".join(sorted(set(layout.quantized.values())))
-    if not quantized:
-        return
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise PlanError(
-            f"{quantized} needs the package bitsandbytes, which cannot be imported: {error}. "
-            "Install it (pip install bitsandbytes), or plan float formats."
-        ) from error
-    # Its Metal backend has only some of the formats, and no test here runs on it.
-    supported = bitsandbytes.supported_torch_devices - {"mps"}
-    if device.type not in supported:
-        raise PlanError(
-            f"{quantized} does not run on the device {device.type!r}: bitsandbytes runs on "
-            f"{', '.join(sorted(supported))}. Use bf16, fp16 or fp32 there, or device='cpu'."
-        )
 
 
 def require_headers(folder, layout, trust_remote_code=False):
@@ -110,8 +66,10 @@ def _is_packed(key, headers):
     return f"{layer}.SCB" in headers or f"{key}.absmax" in headers
 
 
-def load_weights(folder, layout, device, trust_remote_code=False):
+def load_weights(folder, layout, device_map, trust_remote_code=False):
     """The model in `folder`, with each parameter in the format that `layout` gives it.
+
+    device_map: what `vlmkit.loading.placing.resolve_device_map` returned.
 
     If the layout's config says that the weights are quantized already, they are read as they are.
     Otherwise each weight is quantized as soon as it is read, so no two weights are in memory in
@@ -130,12 +88,12 @@ def load_weights(folder, layout, device, trust_remote_code=False):
         kwargs = {"quantization_config": quantization_config}
     dtype = torch_dtype(layout.load_dtype)
     try:
-        with _quantizer(layout), _reader(device, config.dtype == dtype):
+        with _quantizer(layout), _reader(device_map, config.dtype == dtype):
             model, info = AutoModelForImageTextToText.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
-                device_map={"": device},
+                device_map=device_map,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # _require_complete lists them
                 trust_remote_code=trust_remote_code,
@@ -179,10 +137,11 @@ def _quantizer(layout):
     return fast_quantizer()
 
 
-def _reader(device, same_dtype):
+def _reader(device_map, same_dtype):
     """Where weights stay on the CPU in their own dtype, transformers only maps them from the file.
     Handing each of them to a thread takes longer than that."""
-    if device.type == "cpu" and same_dtype and _NO_THREADS not in os.environ:
+    on_cpu = device_of(device_map).type == "cpu"
+    if on_cpu and same_dtype and _NO_THREADS not in os.environ:
         return environment(_NO_THREADS, "1")
     return contextlib.nullcontext()
 

@@ -45,8 +45,11 @@ class Batch:
         )  # fmt: skip
 
 
-def batch_of(config, folder, tokens=0, new_tokens=0, images=0, image_size=None, batch_size=1):
+def batch_of(
+    config, folder, tokens=0, new_tokens=0, images=0, image_size=None, batch_size=1, limits=None
+):
     """The Batch, checked against the model of `config`, whose files are in `folder` (or None).
+    limits: those of its processor, see `vlmkit.families.with_limits`.
 
     Raises SizeError for numbers that cannot be or do not fit the model's context, ImageError for
     pictures that no model takes, AnatomyError if vlmkit has no rule for the family's pictures.
@@ -64,7 +67,7 @@ def batch_of(config, folder, tokens=0, new_tokens=0, images=0, image_size=None, 
                 f"not {shown(number)}. Give the number of one prompt or one training step."
             )
     sizes = _sizes(config, images, image_size)
-    found = _batch(config, folder, tokens, new_tokens, sizes, batch_size)
+    found = _batch(config, folder, tokens, new_tokens, sizes, batch_size, limits)
     if new_tokens and not found:
         raise SizeError("new tokens need a prompt: give tokens, images or both")
     room = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -78,25 +81,26 @@ def batch_of(config, folder, tokens=0, new_tokens=0, images=0, image_size=None, 
     return found
 
 
-def smallest(config, folder):
+def smallest(config, folder, limits=None):
     """The Batch of a training step about which nothing is said: a few words, and a small picture if
     vlmkit has a rule for one."""
     side = side_of(getattr(getattr(config, "vision_config", None), "image_size", 64))
     try:
-        return _batch(config, folder, 8, 0, ((side, side),), 1)
+        return _batch(config, folder, 8, 0, ((side, side),), 1, limits)
     except AnatomyError:
         return Batch(config, tokens=8)
 
 
-def picture_of(config, folder, size, alone=True):
+def picture_of(config, folder, size, alone=True, limits=None):
     """(the Picture of a picture of `size` (width, height), where its settings come from)."""
-    settings, source = settings_of(config, folder)
+    settings, source = settings_of(config, folder, limits)
     return family_of(config).picture(config, settings, *check_size(size), alone), source
 
 
-def _batch(config, folder, tokens, new_tokens, sizes, batch_size):
+def _batch(config, folder, tokens, new_tokens, sizes, batch_size, limits):
     made = {
-        size: picture_of(config, folder, size, len(sizes) == 1) for size in dict.fromkeys(sizes)
+        size: picture_of(config, folder, size, len(sizes) == 1, limits)
+        for size in dict.fromkeys(sizes)
     }
     seen = [made[size] for size in sizes]
     pictures = tuple(picture for picture, _ in seen)

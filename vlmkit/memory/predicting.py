@@ -1,5 +1,6 @@
 """Predicting: the ledger of a model, a prompt and a training step that do not exist yet."""
 
+import copy
 from pathlib import Path
 
 from vlmkit.adapters import as_stored, parse
@@ -8,8 +9,10 @@ from vlmkit.backend.optimizers import check_optimizer
 from vlmkit.backend.quiet import without_garbage_collection
 from vlmkit.checkpoints import adapters_of, find
 from vlmkit.errors import FinetuningError, SizeError, did_you_mean, public
+from vlmkit.families import LIMITS
 from vlmkit.formats import torch_dtype
 from vlmkit.layout import layout_of
+from vlmkit.loading.placing import set_attention
 from vlmkit.memory.allocator import check_allocator, overhead
 from vlmkit.memory.batch import batch_of, picture_of, smallest
 from vlmkit.memory.ledger import Ledger
@@ -45,7 +48,8 @@ def predict(
     optim="adamw_torch_fused",
     prepare_kbit=False,
     allocator=None,
-    **unknown,
+    attn_implementation=None,
+    **limits,
 ):
     """Ledger of what `x` needs under `plan`, without reading a weight.
 
@@ -77,6 +81,11 @@ def predict(
         not quantized.
     allocator: "cuda" for a GPU: what bitsandbytes' kernels need there, and what PyTorch's caching
         allocator rounds up to and cannot give out. Otherwise everything is as on a CPU.
+    attn_implementation: as for `vk.load`. By default it is what `vk.load` uses by default ("sdpa"
+        where the model has it), or that of a model `x`. "eager" keeps a matrix of all positions by
+        all positions for each head, so its activations are larger.
+    limits: min_pixels, max_pixels, size, … as for `vk.load`: they change the visual tokens of a
+        picture.
 
     Keys and values, adapters, gradients and optimizer states are exact to the byte too. Activations
     are bounded: they are what the pass needs at its peak beyond all other entries. If the gradients
@@ -86,7 +95,7 @@ def predict(
     for sizes that are impossible or do not fit the model; SizeError for an unknown argument;
     FinetuningError for training that is impossible.
     """
-    check_arguments(unknown)
+    check_arguments(limits)
     _check_training(training, new_tokens, gradient_checkpointing, prepare_kbit)
     check_optimizer(optim)
     check_allocator(allocator)
@@ -95,8 +104,11 @@ def predict(
             x, plan, loadable=False, revision=revision, trust_remote_code=trust_remote_code
         )
         config = layout.config
+        if attn_implementation is not None:
+            config = copy.deepcopy(config)  # it can be the caller's
+            set_attention(config, attn_implementation, trust_remote_code)
         folder = _folder_of(x, revision)
-        batch = batch_of(config, folder, tokens, new_tokens, images, image_size, batch_size)
+        batch = batch_of(config, folder, tokens, new_tokens, images, image_size, batch_size, limits)
 
         def build():
             # Some buffers follow the dtype that a model is built in: build it as loading will.
@@ -112,7 +124,7 @@ def predict(
             from vlmkit.memory.steps import Training, training_step
 
             how = Training(training, gradient_checkpointing, optim, prepare_kbit)
-            seen = batch or smallest(config, folder)
+            seen = batch or smallest(config, folder, limits)
             more = training_step(
                 model, build, layout, seen, how, whole=bool(batch), device=allocator
             )
@@ -131,8 +143,8 @@ def predict(
 
 def check_arguments(unknown):
     """Raises SizeError for arguments that `predict` does not have, with the right names."""
-    known = tuple(predict.__wrapped__.__kwdefaults__)
-    for name in unknown:
+    known = (*predict.__wrapped__.__kwdefaults__, *LIMITS)
+    for name in set(unknown) - set(LIMITS):
         hint = did_you_mean(OTHER_NAMES.get(name, name), known)
         raise SizeError(
             f"{name!r} is not an argument of predict. {hint}The arguments are {', '.join(known)}."
@@ -140,19 +152,20 @@ def check_arguments(unknown):
 
 
 @public
-def visual_tokens(x, image_size, *, alone=True, revision=None, trust_remote_code=False):
+def visual_tokens(x, image_size, *, alone=True, revision=None, trust_remote_code=False, **limits):
     """The Picture that `x` makes of a picture of `image_size` (width, height), as its own processor
     would: `.tokens`, `.patches` and, in words, `.why`.
 
-    x: as for `predict`. alone: whether it is the only picture of its prompt.
+    x, limits: as for `predict`. alone: whether it is the only picture of its prompt.
 
     Raises AnatomyError if vlmkit has no rule for the architecture, SizeError and ImageError for
     sizes that no model takes.
     """
+    check_arguments(limits)
     config = layout_of(
         x, "bf16", loadable=False, revision=revision, trust_remote_code=trust_remote_code
     ).config
-    return picture_of(config, _folder_of(x, revision), image_size, alone)[0]
+    return picture_of(config, _folder_of(x, revision), image_size, alone, limits)[0]
 
 
 def _check_training(training, new_tokens, gradient_checkpointing, prepare_kbit):
