@@ -1,6 +1,7 @@
 """Fixtures: tiny checkpoints, made once a session. Tests that change a folder copy it first."""
 
 import functools
+import gc
 import runpy
 import shutil
 import sys
@@ -9,6 +10,14 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """A training collects garbage, which goes through all that was ever imported: half the time of
+    a small one. What is there before a test module is not looked at again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

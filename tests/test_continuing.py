@@ -1,7 +1,6 @@
 """Continuing a training: from which checkpoint, whether it is the same one, and to what end."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -32,17 +31,16 @@ def rows():
 
 @pytest.fixture(scope="module")
 def done(rows, tmp_path_factory):
-    """The folder of a training of 4 steps of 2 rows: its last step is in the middle of an epoch,
-    and its checkpoints are checkpoint-2 and checkpoint-4."""
+    """(the folder, the Run) of a training of 4 steps of 2 rows: its last step is in the middle of
+    an epoch, and its checkpoints are checkpoint-2 and checkpoint-4."""
     folder = tmp_path_factory.mktemp("done")
-    train(folder, rows, **QUICK)
-    return folder
+    return folder, train(folder, rows, **QUICK)
 
 
 @pytest.fixture
 def folder(done, tmp_path):
-    """A copy of `done` that a test may change."""
-    return shutil.copytree(done, tmp_path / "run")
+    """A copy of the folder of `done` that a test may change."""
+    return shutil.copytree(done[0], tmp_path / "run")
 
 
 def same(one, other):
@@ -53,9 +51,9 @@ def same(one, other):
 # --- where it goes on -----------------------------------------------------------------------------
 
 
-def test_a_finished_training_trains_nothing(rows, folder, capsys):
+def test_a_finished_training_trains_nothing(rows, done, folder, capsys):
     """There were 8, 9, 10, 11 steps in four calls."""
-    wanted = train(folder.parent / "whole", rows, **QUICK)
+    _, wanted = done
     assert wanted.continued_from == 0
     files = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     for _ in range(2):
@@ -177,7 +175,7 @@ PARTS = [
 
 
 def test_every_part_is_tried(done):
-    there = {path.name for path in (done / "checkpoint-4").iterdir()}
+    there = {path.name for path in (done[0] / "checkpoint-4").iterdir()}
     assert {*PARTS} <= there <= {*PARTS, "README.md", "training_args.bin"}
 
 
@@ -204,7 +202,7 @@ def test_it_goes_on_from_the_one_before_and_ends_the_same(rows, folder, done, ca
     run = train(folder, rows, **QUICK)
     said = capsys.readouterr().err
     assert "checkpoint-4 is passed over: optimizer.pt is damaged. The training goes on from" in said
-    assert run.continued_from == 2 and same(run, train(done, rows, **QUICK))
+    assert run.continued_from == 2 and same(run, done[1])
     assert last_checkpoint(folder).name == "checkpoint-4"  # whole again
 
 
@@ -212,7 +210,7 @@ def test_where_all_are_damaged_it_begins_again(rows, folder, done, capsys):
     for path in folder.glob("checkpoint-*"):
         cut(path / "trainer_state.json")
     run = train(folder, rows, **QUICK)
-    assert run.continued_from == 0 and same(run, train(done, rows, **QUICK))
+    assert run.continued_from == 0 and same(run, done[1])
     assert capsys.readouterr().err.count("at the start, since there is none before it") == 2
 
 
@@ -270,6 +268,7 @@ def test_other_rows_are_refused(what, rows, folder):
             {"training": WITHOUT_DROPOUT | {"language_model": vk.LoRA(r=4, target_modules="mlp")}},
             r"r=4.*\(84 parts|adapters was",
         ),
+        ({"per_device_train_batch_size": 1}, r"\(per_device_train_batch_size was 2, is 1\)"),
         ({"seed": 1}, "seed was 0, is 1"),
         ({"learning_rate": 1e-3}, r"learning_rate was 0.0002, is 0.001"),
     ],
@@ -277,6 +276,12 @@ def test_other_rows_are_refused(what, rows, folder):
 def test_another_plan_or_other_adapters_or_settings_are_refused(changes, said, rows, folder):
     with pytest.raises(FinetuningError, match=said):
         train(folder, rows, **(QUICK | changes))
+
+
+def test_more_processes_are_another_training(rows, folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # twice the batch
+    with pytest.raises(FinetuningError, match=r"\(processes was 1, is 2\)"):
+        train(folder, rows, **QUICK)
 
 
 @pytest.mark.parametrize(
@@ -355,17 +360,12 @@ def files(folder):
     return {p.name: p.read_bytes() for p in [*adapters.glob("*.safetensors"), folder / "loss.csv"]}
 
 
-def test_the_same_file_ends_bit_for_bit_the_same(tmp_path):
-    """The losses were 0.14838 and 0.15129 at step 6: the adapters' start was not seeded."""
-    assert cli.main(["train", from_file(tmp_path / "here")]) == 0
-    command = [sys.executable, "-m", "vlmkit", "train", from_file(tmp_path / "there")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert files(tmp_path / "here") == files(tmp_path / "there")
-    other = FILE["settings"] | {"seed": 1}
-    assert cli.main(["train", from_file(tmp_path / "other", settings=other)]) == 0
-    assert files(tmp_path / "here") != files(tmp_path / "other")
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """The folder of `FILE`'s training, done in this process."""
+    folder = tmp_path_factory.mktemp("file") / "first"
+    assert cli.main(["train", from_file(folder)]) == 0
+    return folder
 
 
 KILLED = f"""{KILLS}
@@ -374,35 +374,38 @@ sys.exit(cli.main(["train", sys.argv[2]]))
 """
 
 
-def test_resume_says_where_it_goes_on(tmp_path, capsys):
+def test_the_same_file_killed_and_resumed_ends_bit_for_bit_the_same(first, tmp_path, capsys):
+    """Begun in another process. The losses were 0.14838 and 0.15129 at step 6: the adapters' start
+    was not seeded."""
     folder = tmp_path / "killed"
-    settings = FILE["settings"] | {"max_steps": 4}
-    path = from_file(folder, settings=settings)
-    assert cli.main(["train", path, "--resume"]) == 0
-    said = capsys.readouterr().out
-    assert "cannot be continued: it has no checkpoint yet. The training begins" in said
-    wanted = files(folder)
-    shutil.rmtree(folder)
+    path = from_file(folder)
     done = subprocess.run([sys.executable, "-c", HEAD + KILLED, tmp_path, path])
-    assert done.returncode == 9
+    assert done.returncode == 9 and last_checkpoint(folder / "run").name == "checkpoint-2"
     assert cli.main(["train", path, "--resume"]) == 0
     said = capsys.readouterr()
     assert re.search(r"resume +after step 2, from .*checkpoint-2", said.out)
     assert "2 of the steps were done before" in said.out
-    assert files(folder) == wanted
+    assert files(folder) == files(first)
     assert cli.main(["train", path, "--resume"]) == 0
     said = capsys.readouterr()
-    assert "is finished: it has all 4 steps, so nothing is trained" in said.err
-    assert files(folder) == wanted
+    assert "is finished: it has all 3 steps, so nothing is trained" in said.err
+    assert files(folder) == files(first)
 
 
-def test_a_training_that_begins_with_saved_adapters(tmp_path, capsys):
-    assert cli.main(["train", from_file(tmp_path / "first")]) == 0
-    saved = str(tmp_path / "first" / "adapters")
+def test_another_seed_ends_otherwise_and_resume_says_that_there_is_nothing(first, tmp_path, capsys):
+    path = from_file(tmp_path / "other", settings=FILE["settings"] | {"seed": 1})
+    assert cli.main(["train", path, "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert "cannot be continued: it has no checkpoint yet. The training begins" in said
+    assert files(tmp_path / "other") != files(first)
+
+
+def test_a_training_that_begins_with_saved_adapters(first, tmp_path, capsys):
+    saved = str(first / "adapters")
     path = from_file(tmp_path / "second", train=None, adapters=saved)
     assert cli.main(["train", path]) == 0
-    first, second = (pd_losses(tmp_path / name) for name in ("first", "second"))
-    assert len(second) == 3 and second != first
+    second = pd_losses(tmp_path / "second")
+    assert len(second) == 3 and second != pd_losses(first)
     model = vk.finetuning.load(vk.load("pebble", "bf16")[0], saved, trainable=True)
     run = vk.finetuning.train(
         model, vk.load("pebble")[1], vk.tasks.dataset("vqa", 8, split="train"),
@@ -410,6 +413,7 @@ def test_a_training_that_begins_with_saved_adapters(tmp_path, capsys):
     )  # fmt: skip
     assert run.curve["loss"].tolist() == second
     # neither does a training that began afresh go on with them, nor the other way round
+    shutil.copytree(first, tmp_path / "first")
     for wrong in (
         from_file(tmp_path / "first", train=None, adapters=saved),
         from_file(tmp_path / "second"),

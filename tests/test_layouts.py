@@ -430,8 +430,10 @@ def test_training_finds_a_missing_picture_before_its_first_step(folder, tmp_path
     model = vk.finetuning.add_adapters(model, projector="full")
     rows = [{"images": [picture()], "question": "Which?", "answer": "red"}] * 5
     rows.append({"images": [str(folder / "9.png")], "question": "Which?", "answer": "red"})
-    with pytest.raises(ImageError, match=r"Row 5: .*9\.png"):
+    with pytest.raises(ImageError, match=r"^Row 5: .*9\.png"):
         vk.finetuning.train(model, processor, rows, tmp_path / "run", max_steps=1)
+    with pytest.raises(ImageError, match=r"eval_dataset: Row 1: .*9\.png"):
+        vk.finetuning.train(model, processor, rows[:4], tmp_path / "run", eval_dataset=rows[4:])
     assert not (tmp_path / "run").exists()
 
 

@@ -17,7 +17,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 
 from vlmkit.backend import checkpointing
-from vlmkit.errors import FinetuningError, public
+from vlmkit.errors import FinetuningError, VlmkitError, public
 from vlmkit.evaluation.asking import context_of
 from vlmkit.finetuning import continuing, indistinct, saved
 from vlmkit.finetuning.collating import Collator, check_rows
@@ -64,7 +64,8 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
         continued from its last whole one; if it is finished, nothing is trained. More `max_steps`
         or `num_train_epochs` make a training longer. What belongs to a training, beside its
         settings: rows, plan, adapters, base (see `vlmkit.finetuning.continuing.description`).
-    eval_dataset: rows to ask the model every `eval_steps` and at the end.
+    eval_dataset: rows to ask the model every `eval_steps` and at the end. They are looked at before
+        the first step, as those of `dataset` are.
     settings: those of `vk.finetuning.Settings`.
 
     Warns of answers that the output head cannot tell apart (see `vlmkit.finetuning.indistinct`).
@@ -80,6 +81,11 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
             "nothing in this model is trainable: begin with vk.finetuning.add_adapters"
         )
     dataset = _checked(dataset, settings)
+    if eval_dataset is not None:
+        try:
+            check_rows(eval_dataset)
+        except VlmkitError as error:
+            raise type(error)(f"eval_dataset: {error}") from error
     steps = settings.steps(len(dataset) if hasattr(dataset, "__len__") else None, _processes())
     settings.require_warmup_within(steps)
     from accelerate.utils import gather_object
