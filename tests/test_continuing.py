@@ -214,14 +214,21 @@ def test_where_all_are_damaged_it_begins_again(rows, folder, done, capsys):
     assert capsys.readouterr().err.count("at the start, since there is none before it") == 2
 
 
-@pytest.mark.parametrize("kind", ["a file", "below a file", "a NUL"])
-def test_folders_that_cannot_be(kind, rows, tmp_path):
+def test_folders_that_cannot_be(rows, tmp_path):
     (tmp_path / "file").write_text("")
-    path = {"a file": "file", "below a file": "file/run", "a NUL": "a\0b"}[kind]
-    with pytest.raises(
-        FinetuningError, match="cannot be the folder of a training: .*Name a folder"
-    ):
-        train(tmp_path / path, rows)
+    model, says = adapted(**WITHOUT_DROPOUT), "cannot be the folder of a training: .*Name a folder"
+    below = [tmp_path / name for name in ("file", "file/run", "a\0b", "x" * 5000)]
+    for path in (*below, "", None, 5, b"x", "/proc/x", "~nobody-of-this-name/x"):
+        with pytest.raises(FinetuningError, match=says):
+            vk.finetuning.train(*model, rows, path)
+
+
+def test_other_names_are_no_checkpoints(folder):
+    for name in ("checkpoint-²", "checkpoint-", "checkpoint-x"):
+        (folder / name).mkdir()
+    (folder / "checkpoint-8").write_text("")
+    last, passed = found_in(folder)
+    assert last.name == "checkpoint-4" and [path.name for path in passed] == ["checkpoint-8"]
 
 
 # --- another training -----------------------------------------------------------------------------
@@ -247,6 +254,9 @@ def test_other_rows_are_refused(what, rows, folder):
     """It gave the other training's curve, as a success, with one more step."""
     with pytest.raises(FinetuningError, match=r"another training \(rows was 6 rows .*, is \d rows"):
         train(folder, other_rows(rows, what), **QUICK)
+
+
+def test_equal_rows_are_the_same_rows(rows, folder):
     assert train(folder, other_rows(rows, None), **QUICK).continued_from == 4
 
 

@@ -5,6 +5,7 @@ machine does not fail it, but a loop or a large allocation does.
 """
 
 import functools
+import importlib
 import json
 import os
 import resource
@@ -18,10 +19,7 @@ import pytest
 
 import vlmkit as vk
 from vlmkit import cli
-from vlmkit import plan as plans
 from vlmkit.errors import UnexpectedError, VlmkitError
-from vlmkit.evaluation import templates
-from vlmkit.linting import verdicts
 
 SLOW = pytest.mark.slow
 CASES = {}
@@ -330,8 +328,25 @@ for thing in (None, 5, "pebble", []):
 SECONDS = 10  # of the processor
 MEMORY = 2 * 10**9  # bytes beyond what was taken before
 FORESEEN = ("name", "plan", "override", "memory", "index", "fit")
-WORKS = set()
-"""Cases that are no error: what they name is not used, or means the same."""
+UNUSED = ("a folder", "missing", "empty", "text", "null", "a list", "an empty object", "not utf-8",
+          "deeply nested")  # fmt: skip
+WORKS = {
+    "config: quantization_config that lies: load",  # the headers of the weights say what is stored
+    "config: nested 900 deep: load",
+    *(f"config: {name}: {call}" for name in ("no text_config", "wide")
+      for call in ("memory", "anatomy")),  # they read the config alone
+    "generation_config.json: missing", "generation_config.json: an empty object",
+    *(f"preprocessor_config.json: {name}" for name in UNUSED),  # processor_config.json is used
+    "tokenizer_config.json: a folder", "tokenizer_config.json: missing",
+    "tokenizer_config.json: an empty object",
+    *(f"chat_template.jinja: {name}" for name in UNUSED if name != "not utf-8"),  # asking fails
+    "override: '' nf4", "device: b'cpu'", "device: 'cpu:9'", "fit: [5.5]",
+    "save to a link to nothing",
+    *(f"lint: {repr(entries)[:30]}" for entries in (
+        ["re:.*visual.*"], [".*vision.*"], ["("], ["*"], [None], [5], [""], [[]], ["x" * 10**5]
+    )),  # findings
+}  # fmt: skip
+"""Cases that are no error: what they name is not used, or is what somebody can mean."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -340,8 +355,8 @@ def warm():
     load(template(), "nf4")
     vk.memory.predict("pebble", images=1)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (plans, verdicts, templates):
-            patch.setattr(module, "SECONDS", 0.5)
+        for name in ("plan", "linting.verdicts", "evaluation.templates"):
+            patch.setattr(importlib.import_module(f"vlmkit.{name}"), "SECONDS", 0.5)
         yield
 
 

@@ -434,6 +434,9 @@ def test_training_finds_a_missing_picture_before_its_first_step(folder, tmp_path
         vk.finetuning.train(model, processor, rows, tmp_path / "run", max_steps=1)
     with pytest.raises(ImageError, match=r"eval_dataset: Row 1: .*9\.png"):
         vk.finetuning.train(model, processor, rows[:4], tmp_path / "run", eval_dataset=rows[4:])
+    for nothing in ([], 5, [{"question": "Which?"}]):
+        with pytest.raises(TaskError, match=r"eval_dataset: "):
+            vk.finetuning.train(model, processor, rows[:4], tmp_path, eval_dataset=nothing)
     assert not (tmp_path / "run").exists()
 
 

@@ -393,6 +393,31 @@ def test_a_file_of_another_sweep_is_refused(pebble, few, tmp_path):
     assert path.read_text() == "scope,format\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("folder", None),
+        ("file/below", None),
+        ("a\0b", None),
+        ("x" * 5000, None),
+        ("/dev/full", None),  # has no end
+        (5, None),
+        ("nested", "[" * 10**5),
+        ("numbers", '{"fingerprint": 5}\n'),
+        ("cells", '{"fingerprint": {}}\n{"scope": 3}\n'),
+        ("binary", b"\xff\xfe\x00"),
+    ],
+)
+def test_what_cannot_be_the_file_of_a_sweep(name, content, pebble, few, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    path = tmp_path / name if isinstance(name, str) else name
+    if content:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SensitivityError, match="result file of a sweep"):
+        sweep(*pebble, few, ["int2"], ["projector"], path=path, progress=False)
+
+
 # --- several processes ----------------------------------------------------------------------------
 
 LAUNCHED = """

@@ -168,6 +168,13 @@ def require_plain_files(folder):
             )
 
 
+def require_generation_config(folder):
+    """Raise CheckpointError if generation_config.json is there and damaged: transformers would pass
+    over it in silence, and with it the tokens that end an answer."""
+    if (folder / "generation_config.json").exists():
+        _read_json(folder, "generation_config.json")
+
+
 def _require_counts(folder, raw):
     """Raise CheckpointError if the config `raw` has more layers than the weight files have tensors.
     To build such a model, even without weights, can take all memory."""

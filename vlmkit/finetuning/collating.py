@@ -12,7 +12,7 @@ from collections import Counter
 from itertools import groupby
 
 from vlmkit.backend.validation import require_among
-from vlmkit.errors import FinetuningError, ImageError, TaskError, VlmkitError
+from vlmkit.errors import FinetuningError, ImageError, TaskError, VlmkitError, public
 from vlmkit.evaluation import lacking_columns
 from vlmkit.evaluation.prompts import answered_inputs, text_of_turn
 from vlmkit.images import check_all, read_all, undecoded
@@ -223,6 +223,7 @@ def check_rows(rows, *, unreadable=RAISE):
     return bad
 
 
+@public
 def token_table(processor, row):
     """The tokens of one sample, in order, as a DataFrame: token (as text), id, repeated, in_loss.
 

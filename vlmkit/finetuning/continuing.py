@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vlmkit import COMPONENTS
 from vlmkit.anatomy import component_finder, is_adapter, plain_name, unwrapped
-from vlmkit.errors import FinetuningError, brief
+from vlmkit.errors import FinetuningError, brief, shown
 from vlmkit.folders import write_whole
 from vlmkit.loading.processors import limits_of
 
@@ -31,15 +31,17 @@ _SOME = 4096  # numbers of a tensor that go into a hash
 def writable_folder(path):
     """The folder at `path`, as a pathlib.Path, made if it does not exist. Raises FinetuningError if
     this process cannot write in it."""
-    path = Path(path).expanduser()
     try:
+        if not path:
+            raise ValueError("it has no name")  # Path("") is the current directory
+        path = Path(path).expanduser()
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             return path
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # ValueError: a NUL
         raise FinetuningError(
-            f"{path} cannot be the folder of a training: {brief(error)}. Name a folder that you "
-            "can write in, or one that does not exist yet."
+            f"{shown(path)} cannot be the folder of a training: {brief(error)}. Name a folder that "
+            "you can write in, or one that does not exist yet."
         ) from error
 
 
@@ -96,7 +98,7 @@ def state_in(checkpoint):
 
 
 def _newest_first(folder):
-    found = [p for p in Path(folder).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    found = [p for p in Path(folder).glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()]
     return sorted(found, key=step_of, reverse=True)
 
 

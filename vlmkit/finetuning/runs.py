@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 
 from vlmkit.backend import checkpointing
 from vlmkit.errors import FinetuningError, VlmkitError, public
+from vlmkit.evaluation import check
 from vlmkit.evaluation.asking import context_of
 from vlmkit.finetuning import continuing, indistinct, saved
 from vlmkit.finetuning.collating import Collator, check_rows
@@ -83,6 +84,7 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
     dataset = _checked(dataset, settings)
     if eval_dataset is not None:
         try:
+            check(processor, eval_dataset, 1)
             check_rows(eval_dataset)
         except VlmkitError as error:
             raise type(error)(f"eval_dataset: {error}") from error

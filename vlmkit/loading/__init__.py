@@ -16,7 +16,7 @@ from vlmkit.anatomy import one_at_a_time
 from vlmkit.backend.boundaries import join_dtypes
 from vlmkit.backend.cpu import guard_against_cpu_traps
 from vlmkit.backend.quiet import is_watched, quiet, without_garbage_collection
-from vlmkit.checkpoints import find, weight_files
+from vlmkit.checkpoints import find, require_generation_config, weight_files
 from vlmkit.errors import PlanError, public
 from vlmkit.layout import layout_of
 from vlmkit.loading.audit import Audit, Preview, audit, audit_layout, plan_of, preview
@@ -111,6 +111,7 @@ def load(
                 check_attention(layout, device_of(places))
             layout.quantization_config()  # raises before a weight is read
             require_headers(folder, layout, trust_remote_code)
+            require_generation_config(folder)
             # The processor comes first: it is quick, and its files are missing most often.
             loaded_processor = load_processor(folder, trust_remote_code) if processor else None
             if limits:

@@ -15,7 +15,7 @@ import tempfile
 from functools import cached_property
 from pathlib import Path
 
-from vlmkit.errors import AuditError, SensitivityError, SizeError
+from vlmkit.errors import AuditError, SensitivityError, SizeError, public
 from vlmkit.evaluation import check, room_for_answers
 from vlmkit.memory import measure
 from vlmkit.planner.choices import as_loaded, choices_of, least_damage
@@ -29,6 +29,7 @@ FEWEST = 30
 """Each half has at least so many questions: with fewer, a bootstrap interval means nothing."""
 
 
+@public
 def best_plan(model, processor, dataset, budget, **options):
     """The plan with the least damage within a budget of bytes, verified: a Result.
 

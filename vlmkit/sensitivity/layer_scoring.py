@@ -28,7 +28,7 @@ y = W x its outputs:
 
 import math
 
-from vlmkit.errors import SensitivityError
+from vlmkit.errors import SensitivityError, public
 from vlmkit.evaluation import batches, check, naming_rows, room_for_answers
 from vlmkit.evaluation.asking import in_evaluation_mode, prepared
 from vlmkit.evaluation.prompts import answered_inputs, turns_of
@@ -43,6 +43,7 @@ SCORES = {"weight_error": 1, "sqnr": -1, "fisher": 1, "kl": 1}
 """The scores, and whether a higher one means more damage (1) or less (-1)."""
 
 
+@public
 def layer_scores(
     model, processor, dataset, formats, *, scopes="layer", batch_size=64, max_new_tokens=None
 ):

@@ -5,12 +5,13 @@ Each other line is a cell, and is written to the disk when the cell is measured.
 killed loses only the cell that it was computing.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 from pathlib import Path
 
-from vlmkit.errors import SensitivityError
+from vlmkit.errors import SensitivityError, brief, shown
 
 VERSION = 2  # of the lines: 1 had other names for regressions and fixes
 
@@ -43,30 +44,38 @@ class Records:
     """The cells of a result file. `done`: {key: cell}; each cell is a dict.
 
     path: a file, which is made if there is none, or None to keep nothing. found: its fingerprint.
-    Raises SensitivityError if the file belongs to another model, dataset or setting, or is not the
-    file of a sweep.
+    Raises SensitivityError if the file belongs to another model, dataset or setting, is not the
+    file of a sweep, or cannot be read or written.
     """
 
     def __init__(self, path, found):
-        self.path, self.found, self.done = path and Path(path), found, {}
-        raw = self.path.read_bytes() if self.path and self.path.exists() else b""
+        self.found, self.done = found, {}
+        with _as_our_error(path):
+            self.path = None if path is None else Path(path).expanduser()
+            raw = b""
+            if self.path and self.path.exists():
+                if not self.path.is_file():  # a device or a pipe may have no end
+                    raise OSError("it is no file")
+                raw = self.path.read_bytes()
         if not raw:
             return
         lines = [line for line in map(_parsed, raw.split(b"\n")) if line is not None]
         if not lines and b"\n" not in raw and raw.startswith(b'{"fingerprint"'):
             lines = [{"fingerprint": found}]  # the sweep was killed while it wrote the first line
-        if not lines or "fingerprint" not in lines[0]:
+        before = lines[0].get("fingerprint") if lines else None
+        if not isinstance(before, dict) or not all(map(_is_cell, lines[1:])):
             raise SensitivityError(
                 f"{self.path} is not the result file of a sweep, so it is not overwritten: give "
                 "another name."
             )
-        self._require_same(lines[0]["fingerprint"])
+        self._require_same(before)
         self.done = {tuple(cell["key"]): cell for cell in lines[1:]}
         whole = b"".join(map(_line, lines))
         if whole != raw:  # without lines that are cut off
-            beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-            beside.write_bytes(whole)
-            os.replace(beside, self.path)
+            with _as_our_error(path):
+                beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+                beside.write_bytes(whole)
+                os.replace(beside, self.path)
 
     def _require_same(self, before):
         differs = ", ".join(
@@ -83,7 +92,8 @@ class Records:
     def begin(self):
         """Make the file if there is none."""
         if self.path and not (self.path.exists() and self.path.stat().st_size):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _as_our_error(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
             self._append({"fingerprint": self.found})
 
     def add(self, cell):
@@ -93,12 +103,27 @@ class Records:
 
     def _append(self, line):
         # One write to a file open for appending: several processes do not mix their lines
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, _line(line))
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with (
+            _as_our_error(self.path),
+            open(self.path, "ab", buffering=0) as file,
+        ):
+            file.write(_line(line))
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _as_our_error(path):
+    try:
+        yield
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
+        raise SensitivityError(
+            f"{shown(path)} cannot be the result file of a sweep: {brief(error)}. Name a file that "
+            "can be written. Cells that are in the file already are kept."
+        ) from error
+
+
+def _is_cell(line):
+    return isinstance(line.get("key"), list)
 
 
 def _line(cell):
@@ -108,6 +133,6 @@ def _line(cell):
 def _parsed(line):
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

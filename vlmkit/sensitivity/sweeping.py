@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from vlmkit.errors import SensitivityError
+from vlmkit.errors import SensitivityError, public
 from vlmkit.evaluation import check, room_for_answers
 from vlmkit.evaluation.statistics import FLIPS, expected_width, mcnemar, needed, paired_interval
 from vlmkit.formats import rounding
@@ -13,6 +13,7 @@ from vlmkit.sensitivity.scopes import label_of
 from vlmkit.sensitivity.temporary import Rounded, require_float
 
 
+@public
 def sweep(
     model,
     processor,
