@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import yaml
-from test_training import HEAD, KILLS, WITHOUT_DROPOUT, adapted, train, trained
+from test_training import WITHOUT_DROPOUT, adapted, train, trained
 
 import vlmkit as vk
 from vlmkit import cli
@@ -142,9 +142,10 @@ def test_checkpoints_are_written_without_being_asked_for(rows, tmp_path, monkeyp
     monkeypatch.setattr(
         trainer.Trainer, "train", lambda self, **_: asked.append(self.args) or 1 / 0
     )
+    model = adapted(**WITHOUT_DROPOUT)
     for steps, every in ((200, 50), (10, 50), (5000, 250)):
         with pytest.raises(VlmkitError, match="division by zero"):
-            train(tmp_path / str(steps), rows, max_steps=steps)
+            vk.finetuning.train(*model, rows, tmp_path / str(steps), max_steps=steps)
         assert (asked[-1].save_strategy, asked[-1].save_steps) == ("steps", every)
 
 
@@ -378,9 +379,17 @@ def first(tmp_path_factory):
     return folder
 
 
-KILLED = f"""{KILLS}
+KILLED = """
+import os, sys, torch
 from vlmkit import cli
-sys.exit(cli.main(["train", sys.argv[2]]))
+from vlmkit.finetuning import trainer
+torch.set_num_threads(1)
+class Kills(trainer.Progress):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os._exit(9)
+trainer.Progress = Kills
+sys.exit(cli.main(["train", sys.argv[1]]))
 """
 
 
@@ -389,7 +398,7 @@ def test_the_same_file_killed_and_resumed_ends_bit_for_bit_the_same(first, tmp_p
     was not seeded."""
     folder = tmp_path / "killed"
     path = from_file(folder)
-    done = subprocess.run([sys.executable, "-c", HEAD + KILLED, tmp_path, path])
+    done = subprocess.run([sys.executable, "-c", KILLED, path])
     assert done.returncode == 9 and last_checkpoint(folder / "run").name == "checkpoint-2"
     assert cli.main(["train", path, "--resume"]) == 0
     said = capsys.readouterr()
