@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from PIL import Image
 
 from vlmkit import cli, environment
 from vlmkit.environment import FINE, MISSING, NOTE, PACKAGES, check, diagnose, machine
@@ -340,23 +341,51 @@ def test_without_typer_the_command_line_says_where_the_doctor_is():
     assert "Traceback" not in done.stderr
 
 
+def broken(module, folder):
+    """Environment variables with which `module` comes from `folder`, where it raises."""
+    (folder / module).mkdir()
+    (folder / module / "__init__.py").write_text("raise RuntimeError('undefined symbol: _Z3abc')")
+    metadata = folder / f"{module}-99.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 99.0\n")
+    paths = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": paths}
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [
+        ("torchvision", "memory pebble"),
+        pytest.param("pyarrow", "memory pebble", marks=pytest.mark.slow),
+        pytest.param("bitsandbytes", "memory pebble", marks=pytest.mark.slow),
+        pytest.param("bitsandbytes", "ask shapes.png What?", marks=pytest.mark.slow),
+        pytest.param("pyarrow", "train train.yaml", marks=pytest.mark.slow),
+    ],
+)
+def test_a_command_names_the_package_that_fails_on_import(module, command, tmp_path):
+    """It said that config.json cannot be used."""
+    (tmp_path / "train.yaml").write_text("{train: {projector: full}, data: {task: vqa}, output: o}")
+    Image.new("RGB", (84, 84)).save(tmp_path / "shapes.png")
+    command = [sys.executable, "-m", "vlmkit", *command.split()]
+    variables = broken(module, tmp_path)
+    result = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=tmp_path)
+    said = result.stderr
+    assert result.returncode == 2 and "Traceback" not in said
+    assert f"package {module} is installed, and fails while it is imported" in said
+    assert "_Z3abc" in said and "config.json cannot" not in said
+
+
 @pytest.mark.parametrize(
     ("module", "row"),
     [("bitsandbytes", "bitsandbytes"), ("pyarrow", "datasets"), ("torchvision", "torchvision")],
 )
 def test_what_is_installed_and_fails_on_import_is_not_fine(module, row, tmp_path):
     """Another process, in which the module comes from a folder where it raises."""
-    (tmp_path / module).mkdir()
-    (tmp_path / module / "__init__.py").write_text("raise RuntimeError('undefined symbol: _Z3abc')")
-    metadata = tmp_path / f"{module}-99.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 99.0\n")
-    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     result = subprocess.run(
         [sys.executable, "-m", "vlmkit.environment", "--quick", "--json"],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": paths},
+        env=broken(module, tmp_path),
     )
     found = json.loads(result.stdout)
     rows = {line["what"]: line for line in found["environment"] + found["machine"]}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vlmkit import catalog
 from vlmkit.catalog.bundled import BUNDLED
-from vlmkit.errors import CheckpointError, brief, did_you_mean
+from vlmkit.errors import CheckpointError, brief, did_you_mean, failed_import
 from vlmkit.folders import recover
 
 OFFLINE = 'vk.load("pebble") works without a network.'
@@ -150,7 +150,8 @@ def read_config(folder, *, trust_remote_code=False):
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # every config class fails in its own way on a wrong field
-        raise CheckpointError(f"{folder}: config.json cannot be used: {brief(error)}") from error
+        why = failed_import(error) or f"config.json cannot be used: {brief(error)}"
+        raise CheckpointError(f"{folder}: {why}") from error
 
 
 def require_plain_files(folder):

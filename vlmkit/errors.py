@@ -8,6 +8,7 @@ import difflib
 import functools
 import re
 import reprlib
+import traceback
 
 
 class VlmkitError(Exception):
@@ -80,6 +81,24 @@ def brief(error, length=200):
     return text if len(text) <= length else text[:length] + " …"
 
 
+def failed_import(error):
+    """Which package fails while it is imported, and what to do, if `error` comes from that.
+    Otherwise None. A package that is not there at all names itself in its error."""
+    while error.__cause__:
+        error = error.__cause__
+    package = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "<module>":
+            package = frame.f_globals.get("__name__", "").partition(".")[0]
+    if package in ("", "__main__", "vlmkit") or isinstance(error, ModuleNotFoundError):
+        return None
+    return (
+        f"The package {package} is installed, and fails while it is imported ({brief(error)}). "
+        "Install it again, in the version of constraints.txt; vlmkit doctor says what else does "
+        "not work here."
+    )
+
+
 def public(function):
     """A decorator for the functions that people call: a library's error becomes a VlmkitError.
 
@@ -97,6 +116,9 @@ def public(function):
             called = error.__traceback__.tb_next is not None
             if isinstance(error, VlmkitError) or not called or _out_of_memory(error):
                 raise
+            broken = failed_import(error)
+            if broken:
+                raise UnexpectedError(broken) from error
             module = function.__module__.removeprefix("vlmkit.")
             given = [*map(shown, args), *(f"{k}={shown(v)}" for k, v in kwargs.items())]
             raise UnexpectedError(

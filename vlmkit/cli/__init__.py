@@ -31,7 +31,7 @@ import typer
 from vlmkit import __version__
 from vlmkit.cli import answering, checking, fetching, merging, sizing, starting, training
 from vlmkit.cli.options import option
-from vlmkit.errors import VlmkitError, brief
+from vlmkit.errors import VlmkitError, brief, failed_import
 
 # Without rich: not every terminal and no log file likes the characters of its boxes.
 app = typer.Typer(
@@ -119,11 +119,11 @@ def _unforeseen(error):
             # Python would try again when it ends, and complain
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
-    print(
-        f"vlmkit: {brief(error, 400)}. Check the words and the files that you gave. If they are "
-        "right, this is a defect of vlmkit: please report it with what VLMKIT_TRACEBACK=1 shows.",
-        file=sys.stderr,
+    said = failed_import(error) or (
+        f"{brief(error, 400)}. Check the words and the files that you gave. If they are right, "
+        "this is a defect of vlmkit: please report it with what VLMKIT_TRACEBACK=1 shows."
     )
+    print(f"vlmkit: {said}", file=sys.stderr)
     return 2
 
 
