@@ -309,6 +309,27 @@ def test_text_stands_as_it_does_in_the_file(tmp_path):
         from_dataset(csv)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.csv", "question,answer\n?,red\n?,red, dark\n", "Row 1 .*' dark' has no column"),
+        ("a.csv", 'question,answer\n?,"red\n?,blue\n', "cannot be read"),  # a quote stays open
+        ("a.csv", "question,answer,answer\n?,red,blue\n", "the column answer twice"),
+        (
+            "a.jsonl",
+            '{"question": "?", "answer": "a", "answer": "b"}',
+            "Row 0 .*'answer' is .*twice",
+        ),
+    ],
+)
+def test_a_table_of_which_a_part_would_be_lost(name, text, says, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(TaskError, match=says):
+        from_dataset(tmp_path / name)
+    (tmp_path / "b.csv").write_text('question,answer\n?,red,\n?,"red, dark"\n')
+    assert [row["answer"] for row in from_dataset(tmp_path / "b.csv")] == ["red", "red, dark"]
+
+
 def test_values_of_python_are_texts_too():
     day = datetime.datetime(2019, 5, 1)
     values = [day.date(), day, day.replace(hour=3), 3, 2.5, True, float("nan"), np.float32(0.5)]

@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 from vlmkit.errors import TaskError, brief
@@ -64,9 +65,19 @@ def _csv(file, field):
         lines.seek(0)
         # A spreadsheet separates by what its country does not use in numbers.
         separator = max(",;\t", key=header.count)
-        for row in csv.DictReader(lines, delimiter=separator):
-            # An empty cell is a missing value, and a cell too many has no name.
-            yield {name: value or None for name, value in row.items() if name is not None}
+        rows = csv.DictReader(lines, delimiter=separator, strict=True)  # strict: closed quotes
+        twice = [name for name, times in Counter(rows.fieldnames or ()).items() if times > 1]
+        if twice:
+            raise TaskError(f"{file} has the column {twice[0]} twice. Rename one of them.")
+        for row in rows:
+            more = row.pop(None, ())  # cells without a name
+            if any(more):
+                yield TaskError(
+                    f"it has more cells than columns ({more[0]!r:.80} has no column). A cell with "
+                    f"{separator!r} in it needs quotes around it."
+                )
+            else:
+                yield {name: value or None for name, value in row.items()}  # empty: missing
 
 
 def _json(file, field):
@@ -94,9 +105,20 @@ def _json(file, field):
 def _loaded(text):
     """JSON with numbers as they are written: 3, 2.50 and NaN become texts."""
     try:
-        return json.loads(text.lstrip("\ufeff"), parse_int=str, parse_float=str, parse_constant=str)
+        return json.loads(
+            text.lstrip("\ufeff"), parse_int=str, parse_float=str, parse_constant=str,
+            object_pairs_hook=_each_once,
+        )  # fmt: skip
     except (ValueError, RecursionError) as error:
         raise TaskError(f"it cannot be read as json: {brief(error)}.") from error
+
+
+def _each_once(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
 
 
 def _table(whole, field, file):
