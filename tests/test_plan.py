@@ -52,7 +52,9 @@ def test_compares_prints_copies_and_does_not_change():
     plan = Plan(language_model="nf4").override(r"layers\.0\.", "bf16")
     assert repr(plan) == "Plan(language_model='nf4').override('layers\\\\.0\\\\.', 'bf16')"
     assert eval(repr(plan), {"Plan": Plan}) == plan
-    assert eval(repr(Plan.uniform("nf4")), {"Plan": Plan}) == Plan.uniform("nf4") != plan
+    mixed = Plan.parse({"default": "nf4", "language_model": "bf16"})
+    for other in (Plan.uniform("nf4"), mixed, mixed.override("x", "fp32")):
+        assert eval(repr(other), {"Plan": Plan}) == other != plan
     assert pickle.loads(pickle.dumps(plan)) == copy.deepcopy(plan) == plan
     assert len({plan, copy.copy(plan), Plan()}) == 2
     assert plan != Plan(language_model="nf4")
@@ -186,6 +188,7 @@ PLANS = [
     Plan(),
     Plan.recommended(),
     Plan.uniform("int8"),
+    Plan.parse({"default": "nf4", "language_model": "bf16"}),
     Plan(projector="fp32", language_model="nf4-dq").override(r"layers\.0\.", "bf16"),
     Plan.uniform("nf4").override("é\n'\"#: ", "fp16").override(r"\.q_proj\.", "int8"),
 ]

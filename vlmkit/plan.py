@@ -212,7 +212,9 @@ class Plan(Table):
         return Plan._make, (dict(self.named), self.overrides, self._default)
 
     def __repr__(self):
-        if self._default != DEFAULT:
+        if self._default != DEFAULT and self.named:
+            text = f"Plan.parse({ {'default': self._default, **self.named} })"
+        elif self._default != DEFAULT:
             text = f"Plan.uniform({self._default!r})"
         else:
             text = f"Plan({', '.join(f'{c}={f!r}' for c, f in self.named.items())})"
