@@ -534,6 +534,21 @@ def test_every_answer_is_learnt_in_every_family(family):
     ]
 
 
+@pytest.mark.parametrize("family", ["paligemma", "blip2"])
+def test_a_family_that_needs_a_picture_says_so(family):
+    """A batch of text alone was a ValueError of its processor."""
+    row = {"question": "Which?", "answer": "red"}
+    processor, says = PROCESSORS[family](), "(one image for each|no question without)"
+    mixed = [row | {"images": [picture()]}, row]
+    for rows in ([row], [row | {"images": []}] * 2, mixed):
+        with pytest.raises(ImageError, match=rf"'Which\?': .*{says}"):
+            Collator(processor)(rows)
+    with pytest.raises(ImageError, match=rf"Row 1: .*{says}"):
+        check_rows(mixed, processor)
+    collator = Collator(processor, unreadable="skip")
+    assert len(collator(mixed)["labels"]) == 1 and collator.skipped == {"unreadable": 1}
+
+
 def test_a_conversation_is_asked_after_the_turns_before(monkeypatch):
     asked = []
     original = vk.evaluation.answers

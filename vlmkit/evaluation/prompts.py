@@ -306,10 +306,7 @@ def _plain_prompt(processor, pictures, turns):
             f"A {name} without a chat template takes one question and its answer, and this "
             f"conversation has {', '.join(turn['role'] for turn in turns)}."
         )
-    if name == "Blip2Processor" and len(pictures) != 1:
-        raise ImageError(f"BLIP-2 takes one image for each question, and here are {len(pictures)}.")
-    if name == "PaliGemmaProcessor" and not pictures:
-        raise ImageError("PaliGemma takes no question without an image.")
+    require_pictures(processor, len(pictures))
     placeholder = str(getattr(processor, "image_token", ""))
     return _PLAIN_PROMPTS[name].format(
         images=placeholder * len(pictures), question=text_of_turn(turns[0])
@@ -391,3 +388,14 @@ def _as_data(processor, conversations):
 
 def _any_of(tokens):
     return re.compile("|".join(map(re.escape, tokens))) if tokens else None
+
+
+def require_pictures(processor, number):
+    """Raise ImageError if a prompt of `processor` cannot have so many pictures."""
+    name = type(processor).__name__
+    if name not in _PLAIN_PROMPTS or Template(processor).source is not None:
+        return
+    if name == "Blip2Processor" and number != 1:
+        raise ImageError(f"BLIP-2 takes one image for each question, and here are {number}.")
+    if name == "PaliGemmaProcessor" and not number:
+        raise ImageError("PaliGemma takes no question without an image.")

@@ -14,7 +14,7 @@ from itertools import groupby
 from vlmkit.backend.validation import require_among
 from vlmkit.errors import FinetuningError, ImageError, TaskError, VlmkitError, public
 from vlmkit.evaluation import lacking_columns
-from vlmkit.evaluation.prompts import answered_inputs, text_of_turn
+from vlmkit.evaluation.prompts import answered_inputs, require_pictures, text_of_turn
 from vlmkit.images import check_all, read_all, undecoded
 from vlmkit.tasks.published.reading import Pictures
 from vlmkit.tasks.published.schemas import find, schema_of
@@ -102,6 +102,7 @@ class Collator:
                 continue
             if error is None:
                 try:
+                    require_pictures(self.processor, len(images))
                     found.append((read_all(images), turns))
                 except ImageError as unreadable:
                     error = ImageError(f"{_asked(turns)!r}: {unreadable}")
@@ -194,9 +195,10 @@ def _asked(turns):
     )
 
 
-def check_rows(rows, *, unreadable=RAISE):
+def check_rows(rows, processor=None, *, unreadable=RAISE):
     """Look at every row before a training: its layout and texts, and whether its pictures are
-    there, without decoding them. Returns how many rows cannot be used.
+    there, without decoding them, and as many as `processor` takes. Returns how many rows cannot be
+    used.
 
     Raises FinetuningError or ImageError with the number of the first such row, unless `unreadable`
     is "skip". A dataset that reads pictures on demand was checked when `vk.tasks.from_dataset`
@@ -215,6 +217,8 @@ def check_rows(rows, *, unreadable=RAISE):
             for images, _, error in _questions(row):
                 if error is not None:
                     raise error
+                if processor is not None:
+                    require_pictures(processor, len(images))
                 check_all(images)
         except VlmkitError as error:
             bad += 1

@@ -81,11 +81,11 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
         raise FinetuningError(
             "nothing in this model is trainable: begin with vk.finetuning.add_adapters"
         )
-    dataset = _checked(dataset, settings)
+    dataset = _checked(dataset, processor, settings)
     if eval_dataset is not None:
         try:
             check(processor, eval_dataset, 1)
-            check_rows(eval_dataset)
+            check_rows(eval_dataset, processor)
         except VlmkitError as error:
             raise type(error)(f"eval_dataset: {error}") from error
     steps = settings.steps(len(dataset) if hasattr(dataset, "__len__") else None, _processes())
@@ -218,14 +218,14 @@ def _warn_about_answers(model, processor, dataset):
         warnings.warn(warning, stacklevel=3)
 
 
-def _checked(dataset, settings):
+def _checked(dataset, processor, settings):
     """The dataset, if it can be learnt from, with its pictures left to the collator."""
     if hasattr(dataset, "__len__"):
         if not len(dataset):
             raise FinetuningError("The dataset has no rows, so there is nothing to learn from.")
     elif settings.max_steps is None:
         raise FinetuningError("A dataset without a length has no epochs: give max_steps.")
-    check_rows(dataset, unreadable=settings.unreadable)
+    check_rows(dataset, processor, unreadable=settings.unreadable)
     return undecoded(dataset)
 
 
