@@ -14,7 +14,7 @@ from test_training import WITHOUT_DROPOUT, adapted, train, trained
 import vlmkit as vk
 from vlmkit import cli
 from vlmkit.errors import FinetuningError, VlmkitError
-from vlmkit.finetuning import continuing, trainer
+from vlmkit.finetuning import continuing, reports, trainer
 from vlmkit.finetuning.continuing import LIST, found_in, last_checkpoint
 
 pytestmark = [
@@ -149,6 +149,58 @@ def test_checkpoints_are_written_without_being_asked_for(rows, tmp_path, monkeyp
         assert (asked[-1].save_strategy, asked[-1].save_steps) == ("steps", every)
 
 
+def test_evaluations_are_kept_across_a_kill(rows, tmp_path):
+    asked = QUICK | {"eval_dataset": rows[:2], "eval_steps": 2}
+    whole = train(tmp_path, rows, **asked)
+    assert whole.evaluations["step"].tolist() == [2, 4] and whole.evaluations["loss"].notna().all()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    again = train(tmp_path, rows, **asked)
+    assert again.continued_from == 2 and again.evaluations.equals(whole.evaluations)
+    assert train(tmp_path, rows, **asked).evaluations.equals(whole.evaluations)  # finished
+
+
+RECORDS = """
+from types import SimpleNamespace
+calls, config = [], {}
+context_vars = SimpleNamespace(current_space_id=SimpleNamespace(get=lambda: None))
+def init(**given): calls.append(("init", given["name"], given["resume"]))
+def log(values): calls.append(("log", values))
+def finish(): calls.append(("finish",))
+"""
+
+
+def test_reports_go_on_where_a_training_does(rows, tmp_path, monkeypatch):
+    """transformers' own callback, and in place of trackio a module that records what it is told."""
+    (tmp_path / "trackio.py").write_text(RECORDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    asked = QUICK | {"report_to": ["trackio"], "eval_dataset": rows[:2]}
+    run = train(tmp_path / "run", rows, **(asked | {"max_steps": 2}))
+    run = train(tmp_path / "run", rows, **(asked | {"max_steps": 3}))
+    assert run.continued_from == 2
+    calls = sys.modules.pop("trackio").calls
+    opened = [call for call in calls if call[0] == "init"]
+    assert len(opened) == 2 and len(set(opened)) == 1  # the same run, resumed
+    assert opened[0][1].startswith("run-") and opened[0][2] == "allow"
+    logged = [call[1] for call in calls if call[0] == "log"]
+    steps = [v["train/global_step"] for v in logged if "train/loss" in v]
+    assert steps == [1, 2, 3] and len([v for v in logged if "eval/loss" in v]) == 2
+    assert train(tmp_path / "run", rows, **(QUICK | {"max_steps": 3})).continued_from == 3
+
+
+@pytest.mark.slow
+def test_tensorboard_has_one_folder_and_hides_what_a_kill_left(rows, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    asked = QUICK | {"report_to": "tensorboard"}
+    train(tmp_path, rows, **asked)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    run = train(tmp_path, rows, **asked)
+    assert run.continued_from == 2
+    found = events.EventAccumulator(str(tmp_path / reports.FOLDER)).Reload().Scalars("train/loss")
+    assert [event.step for event in found] == [1, 2, 3, 4]
+    assert {path.parent.name for path in tmp_path.rglob("events.*")} == {reports.FOLDER}
+
+
 # --- damage ---------------------------------------------------------------------------------------
 
 
@@ -270,6 +322,17 @@ def test_equal_rows_are_the_same_rows(rows, folder):
             "adapters was .*projector: full.*, is lang",
         ),
         ({"training": WITHOUT_DROPOUT | {"language_model": vk.LoRA(r=8)}}, "r=4, .* r=8, "),
+        (
+            {"training": WITHOUT_DROPOUT | {"language_model": vk.LoRA(r=4, use_dora=True)}},
+            "DoRA r=4",
+        ),
+        (
+            {
+                "training": WITHOUT_DROPOUT
+                | {"language_model": vk.LoRA(4, target_modules=["q_proj"])}
+            },
+            "adapters was",
+        ),
         ({"training": WITHOUT_DROPOUT | {"language_model": vk.LoRA(r=4, lora_alpha=8)}}, "scale 2"),
         (
             {"training": WITHOUT_DROPOUT | {"language_model": vk.LoRA(r=4, lora_dropout=0.1)}},
@@ -472,6 +535,10 @@ def pd_losses(folder):
         (f"settings: {'[' * 5000}", "is not YAML"),
         (f"settings: {{seed: {'9' * 5000}}}", "is not YAML|seed is a whole number"),
         ("train: {projector: {r: 1000000000000000000}}", "projector: r is a whole number from 1"),
+        ("train: {language_model: {target_modules: [], use_dora: true}}", "a list of names, not"),
+        ("settings: {report_to: mlflow}", "report_to names mlflow, which cannot be used"),
+        ("settings: {report_to: [wandv]}", "Did you mean 'wandb'"),
+        ("settings: {eval_strategy: epoch}", "evaluating by epoch needs questions"),
         ("train: {projector: {lora_alpha: .nan}}", "projector: lora_alpha is a number above 0"),
         ("data: {task: vqa, n: -1}", "data: n is a whole number from 1"),
         ("data: {task: vqa, seed: -1}", "data: seed is a whole number from 0"),

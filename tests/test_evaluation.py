@@ -176,7 +176,7 @@ def test_pixels_come_in_the_vision_encoders_own_type(model, vision):
     mixed = LlavaForConditionalGeneration._from_config(model.config, dtype=torch.float16)
     for name, dtype in parts.items():
         getattr(mixed.model, name).to(dtype)
-    assert asking._vision_dtype(mixed) == vision
+    assert asking.vision_dtype(mixed) == vision
 
 
 def test_a_batch_answers_as_one_by_one(model, processor, dataset):

@@ -17,6 +17,7 @@ from vlmkit.memory.batch import batch_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+DORA = vk.LoRA(r=8, use_dora=True)
 PARTS = {
     "vision_encoder": vk.LoRA(r=4),
     "projector": "full",
@@ -32,8 +33,12 @@ PASSES = {
     "LoRA on int8": ("int8", "lora", False),
     "LoRA, checkpoints": ("recommended", "lora", True),
     "full, checkpoints": ("bf16", "full", True),
+    "DoRA": ("bf16", {"vision_encoder": DORA, "language_model": DORA}, False),
+    "DoRA on nf4": ("nf4", {"language_model": DORA}, False),
+    "DoRA on int8": ("int8", {"language_model": DORA}, False),
+    "DoRA on nf4-dq, checkpoints": ("nf4-dq", {"language_model": DORA}, True),
 }
-KINDS = [kind for kind in PASSES if kind != "prompt in nf4"]
+KINDS = [kind for kind in PASSES if kind != "prompt in nf4" and "DoRA" not in kind]
 # One case of every second family, the kinds in turn, and one more: the rest is slow.
 SOME = {(family, KINDS[3 * i % len(KINDS)]) for i, family in enumerate(FAMILIES) if i % 2 == 0} | {
     ("idefics2", "prompt in nf4")

@@ -21,6 +21,7 @@ OPTIMIZERS = {
     "paged_adamw_32bit": bnb.optim.PagedAdamW,
     "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
 }
+DORA = {"language_model": vk.LoRA(r=4, use_dora=True, target_modules=r".*\.0\..*_proj|.*\.fc\d")}
 WAYS = {
     "LoRA on nf4": ("recommended", {"language_model": vk.LoRA()}, "adamw_torch_fused"),
     "full": ("bf16", None, "adamw_torch_fused"),
@@ -39,9 +40,12 @@ WAYS = {
         "paged_adamw_8bit",
     ),
     "LoRA on int8": ("int8", {"language_model": vk.LoRA(r=8)}, "adamw_8bit"),
+    "DoRA on nf4-dq": ("nf4-dq", DORA, "adamw_torch_fused"),
+    "DoRA on int8": ("int8", DORA, "adamw_8bit"),
 }
-NAMES = list(WAYS)
+NAMES = [name for name in WAYS if "DoRA" not in name]
 SOME = {(family, NAMES[i % len(NAMES)]) for i, family in enumerate(FAMILIES)}
+SOME |= {("qwen2_vl", "DoRA on int8")}
 
 
 CASES = [

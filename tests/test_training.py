@@ -175,6 +175,53 @@ def test_the_model_is_evaluated_as_it_was_loaded(ways, rows, tmp_path, monkeypat
     assert torch.equal(asked[-1][1], logits(model, few))
 
 
+def test_evaluating_changes_nothing_and_its_loss_is_that_of_every_answer_token(rows, tmp_path):
+    answers = ("red", "no", "blue and red", "3", "a")
+    few = [dict(rows[n]) | {"answer": answer} for n, answer in enumerate(answers)]
+    more = {"plan": "fp32", "max_steps": 2, "bf16": False}
+    alone = train(tmp_path / "alone", rows, **more)
+    assert alone.evaluations.empty
+    found = {}
+    for size in (1, 4):
+        asked = {"eval_dataset": few, "eval_steps": 1, "per_device_eval_batch_size": size}
+        found[size] = train(tmp_path / str(size), rows, **more, **asked)
+        assert found[size].curve.equals(alone.curve)
+        for name, parameter in trained(alone.model).items():
+            assert torch.equal(trained(found[size].model)[name], parameter), name
+    one, four = (found[size].evaluations["loss"].tolist() for size in (1, 4))
+    assert one == pytest.approx(four, rel=1e-5) and one[0] != one[1]
+    total = number = 0
+    for row in few:  # transformers' own loss is the mean over the answer tokens of a row
+        batch = Collator(vk.load("pebble")[1])([row])
+        tokens = (batch["labels"] != -100).sum().item()
+        with torch.no_grad():
+            total += alone.model.eval()(**batch).loss.item() * tokens
+        number += tokens
+    assert number > len(few) * 2 and one[1] == pytest.approx(total / number, rel=1e-4)
+
+
+def test_a_loss_of_an_evaluation_that_is_not_finite_is_said(rows, tmp_path, monkeypatch):
+    compute = trainer.loss_of_answers
+
+    def poisoned_where_nothing_is_learnt(outputs, labels, num_items_in_batch=None):
+        loss = compute(outputs, labels, num_items_in_batch)
+        return loss + (0 if torch.is_grad_enabled() else NAN)
+
+    monkeypatch.setattr(trainer, "loss_of_answers", poisoned_where_nothing_is_learnt)
+    with pytest.warns(UserWarning, match="loss on eval_dataset is nan after step 1"):
+        run = train(tmp_path, rows, max_steps=1, eval_dataset=rows.select(range(2)))
+    assert run.evaluations["loss"].isna().all() and len(run.evaluations) == 1
+
+
+def test_rows_to_evaluate_on_are_looked_at_before_the_first_step(rows, tmp_path):
+    wrong = [dict(rows[0]), dict(rows[1]) | {"answer": " "}]
+    with pytest.raises(VlmkitError, match="Row 1: .*answer.* is empty"):
+        train(tmp_path, rows, eval_dataset=wrong)
+    with pytest.raises(FinetuningError, match="evaluate by epoch, and there is no eval_dataset"):
+        train(tmp_path, rows, eval_strategy="epoch")
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 # --- the truth: what is not finite, what cannot be learnt -----------------------------------------
 
 
@@ -454,6 +501,13 @@ def test_nothing_to_learn_from(tmp_path):
         ({"lr_scheduler_type": "x" * 10**5}, "^.{1,300}$"),
         ({"early_stopping_patience": 2, "eval_steps": 3, "save_steps": 4}, "a multiple"),
         ({"early_stopping_patience": 2}, "give eval_steps"),
+        ({"eval_strategy": "epochs"}, "Did you mean 'epoch'"),
+        ({"eval_strategy": "steps"}, "'steps', and eval_steps is None"),
+        ({"eval_strategy": "epoch", "eval_steps": 3}, "'epoch', and eval_steps is 3"),
+        ({"per_device_eval_batch_size": 0}, "is a whole number from 1"),
+        ({"report_to": "tensorbord"}, "not 'tensorbord'. Did you mean 'tensorboard'"),
+        ({"report_to": ["none", "wand"]}, "report_to is one of none, all,"),
+        ({"report_to": None}, "report_to is str or list, not None"),
     ],
 )
 def test_settings_that_cannot_be(given, message):
@@ -465,6 +519,23 @@ def test_what_the_limits_leave_open():
     Settings(learning_rate=9.9, weight_decay=0, max_grad_norm=0, num_train_epochs=0.5, seed=0)
     Settings(warmup_steps=4, max_steps=4, seed=2**32 - 1, dataloader_num_workers=8)
     Settings(early_stopping_patience=1, eval_steps=2, save_steps=4)
+    Settings(early_stopping_patience=1, eval_strategy="epoch")
+    by_epoch = Settings(eval_strategy="epoch", save_steps=4, early_stopping_patience=1)
+    assert by_epoch.steps_between_evaluations(16) == 2 == Settings().steps(16)
+    with pytest.raises(FinetuningError, match=r"save_steps \(4\) has to be a multiple .* \(3\)"):
+        by_epoch.steps_between_evaluations(24)
+    with pytest.raises(FinetuningError, match="without a length has no epochs"):
+        by_epoch.steps_between_evaluations(None)
+
+
+def test_a_library_that_is_not_installed_is_refused():
+    from transformers.integrations import integration_utils as known
+
+    missing = set(known.INTEGRATION_TO_CALLBACK) - set(known.get_available_reporting_integrations())
+    assert {"mlflow", "swanlab"} <= missing
+    for name in missing - {"flyte"}:  # whose callback only says so in a log
+        with pytest.raises(FinetuningError, match=f"names {name}, .* pip install {name[:5]}"):
+            Settings(report_to=[name])
 
 
 def test_a_warmup_longer_than_the_epochs(rows, tmp_path):

@@ -8,15 +8,20 @@ model is changed.
 import re
 import warnings
 from dataclasses import dataclass
-from typing import Literal
 
 from vlmkit import COMPONENTS
 from vlmkit.anatomy import anatomy_of, component_finder, shape_of, unwrapped
-from vlmkit.backend.validation import Checked
-from vlmkit.errors import CheckpointError, FinetuningError, brief, did_you_mean
-from vlmkit.rows import LINEAR, kind_of
+from vlmkit.backend import dora
+from vlmkit.backend.validation import Checked, shown
+from vlmkit.errors import CheckpointError, FinetuningError, PlanError, brief, did_you_mean
+from vlmkit.plan import matching
+from vlmkit.rows import HEAD, LINEAR, kind_of
 
 FULL = "full"
+
+
+GROUPS = ("attention+mlp", "attention", "mlp", "all-linear")
+"""The words for target_modules. The first and the last mean the same; peft has the last one."""
 
 
 LIMITS = {"r": (1, 65_536), "lora_alpha": (0, 10**6), "lora_dropout": (0, 1)}
@@ -33,9 +38,14 @@ class LoRA(Checked, what="a field of a LoRA", limits=LIMITS, above=("lora_alpha"
     r: rank.
     lora_alpha: scale of the adapter; None is r, so that B A x is multiplied by 1.
     lora_dropout: share of the adapter's input that is dropped in training.
-    target_modules: "attention", "mlp" (every Linear layer outside of attention, without the output
-        head), or "attention+mlp".
+    target_modules: which layers of the component: "attention", "mlp" (every Linear layer outside of
+        attention, without the output head), "attention+mlp" or "all-linear" (both of these); or as
+        in peft a list of names, each the end of a full name, such as ["q_proj", "v_proj"]; or one
+        regular expression that matches whole full names.
     use_rslora: divide by sqrt(r) in place of r (Kalajdzievski, 2023, arXiv 2312.03732).
+    use_dora: learn the length of each row of W beside its direction (DoRA; Liu et al., 2024, arXiv
+        2402.09353): m (W + s B A) / |W + s B A|, with m of shape (out,) and the norm of each row.
+        A step computes the whole W + s B A of every layer, so that it takes longer.
     head: whether the output head gets an adapter too. Tokens that the model never had to produce
         need it: their rows in the head can be all alike, as pebble's are.
 
@@ -45,19 +55,51 @@ class LoRA(Checked, what="a field of a LoRA", limits=LIMITS, above=("lora_alpha"
     r: int = 16
     lora_alpha: int | float | None = None
     lora_dropout: int | float = 0.0
-    target_modules: Literal["attention+mlp", "attention", "mlp"] = "attention+mlp"
+    target_modules: str | list | tuple = "attention+mlp"
     use_rslora: bool = False
+    use_dora: bool = False
     head: bool = False
 
     def __post_init__(self):
         super().__post_init__()
         if self.lora_dropout == 1:
             raise FinetuningError("lora_dropout is from 0 to below 1, not 1.")
+        wanted = self.target_modules
+        if isinstance(wanted, str):
+            if wanted not in GROUPS:
+                _require_expression(wanted)
+            return
+        if not wanted or not all(isinstance(name, str) and name for name in wanted):
+            raise FinetuningError(f"target_modules is a list of names, not {shown(wanted)}.")
+        object.__setattr__(self, "target_modules", tuple(dict.fromkeys(wanted)))
 
     @property
     def scale(self):
         """lora_alpha for peft: r where it is None."""
         return self.r if self.lora_alpha is None else self.lora_alpha
+
+
+def _require_expression(text):
+    """Raise FinetuningError if `text` is no regular expression, or just a word. A word, as an
+    expression, would match no full name: it is a misspelt group, or a name without its list."""
+    if re.fullmatch(r"[\w+-]*", text):
+        raise FinetuningError(
+            f"target_modules is one of {', '.join(GROUPS)}, a list of names, such as "
+            f"[{text or 'q_proj'!r}], or a regular expression that matches whole full names, not "
+            f"{shown(text)}. {did_you_mean(text, GROUPS)}".rstrip()
+        )
+    _matching(text, ())
+
+
+def _matching(pattern, names):
+    """Those of `names` that `pattern` matches as wholes."""
+    try:
+        re.compile(pattern)
+        return matching(rf"\A(?:{pattern})\Z", names)
+    except (re.error, PlanError) as error:
+        raise FinetuningError(
+            f"target_modules: {shown(pattern)} cannot be used as a regular expression: {error}"
+        ) from error
 
 
 def parse(training):
@@ -113,8 +155,9 @@ class Target:
 def targets(model, training):
     """The Targets of `training` (see `parse`) in `model`, which can be on the meta device.
 
-    Raises FinetuningError if the model lacks a component, if a LoRA finds no Linear layer or has a
-    rank above all their widths, or if a quantized weight is to be trained in full.
+    Raises FinetuningError if the model lacks a component, if a LoRA finds no Linear layer, names a
+    module that is not there or is none, or has a rank above all their widths, or if a quantized
+    weight is to be trained in full.
     """
     anatomy = anatomy_of(model)
     found = []
@@ -162,12 +205,31 @@ def _all_of(model, component):
 
 def _linears_of(model, component, lora):
     """Full names of the Linear layers that `lora` gives an adapter."""
+    component_of, head = component_finder(model), None
+    linears = _all_linears(model, component, component_of)
+    if isinstance(lora.target_modules, str) and lora.target_modules in GROUPS:
+        wanted = set(lora.target_modules.replace("all-linear", "attention+mlp").split("+"))
+        names = [n for n in linears if ("attention" if _in_attention(n) else "mlp") in wanted]
+    else:
+        names = _named(model, component, component_of, lora.target_modules, linears)
+        head = next((name for name in names if name not in linears), None)
+    if not names:
+        raise FinetuningError(
+            f"{component} has no Linear layer for a LoRA on {lora.target_modules}. Choose other "
+            "target_modules, or train the component in full."
+        )
+    if lora.head or head:
+        names = [_head_of(model, component, component_of), *(n for n in names if n != head)]
+    return names
+
+
+def _all_linears(model, component, component_of):
+    """Full names of the Linear layers of a component that an adapter can change, without the output
+    head."""
     from torch.nn import MultiheadAttention
 
-    component_of = component_finder(model)
-    base = unwrapped(model)
+    base, names = unwrapped(model), []
     inside = [n for n, m in model.named_modules() if isinstance(m, MultiheadAttention)]
-    names = [_head_of(model, component, component_of)] if lora.head else []
     for name, module in model.named_modules():
         if component_of(name) != component or not hasattr(module, "weight"):
             continue
@@ -175,15 +237,45 @@ def _linears_of(model, component, lora):
             continue
         if any(name.startswith(f"{outer}.") for outer in inside):
             continue  # never called: the module around it reads its weight
-        attention = any("attn" in part or "attention" in part for part in name.split("."))
-        if lora.target_modules in ("attention+mlp", "attention" if attention else "mlp"):
-            names.append(name)
-    if len(names) == lora.head:
-        raise FinetuningError(
-            f"{component} has no Linear layer for a LoRA on {lora.target_modules}. Choose other "
-            "target_modules, or train the component in full."
-        )
+        names.append(name)
     return names
+
+
+def _in_attention(name):
+    return any("attn" in part or "attention" in part for part in name.split("."))
+
+
+def _named(model, component, component_of, target_modules, linears):
+    """Full names of the modules that a list of names, or an expression, means in a component: some
+    of `linears`, and the output head. Raises FinetuningError if one means anything else."""
+    known = {n: m for n, m in model.named_modules() if n and component_of(n) == component}
+    base, found = unwrapped(model), {}
+    listed = [target_modules] if isinstance(target_modules, str) else target_modules
+    ends = sorted({name.rpartition(".")[2] for name in linears})
+    for wanted in listed:
+        if wanted is target_modules:
+            matched = _matching(wanted, known)
+        else:
+            matched = [n for n in known if f".{n}".endswith(f".{wanted}")]
+        for name in matched:
+            head = hasattr(known[name], "weight")
+            head = head and kind_of(base, known[name], "weight") == HEAD
+            if name not in linears and not head:
+                raise FinetuningError(
+                    f"target_modules: {shown(wanted)} matches {name}, and a "
+                    f"{type(known[name]).__name__} there gets no LoRA. Choose Linear layers alone, "
+                    f"by longer names if need be. Those of {component} are called "
+                    f"{', '.join(ends) or 'nothing: it has none'}."
+                )
+        if not matched:
+            raise FinetuningError(
+                f"target_modules: {shown(wanted)} matches nothing in {component}. "
+                f"{did_you_mean(wanted, ends)}Its Linear layers are called "
+                f"{', '.join(ends) or 'nothing: it has none'}"
+                + (f", and the first in full {linears[0]}." if linears else ".")
+            )
+        found |= dict.fromkeys(matched)
+    return list(found)
 
 
 def _head_of(model, component, component_of):
@@ -196,7 +288,7 @@ def _head_of(model, component, component_of):
     if head.weight is unwrapped(model).get_input_embeddings().weight:
         raise FinetuningError(
             f"{name} is one matrix with the embedding (tied). An adapter there would, once merged, "
-            "also change how words are read: leave head=True out."
+            "also change how words are read: leave the head out (head=True, target_modules)."
         )
     return name
 
@@ -209,15 +301,16 @@ def adapted(model, training, seed=0):
     A of each adapter; B starts at zero.
 
     Raises FinetuningError as `targets` does, and where the LoRAs of two components differ in what
-    peft has one setting for: lora_dropout and use_rslora.
+    peft has one setting for: lora_dropout, use_rslora and use_dora.
     """
     found = targets(model, training)
     loras = [target for target in found if target.lora]
-    if len({(target.lora.lora_dropout, target.lora.use_rslora) for target in loras}) > 1:
-        raise FinetuningError(
-            "peft has one lora_dropout and one use_rslora for all adapters of a model, and the "
-            f"LoRAs of {' and '.join(t.component for t in loras)} differ in them: make them equal."
-        )
+    for name in ("lora_dropout", "use_rslora", "use_dora"):
+        if len({getattr(target.lora, name) for target in loras}) > 1:
+            raise FinetuningError(
+                f"peft has one {name} for all adapters of a model, and the LoRAs of "
+                f"{' and '.join(t.component for t in loras)} differ in it: make them equal."
+            )
     in_full = {target.component for target in found if not target.lora}
     component_of = component_finder(model)
     trained = [p for name, p in model.named_parameters() if component_of(name) in in_full]
@@ -239,6 +332,7 @@ def _with_adapters(model, loras, seed):
         lora_alpha=first.scale,
         lora_dropout=first.lora_dropout,
         use_rslora=first.use_rslora,
+        use_dora=first.use_dora,
         target_modules=[name for target in loras for name in target.modules],
         rank_pattern={name: lora.r for name, lora in rest if lora.r != first.r},
         alpha_pattern={name: lora.scale for name, lora in rest if lora.scale != first.scale},
@@ -267,4 +361,7 @@ def _with_config(model, config, seed=0):
         torch.default_generator.manual_seed(seed)
         # peft 0.21 asks transformers about checkpointing by its older name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-        return get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+        model = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+    if config.use_dora:
+        dora.keep_scales(model)
+    return model

@@ -7,6 +7,7 @@ boundaries.py      casts between components of different float formats
 checkpointing.py   gradient checkpointing, under both of its names in transformers
 converting.py      what transformers quantizes, and how it is told to quantize something else
 cpu.py             guards against bitsandbytes' bugs, on a CPU above all
+dora.py            DoRA on int8 layers of a CPU, and on weights without data
 mixed.py           several quantized formats in one model
 optimizers.py      optimizers by name
 passes.py          attention, precision and checks of a model's passes while it is trained

@@ -125,6 +125,10 @@ def _summary(name, run, scores):
         f"- {len(losses):,} steps; loss {losses[:tenth].mean():.3f} at first (mean of {tenth}), "
         f"{losses[-tenth:].mean():.3f} at last{continued}"
     )
+    losses = run.evaluations["loss"]
+    if len(losses):
+        last = int(run.evaluations["step"].iloc[-1])
+        lines.append(f"- loss on the evaluation's answers: {losses.iloc[-1]:.3f} at step {last:,}")
     if run.skipped:
         lines.append(f"- skipped: {', '.join(f'{n} {why}' for why, n in run.skipped.items())}")
     if run.no_gradient is not None and len(run.no_gradient):

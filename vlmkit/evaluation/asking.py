@@ -201,7 +201,7 @@ def prepared(model, processor, images, questions, max_new_tokens):
         raise VlmkitError(f"max_new_tokens is a whole number from 1, and not {max_new_tokens!r}.")
     inputs = question_inputs(processor, images, questions)
     _check_context(model, inputs, len(images[0]), max_new_tokens)
-    inputs = inputs.to(model.device, _vision_dtype(model))
+    inputs = inputs.to(model.device, vision_dtype(model))
     if "token_type_ids" not in inspect.signature(model.forward).parameters:
         # Some tokenizers always make them, and generate refuses inputs that the model does not
         # take.
@@ -271,7 +271,7 @@ def _check_context(model, inputs, images, max_new_tokens):
     )
 
 
-def _vision_dtype(model):
+def vision_dtype(model):
     """The floating-point dtype of the pixels that the vision encoder takes.
 
     Under a plan the components have different dtypes, and `model.dtype` is that of the first one.

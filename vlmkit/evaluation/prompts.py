@@ -82,7 +82,7 @@ def answered_inputs(processor, images, conversations):
         suffixes = [text_of_turn(turns[-1]) for turns in plain]
         inputs = _tensors(processor, images, asked, "right", suffix=suffixes)
         return inputs, inputs["labels"] != -100
-    texts, spans = zip(*_answered(processor, images, plain), strict=True)
+    texts, spans = zip(*answered_texts(processor, images, plain), strict=True)
     inputs = _tensors(processor, images, list(texts), "right")
     learnt = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
     for row, (text, places) in enumerate(zip(texts, spans, strict=True)):
@@ -120,7 +120,7 @@ def _before(marked):
 # --- conversations with their answers -------------------------------------------------------------
 
 
-def _answered(processor, images, conversations):
+def answered_texts(processor, images, conversations):
     """(text, [(begin, end) of each answer in it]) of each conversation."""
     template = Template(processor)
     if template.source is None:
@@ -146,7 +146,7 @@ def _answered(processor, images, conversations):
 
 
 def _located(processor, template, pictures, turns, whole):
-    """What `_answered` yields for one conversation. whole: its text."""
+    """What `answered_texts` yields for one conversation. whole: its text."""
     numbers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
     for role, text in (
         (t["role"], p["text"].strip()) for t in turns for p in t["content"] if p["type"] == "text"

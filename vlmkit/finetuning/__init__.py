@@ -11,6 +11,7 @@ collating.py   rows to batches, with labels on the answers
 settings.py    settings, and a training as a YAML file for `vlmkit train`
 runs.py, trainer.py   the training, on transformers' Trainer
 continuing.py  which checkpoint is whole, and whether it belongs to this training
+reports.py     losses and evaluations to TensorBoard, trackio, W&B
 gradients.py   which trainable tensors get no gradient, and what is not finite
 indistinct.py  which answers the output head cannot tell apart
 saved.py       what was trained, to disk and back, and merged into the weights
@@ -52,7 +53,8 @@ def add_adapters(model, *, seed=0, **training):
     training: for each component None (frozen, as if left out), "full" or a `vk.LoRA`.
 
     Returns a PeftModel, or the model itself where no component gets a LoRA, in training mode.
-    Adapters are float32 and start at zero, so that the model first answers as before. What is
+    Adapters are float32 and start at zero, so that the model first answers as before (with DoRA,
+    within the rounding of its dtype). What is
     trained in full keeps the format of its plan, and stays part of the model:
     `PeftModel.save_pretrained` writes the adapters alone, `vk.finetuning.save` both.
 

@@ -19,7 +19,7 @@ from vlmkit.loading.processors import limits_of
 
 LIST = "training.json"
 STATE = "trainer_state.json"
-FREE = ("save_steps", "dataloader_num_workers")
+FREE = ("save_steps", "dataloader_num_workers", "per_device_eval_batch_size", "report_to")
 """Settings that change nothing in what is learnt."""
 LENGTH = ("max_steps", "num_train_epochs")
 """Settings that may differ, so that a training can be made longer."""
@@ -273,7 +273,8 @@ def _adapters(model):
         for adapter, rank in (getattr(module, "r", None) or {}).items() if _is_lora(module) else ():
             component = component_of(name)
             dropout = getattr(module.lora_dropout[adapter], "p", 0.0)
-            kind = f"LoRA r={rank}, scale {module.scaling[adapter]:g}, dropout {dropout:g}"
+            kind = "DoRA" if adapter in module.lora_magnitude_vector else "LoRA"
+            kind += f" r={rank}, scale {module.scaling[adapter]:g}, dropout {dropout:g}"
             ranks.setdefault(component, set()).add(kind)
             others.setdefault(component, []).append(f"{plain_name(name)} {kind}")
     told = {}

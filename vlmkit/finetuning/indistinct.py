@@ -7,7 +7,7 @@ learn: the model can learn "some such token", and not which.
 """
 
 from vlmkit.anatomy import unwrapped
-from vlmkit.evaluation.prompts import _answered, turns_of
+from vlmkit.evaluation.prompts import answered_texts, turns_of
 
 ALIKE = 0.1
 """The largest difference of two rows that are alike, as a share of their length. pebble's unused
@@ -67,7 +67,9 @@ def _tokens_of(processor, answers):
     if not answers:
         return {}
     tokenizer, pictures = processor.tokenizer, [[None]] * len(answers)
-    told = _answered(processor, pictures, [turns_of([None], "?", answer) for answer in answers])
+    told = answered_texts(
+        processor, pictures, [turns_of([None], "?", answer) for answer in answers]
+    )
     specials, found = set(tokenizer.all_special_ids), {}
     for answer, (text, places) in zip(answers, told, strict=True):
         start = tokenizer(text[: places[-1][0]], add_special_tokens=False)["input_ids"]

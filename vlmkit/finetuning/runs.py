@@ -10,6 +10,7 @@ Under `accelerate launch` it runs on several processes or GPUs.
 
 import json
 import os
+import secrets
 import sys
 import warnings
 import weakref
@@ -20,7 +21,7 @@ from vlmkit.backend import checkpointing
 from vlmkit.errors import FinetuningError, VlmkitError, public
 from vlmkit.evaluation import check
 from vlmkit.evaluation.asking import context_of
-from vlmkit.finetuning import continuing, indistinct, saved
+from vlmkit.finetuning import continuing, indistinct, reports, saved
 from vlmkit.finetuning.collating import Collator, check_rows
 from vlmkit.finetuning.settings import Settings
 from vlmkit.images import undecoded
@@ -35,8 +36,9 @@ class Run:
 
     model: the model that was given, trained.
     curve: DataFrame with a row per step: step, loss, learning_rate, grad_norm.
-    evaluations: DataFrame with a row per evaluation: step, accuracy, and its 95% interval, low and
-        high; empty without an eval_dataset.
+    evaluations: DataFrame with a row per evaluation: step, loss (the mean over all answer tokens of
+        eval_dataset), accuracy of the generated answers, and its 95% interval, low and high; empty
+        without an eval_dataset.
     no_gradient: DataFrame of the trainable tensors that got no gradient in the first step (see
         `gradient_report`); None if nothing was left to train.
     skipped: how many samples were skipped, by reason, on all processes, including those that were
@@ -65,11 +67,13 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
         continued from its last whole one; if it is finished, nothing is trained. More `max_steps`
         or `num_train_epochs` make a training longer. What belongs to a training, beside its
         settings: rows, plan, adapters, base (see `vlmkit.finetuning.continuing.description`).
-    eval_dataset: rows to ask the model every `eval_steps` and at the end. They are looked at before
-        the first step, as those of `dataset` are.
+    eval_dataset: rows to ask the model, and to compute the loss of, every `eval_steps` (or as
+        `eval_strategy` says) and at the end. They are looked at before the first step, as those of
+        `dataset` are. Evaluating changes nothing in what is learnt.
     settings: those of `vk.finetuning.Settings`.
 
-    Warns of answers that the output head cannot tell apart (see `vlmkit.finetuning.indistinct`).
+    Warns of answers that the output head cannot tell apart (see `vlmkit.finetuning.indistinct`),
+    and of an evaluation whose loss is not finite.
 
     Raises FinetuningError if nothing is trainable, if the dataset is empty or lacks a column, if a
     sample cannot be used, if the folder holds another training or one of more steps, at the first
@@ -82,13 +86,10 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
             "nothing in this model is trainable: begin with vk.finetuning.add_adapters"
         )
     dataset = _checked(dataset, processor, settings)
-    if eval_dataset is not None:
-        try:
-            check(processor, eval_dataset, 1)
-            check_rows(eval_dataset, processor)
-        except VlmkitError as error:
-            raise type(error)(f"eval_dataset: {error}") from error
-    steps = settings.steps(len(dataset) if hasattr(dataset, "__len__") else None, _processes())
+    _check_to_evaluate(eval_dataset, processor, settings)
+    rows = len(dataset) if hasattr(dataset, "__len__") else None
+    steps = settings.steps(rows, _processes())
+    eval_steps = settings.steps_between_evaluations(rows, _processes())
     settings.require_warmup_within(steps)
     from accelerate.utils import gather_object
     from transformers import EarlyStoppingCallback, TrainerState
@@ -100,6 +101,10 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
     last = _last(output_dir, description, steps)
     done = continuing.step_of(last)
     state = continuing.state_in(last) if last else {}
+    before = continuing.description_in(last) if last else {}
+    # A new name for each new training: a library that knows it goes on with what it has.
+    name = before.get("run_name") or f"{output_dir.resolve().name}-{secrets.token_hex(4)}"
+    description["run_name"] = name
     if not last:
         _warn_about_answers(model, processor, dataset)
     collator = Collator(
@@ -111,6 +116,8 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
     )
     gradients = trainers.FirstGradients()
     callbacks = [gradients, trainers.WithoutInputGradients()]
+    if eval_dataset is not None:
+        callbacks.append(trainers.EvaluatesAtTheEnd())
     worse = 0  # evaluations without a better one, so far
     if settings.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
@@ -122,40 +129,44 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
         rates=settings.learning_rate,
         processor=processor,
         description=description,
-        args=_arguments(settings, model, output_dir, eval_dataset is not None, steps),
+        args=_arguments(settings, model, output_dir, eval_steps, steps, name),
         data_collator=collator,
         train_dataset=dataset,
         eval_dataset=eval_dataset,
         callbacks=callbacks,
     )
     finished = last and (done >= steps or 0 < (settings.early_stopping_patience or 0) <= worse)
-    if finished:
-        why = f"it has all {done:,} steps" if done >= steps else f"it stopped early at {done:,}"
-        _say(f"{output_dir} is finished: {why}, so nothing is trained.")
-        saved.restore(model, _best(output_dir, state) if settings.early_stopping_patience else last)
-        trainer.state = TrainerState.load_from_json(str(last / continuing.STATE))
-    else:
-        if last:
-            _say(f"{output_dir} goes on after step {done:,} of {steps:,}, from {last.name}.")
-        try:
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
-        except ValueError as error:
-            if "does not contain any data" not in str(error):  # accelerate's, of a stream
-                raise
-            had = trainer.state.global_step
-            raise FinetuningError(
-                f"The dataset ended after {had:,} of {steps:,} steps. Give more rows, or fewer "
-                "max_steps."
-                if had
-                else "The dataset gave no rows, so there is nothing to learn from."
-            ) from error
-        finally:
-            # accelerate leaves autocast around the model's forward: answers would not be the plan's
-            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    curve, evaluations = _tables(trainer.state.log_history)
-    if eval_dataset is not None and trainer.state.global_step not in set(evaluations["step"]):
-        trainer.evaluate()
+    with reports.going_on(trainer, output_dir, done):
+        if finished:
+            why = f"it has all {done:,} steps" if done >= steps else f"it stopped early at {done:,}"
+            _say(f"{output_dir} is finished: {why}, so nothing is trained.")
+            saved.restore(
+                model, _best(output_dir, state) if settings.early_stopping_patience else last
+            )
+            trainer.state = TrainerState.load_from_json(str(last / continuing.STATE))
+        else:
+            if last:
+                _say(f"{output_dir} goes on after step {done:,} of {steps:,}, from {last.name}.")
+            try:
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
+            except ValueError as error:
+                if "does not contain any data" not in str(error):  # accelerate's, of a stream
+                    raise
+                had = trainer.state.global_step
+                raise FinetuningError(
+                    f"The dataset ended after {had:,} of {steps:,} steps. Give more rows, or fewer "
+                    "max_steps."
+                    if had
+                    else "The dataset gave no rows, so there is nothing to learn from."
+                ) from error
+            finally:
+                # accelerate leaves autocast around the model's forward, and the answers would not
+                # be those of the plan
+                trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         curve, evaluations = _tables(trainer.state.log_history)
+        if eval_dataset is not None and trainer.state.global_step not in set(evaluations["step"]):
+            trainer.evaluate()
+            curve, evaluations = _tables(trainer.state.log_history)
     _warn_about(gradients.no_gradient)
     skipped = sum(gather_object([collator.skipped]), start=Counter())  # on all processes
     return Run(model, curve, evaluations, gradients.no_gradient, dict(skipped), done)
@@ -229,6 +240,21 @@ def _checked(dataset, processor, settings):
     return undecoded(dataset)
 
 
+def _check_to_evaluate(dataset, processor, settings):
+    """Raise the errors of an `eval_dataset`, which are better found before a training."""
+    if dataset is None and settings.strategy != "no":
+        raise FinetuningError(
+            f"The settings evaluate by {settings.strategy}, and there is no eval_dataset: give the "
+            "rows to evaluate on."
+        )
+    if dataset is not None:
+        try:
+            check(processor, dataset, 1)
+            check_rows(dataset, processor)
+        except VlmkitError as error:
+            raise type(error)(f"eval_dataset: {error}") from error
+
+
 def _processes():
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -242,12 +268,11 @@ def _say(text):
         print(text, file=sys.stderr, flush=True)
 
 
-def _arguments(settings, model, output_dir, evaluates, steps):
+def _arguments(settings, model, output_dir, eval_steps, steps, name="run"):
     """transformers' TrainingArguments: the settings have its names, and the rest is ours."""
     from transformers import TrainingArguments
 
     on_cpu = next(model.parameters()).device.type == "cpu"
-    eval_steps = settings.eval_steps if evaluates else None
     save_steps = settings.save_steps or eval_steps or max(50, steps // 20)
     rates = settings.learning_rate
     given = {
@@ -261,6 +286,8 @@ def _arguments(settings, model, output_dir, evaluates, steps):
         "learning_rate": max(rates.values()) if isinstance(rates, dict) else rates,
         "eval_steps": eval_steps,
         "eval_strategy": "steps" if eval_steps else "no",
+        "per_device_eval_batch_size": settings.per_device_eval_batch_size
+        or settings.per_device_train_batch_size,
         "save_steps": save_steps,
         "save_strategy": "steps",
     }
@@ -276,7 +303,7 @@ def _arguments(settings, model, output_dir, evaluates, steps):
         dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False,
         label_names=["labels"],
-        report_to="none",
+        run_name=name,
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and _processes() > 1 else None,
         # An adapter of a layer that feeds nothing gets no gradient, and DDP would wait for it.
@@ -293,9 +320,10 @@ def _tables(history):
     """(curve, evaluations) from a Trainer's log, as DataFrames."""
     import pandas
 
-    log = pandas.DataFrame(history).rename(columns=lambda name: name.removeprefix("eval_"))
+    log = pandas.DataFrame(history)
     curve = log.reindex(columns=["step", "loss", "learning_rate", "grad_norm"])
-    asked = log.reindex(columns=["step", "accuracy", "low", "high"])
+    asked = log.reindex(columns=["step", "eval_loss", "eval_accuracy", "eval_low", "eval_high"])
+    asked = asked.rename(columns=lambda name: name.removeprefix("eval_"))
     curve, asked = curve.dropna(subset="loss"), asked.dropna(subset="accuracy")
     return curve.reset_index(drop=True), asked.reset_index(drop=True)
 

@@ -21,6 +21,7 @@ import warnings
 from pathlib import Path
 
 from vlmkit.anatomy import component_finder, is_adapter, plain_name, shape_of, unwrapped
+from vlmkit.backend import dora
 from vlmkit.catalog.bundled import BUNDLED
 from vlmkit.errors import FinetuningError, brief, public
 from vlmkit.folders import whole_folder
@@ -234,6 +235,8 @@ def load(model, path, *, trainable=False):
             # peft 0.21 asks transformers about checkpointing by its older name
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
             model = PeftModel.from_pretrained(model, path, is_trainable=trainable, config=config)
+        if config.use_dora:
+            dora.keep_scales(model)
     if trainable:
         for name, parameter in model.named_parameters():
             if plain_name(name) in in_full:

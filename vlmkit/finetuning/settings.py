@@ -19,7 +19,7 @@ from vlmkit import tasks
 from vlmkit.adapters import LoRA, parse, require_component
 from vlmkit.backend.optimizers import check_optimizer
 from vlmkit.backend.validation import MOST, Checked, YamlLoader, require_among, shown
-from vlmkit.errors import FinetuningError, VlmkitError
+from vlmkit.errors import FinetuningError, VlmkitError, brief, did_you_mean
 from vlmkit.families import LIMITS as PICTURE_LIMITS
 from vlmkit.finetuning.collating import RAISE
 from vlmkit.plan import Plan
@@ -35,6 +35,7 @@ LIMITS = {
     "num_train_epochs": (0, 10**6),
     "per_device_train_batch_size": (1, 10**6),
     "gradient_accumulation_steps": (1, 10**6),
+    "per_device_eval_batch_size": (1, 10**6),
     "warmup_steps": (0, MOST),
     "weight_decay": (0, 10),
     "max_grad_norm": (0, MOST),
@@ -69,7 +70,11 @@ class Settings(
     bf16: compute in bf16 (autocast; weights in float32 stay float32); False computes in the formats
         of the plan.
     gradient_checkpointing: recompute activations in the backward pass, and keep fewer in memory.
-    eval_steps: steps between two evaluations on eval_dataset; None evaluates at the end alone.
+    eval_strategy: when to evaluate on eval_dataset, beside the end: "steps" (every eval_steps),
+        "epoch" (at the end of every epoch) or "no". None is "steps" if eval_steps is given.
+    eval_steps: steps between two evaluations on eval_dataset.
+    per_device_eval_batch_size: samples at a time for the loss on eval_dataset; None is
+        per_device_train_batch_size. The loss does not depend on it.
     early_stopping_patience: evaluations without a better one after which training stops. The best
         weights come back. None never stops early.
     save_steps: steps between two checkpoints; None is eval_steps, or else 50 steps, and more where
@@ -77,8 +82,11 @@ class Settings(
     max_length, too_long, unreadable: see `vk.finetuning.Collator`.
     dataloader_num_workers: processes that read pictures during training.
     seed: of the order of the samples and of dropout; in a file, of the adapters' start too.
+    report_to: where losses and evaluations go beside the Run: "tensorboard", "trackio", "wandb" or
+        another name that transformers has, a list of these, "all" (of those installed) or "none".
 
-    Raises FinetuningError for an unknown name, and for a value that no training can have.
+    Raises FinetuningError for an unknown name, for a value that no training can have, and for a
+    library in report_to that cannot be used.
     """
 
     max_steps: int | None = None
@@ -93,7 +101,9 @@ class Settings(
     optim: str = "adamw_torch_fused"
     bf16: bool = True
     gradient_checkpointing: bool = False
+    eval_strategy: str | None = None
     eval_steps: int | None = None
+    per_device_eval_batch_size: int | None = None
     early_stopping_patience: int | None = None
     save_steps: int | None = None
     max_length: int | None = None
@@ -101,10 +111,13 @@ class Settings(
     unreadable: Literal["raise", "skip"] = RAISE
     dataloader_num_workers: int = 0
     seed: int = 0
+    report_to: str | list = "none"
 
     def __post_init__(self):
         super().__post_init__()
         check_optimizer(self.optim)
+        check_reports(self.report_to)
+        self._check_evaluation()
         rates = self.learning_rate
         for component, rate in (rates if isinstance(rates, dict) else {None: rates}).items():
             if component is not None:
@@ -119,13 +132,33 @@ class Settings(
             )
         if self.max_steps:
             self.require_warmup_within(self.max_steps)
-        if self.early_stopping_patience and not self.eval_steps:
-            raise FinetuningError("early_stopping_patience counts evaluations: give eval_steps too")
-        if self.early_stopping_patience and (self.save_steps or 0) % self.eval_steps:
+
+    def _check_evaluation(self):
+        strategy = self.strategy
+        require_among("eval_strategy", strategy, ("steps", "epoch", "no"))
+        if (strategy == "steps") != bool(self.eval_steps):
+            raise FinetuningError(
+                f"eval_strategy is {strategy!r}, and eval_steps is {self.eval_steps}: eval_steps "
+                'belongs to eval_strategy="steps".'
+            )
+        if self.early_stopping_patience and strategy == "no":
+            raise FinetuningError(
+                "early_stopping_patience counts evaluations: give eval_steps, or "
+                'eval_strategy="epoch".'
+            )
+        self._check_save_steps(self.eval_steps)
+
+    def _check_save_steps(self, eval_steps):
+        if self.early_stopping_patience and (self.save_steps or 0) % (eval_steps or 1):
             raise FinetuningError(
                 f"The best weights come back from a checkpoint, so save_steps ({self.save_steps}) "
-                f"has to be a multiple of eval_steps ({self.eval_steps})."
+                f"has to be a multiple of the steps between two evaluations ({eval_steps})."
             )
+
+    @property
+    def strategy(self):
+        """eval_strategy, as a word."""
+        return self.eval_strategy or ("steps" if self.eval_steps else "no")
 
     def require_warmup_within(self, steps):
         """Raise FinetuningError if the warmup is longer than a training of so many steps."""
@@ -138,10 +171,51 @@ class Settings(
     def steps(self, rows, processes=1):
         """Optimizer steps of a training on so many rows; rows: None for a dataset without a
         length, which has max_steps."""
-        if self.max_steps:
-            return self.max_steps
+        return self.max_steps or ceil(self.num_train_epochs * self._of_an_epoch(rows, processes))
+
+    def steps_between_evaluations(self, rows, processes=1):
+        """eval_steps, or the steps of an epoch; None without evaluations before the end."""
+        if self.strategy != "epoch":
+            return self.eval_steps
+        if rows is None:
+            raise FinetuningError("A dataset without a length has no epochs: give eval_steps.")
+        self._check_save_steps(self._of_an_epoch(rows, processes))
+        return self._of_an_epoch(rows, processes)
+
+    def _of_an_epoch(self, rows, processes):
         batches = ceil(ceil(rows / self.per_device_train_batch_size) / processes)
-        return ceil(self.num_train_epochs * ceil(batches / self.gradient_accumulation_steps))
+        return ceil(batches / self.gradient_accumulation_steps)
+
+
+def check_reports(report_to):
+    """Raise FinetuningError if `report_to` has a name that transformers does not know, or one whose
+    library cannot be used here: better now than after the weights are loaded."""
+    names = [report_to] if isinstance(report_to, str) else report_to
+    if names in (["none"], ["all"]):
+        return
+    from transformers.integrations import integration_utils
+
+    callbacks = integration_utils.INTEGRATION_TO_CALLBACK
+    for name in names:
+        if name not in callbacks:
+            raise FinetuningError(
+                f"report_to is one of none, all, {', '.join(callbacks)}, or a list of libraries, "
+                f"not {shown(name)}. {did_you_mean(str(name)[:80], ['none', 'all', *callbacks])}"
+            )
+        try:
+            # flyte is not among those that transformers looks for. A callback that cannot be made
+            # says more when it is collected, so one without its library is not tried.
+            if name not in (*integration_utils.get_available_reporting_integrations(), "flyte"):
+                raise ImportError(f"pip install {_PACKAGES.get(name, name)}")
+            callbacks[name]()
+        except Exception as error:  # each library has its own
+            raise FinetuningError(
+                f"report_to names {name}, which cannot be used here: {brief(error)}. Without it, "
+                "losses and evaluations are in the Run in any case."
+            ) from error
+
+
+_PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "dagshub": "dagshub mlflow"}
 
 
 def require_seed(seed):
@@ -248,8 +322,10 @@ def _checked(config):
     if train:
         parse(train)
     settings = _built(Settings, config.settings, "settings")
-    if settings.eval_steps and config.evaluation is None:
-        raise FinetuningError("settings: eval_steps needs questions: name them in evaluation.")
+    if settings.strategy != "no" and config.evaluation is None:
+        raise FinetuningError(
+            f"settings: evaluating by {settings.strategy} needs questions: name them in evaluation."
+        )
     return replace(
         config,
         plan=None if config.plan is None else Plan.parse(config.plan),

@@ -1,8 +1,10 @@
 """transformers' Trainer with components: a learning rate for each, evaluation by generated answers,
 and checkpoints that hold everything that is trained and are complete or not there."""
 
+import math
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,8 +18,9 @@ from vlmkit.anatomy import component_finder, unwrapped
 from vlmkit.backend import passes
 from vlmkit.errors import FinetuningError, brief
 from vlmkit.evaluation import evaluate
+from vlmkit.evaluation.asking import context_of, in_evaluation_mode, vision_dtype
 from vlmkit.finetuning import continuing, saved
-from vlmkit.finetuning.collating import IGNORED
+from vlmkit.finetuning.collating import IGNORED, Collator
 from vlmkit.finetuning.gradients import gradient_report, not_finite, require_finite
 
 
@@ -154,19 +157,52 @@ class Trainer(transformers.Trainer):
         return self.optimizer
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Accuracy of the model's generated answers, as `vk.evaluate` counts it."""
-        model = self.accelerator.unwrap_model(self.model)
+        """Accuracy of the model's generated answers, as `vk.evaluate` counts it, and the mean loss
+        of all answer tokens of the dataset. Warns if this loss is not finite."""
+        model, dataset = (
+            self.accelerator.unwrap_model(self.model),
+            eval_dataset or self.eval_dataset,
+        )
         passes.answering(model)
         with passes.attending(model, self.attention), passes.without_autocast(model):
-            scores = evaluate(model, self.processor, eval_dataset or self.eval_dataset)
+            scores = evaluate(model, self.processor, dataset)
+            loss = self.loss_on(model, dataset)
+        if not math.isfinite(loss):
+            warnings.warn(
+                f"The loss on eval_dataset is {loss} after step {self.state.global_step:,}: the "
+                "model, as it answers, computes numbers that are not finite. Look at the rows, or "
+                "plan a format with more bits.",
+                stacklevel=2,
+            )
         low, high = scores.interval
-        found = {"accuracy": scores.accuracy, "low": low, "high": high}
+        found = {"loss": loss, "accuracy": scores.accuracy, "low": low, "high": high}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def loss_on(self, model, dataset):
+        """The sum of the losses of all answer tokens of `dataset`, a list or a `datasets.Dataset`,
+        over their number: so it does not depend on the rows of a batch.
+
+        There is no DataLoader here, since each one draws a number that the training would miss, and
+        the collator is not that of the training, which remembers its last good sample.
+        """
+        collator, kind = Collator(self.processor, context=context_of(model)), vision_dtype(model)
+        size, total, number = self.args.per_device_eval_batch_size, 0.0, 0
+        with torch.no_grad(), in_evaluation_mode(model):
+            for start in range(0, len(dataset), size):
+                rows = range(start, min(start + size, len(dataset)))
+                inputs = self._prepare_inputs(collator([dataset[row] for row in rows]))
+                labels = inputs.pop("labels")
+                for name, tensor in inputs.items():  # pixels, as `vlmkit.evaluation` gives them
+                    if torch.is_tensor(tensor) and tensor.is_floating_point():
+                        inputs[name] = tensor.to(kind)
+                total += loss_of_answers(model(**inputs), labels, 1).item()
+                number += (labels[:, 1:] != IGNORED).sum().item()
+        return total / number
 
     def save_model(self, output_dir=None, _internal_call=False):
         model = self.accelerator.unwrap_model(self.model)
@@ -217,7 +253,7 @@ class Progress(ProgressCallback):
         )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = {"eval_accuracy": "accuracy", "loss": "loss"}
+        shown = {"eval_accuracy": "accuracy", "eval_loss": "eval loss", "loss": "loss"}
         values = {shown[k]: f"{v:.3f}" for k, v in (logs or {}).items() if k in shown}
         if self.training_bar is not None:  # the last evaluation logs after it is closed
             self.training_bar.set_postfix(values)
@@ -230,6 +266,14 @@ class WithoutInputGradients(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         unwrapped(getattr(model, "module", model)).disable_input_require_grads()
+
+
+class EvaluatesAtTheEnd(TrainerCallback):
+    """Evaluates after the last step too, before its checkpoint, which then has the result."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_evaluate = control.should_evaluate or control.should_training_stop
+        return control
 
 
 class FirstGradients(TrainerCallback):

@@ -45,6 +45,11 @@ def int8_mixed_scaled_mm(x, x_rows, weight, x_scales, scales, outliers=None, bia
     return product(x_rows, weight, x_scales, scales, bias, x.dtype), x.new_empty(0)
 
 
+def int8_vectorwise_dequant(rows, scales):
+    """Rows of int8 in float32. peft dequantizes them for DoRA."""
+    return rows * scales.view(-1, 1) * 7.874015718698502e-3
+
+
 # --- on a GPU -------------------------------------------------------------------------------------
 
 FEW = 4
@@ -82,12 +87,19 @@ def _by_operator(*functions):
 
 
 KERNELS = {
-    None: _by_operator(gemm_4bit, int8_vectorwise_quant, int8_scaled_mm, int8_mixed_scaled_mm),
+    None: _by_operator(
+        gemm_4bit,
+        int8_vectorwise_quant,
+        int8_scaled_mm,
+        int8_mixed_scaled_mm,
+        int8_vectorwise_dequant,
+    ),
     "cuda": _by_operator(
         gemm_4bit_on_cuda,
         int8_vectorwise_quant_on_cuda,
         int8_scaled_mm_on_cuda,
         int8_mixed_scaled_mm,
+        int8_vectorwise_dequant,
     ),
 }
 """Device -> name of the operator -> the function to run in its place."""

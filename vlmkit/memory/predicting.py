@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vlmkit.adapters import as_stored, parse
 from vlmkit.anatomy import component_finder, on_meta
+from vlmkit.backend import dora
 from vlmkit.backend.optimizers import check_optimizer
 from vlmkit.backend.quiet import without_garbage_collection
 from vlmkit.checkpoints import adapters_of, find
@@ -99,7 +100,7 @@ def predict(
     _check_training(training, new_tokens, gradient_checkpointing, prepare_kbit)
     check_optimizer(optim)
     check_allocator(allocator)
-    with without_garbage_collection():
+    with without_garbage_collection(), dora.without_data():
         layout = layout_of(
             x, plan, loadable=False, revision=revision, trust_remote_code=trust_remote_code
         )
