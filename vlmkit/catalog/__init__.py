@@ -4,30 +4,42 @@
     vk.memory.predict("meta-llama/Llama-3.2-11B-Vision-Instruct", plan)
 
 Anatomy and prediction need only a config. Each folder here has the name of a model's id on the hub
-and holds the config.json that the model's owner published. The models that come with the course are
-in `vlmkit.catalog.bundled`; the folder cobble holds the configs of cobble.
+and holds the config.json, and mostly the preprocessor_config.json, that the model's owner published,
+as found in public copies. `models.csv` has a line for each:
+
+- parameters: in the published weights; tied weights count once. It is empty where they were not
+  found.
+- confidence: how far the files are trusted, from "two sources agree" to "partly reconstructed: ...",
+  which says which fields come from elsewhere.
+- sources: the repositories and files of the copies.
+
+To add a model, add a folder and a line. The models that come with the course are in
+`vlmkit.catalog.bundled`; the folder cobble holds the configs of cobble.
 """
 
+import csv
 from pathlib import Path
 
-PARAMETERS = {
-    "llava-hf/llava-1.5-7b-hf": 7_063_427_072,
-    "meta-llama/Llama-3.2-11B-Vision-Instruct": 10_670_220_835,
-    "Qwen/Qwen2-VL-2B-Instruct": 2_208_985_600,
-    "Qwen/Qwen2-VL-7B-Instruct": 8_291_375_616,
-    "Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976,
-    "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656,
-    "Qwen/Qwen3-VL-2B-Instruct": 2_127_532_032,
-    "Qwen/Qwen3-VL-4B-Instruct": 4_437_815_808,
-    "google/paligemma-3b-mix-224": 2_923_466_480,
-    "HuggingFaceTB/SmolVLM-256M-Instruct": 256_484_928,
-    "HuggingFaceTB/SmolVLM2-2.2B-Instruct": 2_246_784_880,
-}
-"""Number of parameters in each model's published weights. Tied weights count once."""
+FOLDER = Path(__file__).parent
 
-NAMES = tuple(PARAMETERS)
+
+def _models():
+    with open(FOLDER / "models.csv", encoding="utf-8", newline="") as file:
+        return {row["name"]: row for row in csv.DictReader(file)}
+
+
+MODELS = _models()
+"""name -> the line of `models.csv`, a dict of texts."""
+
+PARAMETERS = {
+    name: int(row["parameters"]) if row["parameters"] else None for name, row in MODELS.items()
+}
+"""Number of parameters in each model's published weights, None if it is not known. Tied weights
+count once."""
+
+NAMES = tuple(MODELS)
 
 
 def folder_of(name):
     """The folder with the config of the model `name`, or None if the catalog does not have it."""
-    return Path(__file__).parent / name if name in PARAMETERS else None
+    return FOLDER / name if name in MODELS else None

@@ -25,6 +25,7 @@ class Picture:
     crop: (height, width) in pixels of each of the `count` tiles that the vision encoder reads.
     patches: patches that the vision encoder reads, in all tiles.
     attended: states that cross-attention layers read, outside the prompt (Llama 3.2 Vision).
+    thumbnail: (height, width) of the last tile, the whole picture, if it is not `crop`.
     why: how the number of tokens comes about, in words.
     """
 
@@ -35,6 +36,7 @@ class Picture:
     patches: int
     why: str
     attended: int = 0
+    thumbnail: tuple | None = None
 
     def __str__(self):
         return f"{self.tokens:,} visual tokens: {self.why}"
@@ -138,7 +140,9 @@ def ids_of(config, pictures, tokens):
 
     tokens: how many tokens of text the sample has beside those of its pictures.
     """
-    special = {value for name, value in vars(config).items() if "token" in name}
+    named = [value for name, value in vars(config).items() if "token" in name]
+    # A config may list several ids that end an answer.
+    special = [i for value in named for i in (value if isinstance(value, list) else [value])]
     word = next(i for i in range(FIRST_WORD, 10**6) if i not in special)
     ids = []
     for picture in pictures:

@@ -111,9 +111,9 @@ class Qwen(Family):
 
 
 class Qwen3(Qwen):
-    """Qwen3-VL: as Qwen2-VL, with 64 visual tokens at least."""
+    """Qwen3-VL and Qwen3.5: as Qwen2-VL, with 64 visual tokens at least."""
 
-    model_types = ("qwen3_vl", "qwen3_vl_moe")
+    model_types = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
     least = 64
 
 
@@ -131,6 +131,49 @@ class Glm4v(Qwen):
             return width, height
         scale = max(unit / height, unit / width)
         return int(width * scale), int(height * scale)
+
+
+class Gemma4(Family):
+    """Gemma 4: the picture keeps its shape and is made as large as a number of patches allows, which
+    are pooled. The pixels are padded to that number."""
+
+    model_types = ("gemma4",)
+
+    def settings(self, config):
+        vision = config.vision_config
+        return {
+            "max_soft_tokens": vision.default_output_length,
+            "patch_size": vision.patch_size,
+            "pooling_kernel_size": vision.pooling_kernel_size,
+        }
+
+    def picture(self, config, settings, width, height, alone=True):
+        most, pool = settings["max_soft_tokens"], settings["pooling_kernel_size"]
+        unit = settings["patch_size"] * pool
+        scale = math.sqrt(most * unit**2 / (width * height))
+        rows, columns = (math.floor(scale * side / unit) for side in (height, width))
+        # A long picture is one pooled patch high or wide.
+        if not rows:
+            rows, columns = 1, min(width // height, most)
+        elif not columns:
+            rows, columns = min(height // width, most), 1
+        tokens, patches = rows * columns, most * pool**2
+        why = f"{rows} x {columns} patches after pooling {pool} x {pool}, and 2 markers"
+        return Picture(tokens + 2, tokens, (rows * unit, columns * unit), 1, patches, why)
+
+    def pixels(self, config, pictures, sizes, batch_size, make):
+        """Patches in a row with the place of each, (-1, -1) for padding."""
+        patch, places = config.vision_config.patch_size, []
+        for picture in pictures:
+            rows, columns = (side // patch for side in picture.crop)
+            grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(1)
+            padding = torch.full((picture.patches - len(grid), 2), -1)
+            places.append(torch.cat([grid, padding]))
+        shape = batch_size * len(pictures), pictures[0].patches, 3 * patch**2
+        return {
+            "pixel_values": make(shape),
+            "image_position_ids": torch.stack(places * batch_size),
+        }
 
 
 class Mistral3(Family):

@@ -195,21 +195,118 @@ class InternVL(Family):
     def picture(self, config, settings, width, height, alone=True):
         side, each = side_of(config.vision_config.image_size), config.image_seq_length
         least, most = settings["min_patches"], settings["max_patches"]
-        best, gap = (1, 1), math.inf
-        shapes = [(c, r) for c in range(1, most + 1) for r in range(1, most + 1)]
-        shapes = [shape for shape in shapes if least <= shape[0] * shape[1] <= most]
-        for columns, rows in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
-            distance = abs(width / height - columns / rows)
-            roomy = width * height > 0.5 * side**2 * columns * rows
-            if distance < gap or distance == gap and roomy:
-                best, gap = (columns, rows), distance
-        count = best[0] * best[1] if settings["crop_to_patches"] else 1
+        rows, columns = nearest_shape(width, height, least, most, side)
+        count = rows * columns if settings["crop_to_patches"] else 1
         count += count > 1
         why = f"{count} tiles of {each} with the whole picture, and 2 markers"
         if count == 1:
             why = f"the whole picture in {each}, and 2 markers"
         patches = count * grid_of(config) ** 2
         return Picture(count * each + 2, count * each, (side, side), count, patches, why)
+
+
+def nearest_shape(width, height, least, most, side):
+    """(rows, columns) of `least` to `most` tiles of `side` pixels whose shape is nearest to the
+    picture's. Of equally near ones it is the last that is less than twice the picture."""
+    best, gap = (1, 1), math.inf
+    shapes = [(c, r) for c in range(1, most + 1) for r in range(1, most + 1)]
+    shapes = [shape for shape in shapes if least <= shape[0] * shape[1] <= most]
+    for columns, rows in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
+        distance = abs(width / height - columns / rows)
+        roomy = width * height > 0.5 * side**2 * columns * rows
+        if distance < gap or distance == gap and roomy:
+            best, gap = (rows, columns), distance
+    return best
+
+
+class Lfm2Vl(Family):
+    """LFM2-VL (arXiv 2511.23404, section 5.2): a picture of up to `max_image_tokens` as it is,
+    rounded as Qwen2-VL does; a larger one in the grid of tiles that is nearest in shape, as
+    InternVL's, and whole. The processor's settings are also in the config."""
+
+    model_types = ("lfm2_vl",)
+
+    def settings(self, config):
+        usual = {
+            "downsample_factor": 2,
+            "do_image_splitting": True,
+            "min_tiles": 2,
+            "max_tiles": 10,
+            "use_thumbnail": True,
+            "min_image_tokens": 64,
+            "max_image_tokens": 256,
+            "encoder_patch_size": 16,
+            "tile_size": 512,
+            "max_pixels_tolerance": 2.0,
+        }
+        return {name: getattr(config, name, value) for name, value in usual.items()}
+
+    def picture(self, config, settings, width, height, alone=True):
+        patch, side = settings["encoder_patch_size"], settings["tile_size"]
+        unit = patch * settings["downsample_factor"]
+        least, most = settings["min_image_tokens"], settings["max_image_tokens"]
+        rows, columns = (max(1, round(s / unit)) for s in (height, width))
+        large = rows * columns > most * settings["max_pixels_tolerance"]
+        if rows * columns > most:
+            shrink = math.sqrt(height * width / (most * unit**2))
+            rows, columns = (max(1, math.floor(s / shrink / unit)) for s in (height, width))
+        elif rows * columns < least:
+            grow = math.sqrt(least * unit**2 / (height * width))
+            rows, columns = (math.ceil(s * grow / unit) for s in (height, width))
+        tokens = features = rows * columns
+        crop, merged, count = (rows * unit, columns * unit), (unit // patch) ** 2, 1
+        whole_picture = None
+        why = f"resized to {crop[1]} x {crop[0]} pixels"
+        if large and settings["do_image_splitting"]:
+            down, across = nearest_shape(
+                width, height, settings["min_tiles"], settings["max_tiles"], side
+            )
+            count, each = down * across, math.ceil(side // patch / settings["downsample_factor"]) ** 2
+            thumbnail = (features + 1) * bool(settings["use_thumbnail"])
+            features = count * each + max(0, thumbnail - 1)
+            tokens = count * (each + 1) + thumbnail
+            why = f"{down} x {across} tiles of {each} with a marker each, and the whole picture"
+            count += bool(thumbnail)
+            crop, whole_picture = (side, side), crop if thumbnail else None
+        patches = count * max(most * merged, (side // patch) ** 2)
+        why += ", and 2 markers"
+        return Picture(tokens + 2, features, crop, count, patches, why, thumbnail=whole_picture)
+
+    def pixels(self, config, pictures, sizes, batch_size, make):
+        """Patches of every tile, padded to the same number, and the tiles' shapes in patches."""
+        patch = config.vision_config.patch_size
+        crops = []
+        for picture in pictures:
+            last = picture.thumbnail or picture.crop
+            crops += [picture.crop] * (picture.count - 1) + [last]
+        shapes = torch.tensor(crops * batch_size) // patch
+        each = pictures[0].patches // pictures[0].count
+        return {
+            "pixel_values": make((len(shapes), each, 3 * patch**2)),
+            "pixel_attention_mask": (torch.arange(each) < shapes.prod(1)[:, None]).int(),
+            "spatial_shapes": shapes,
+        }
+
+
+class Llama4(Family):
+    """Llama 4: the picture on the canvas of tiles that enlarges it least, as in Llama 3.2 Vision, and
+    whole. A separator follows each tile, and there are three markers."""
+
+    model_types = ("llama4",)
+
+    def settings(self, config):
+        return {"max_patches": 16, "size": {"height": config.vision_config.image_size}}
+
+    def picture(self, config, settings, width, height, alone=True):
+        side = settings["size"]["height"]
+        each = int(grid_of(config) ** 2 * config.vision_config.pixel_shuffle_ratio**2)
+        rows, columns = canvas(width, height, settings["max_patches"], side)
+        count = rows * columns
+        count += count > 1
+        features, separators = count * each, (count - 1) * (count > 1)
+        why = f"{rows} x {columns} tiles of {each}, the whole picture, and separators"
+        tokens, patches = features + separators + 3, count * grid_of(config) ** 2
+        return Picture(tokens, features, (side, side), count, patches, why)
 
 
 class Mllama(Family):
