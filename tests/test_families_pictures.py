@@ -3,6 +3,7 @@
 from importlib import import_module
 
 import pytest
+import torch
 from families import _FAMILIES
 from PIL import Image
 from transformers import CONFIG_MAPPING
@@ -87,6 +88,19 @@ def test_rows_of_pixtral(size):
     assert picture(config, settings, size).crop == tuple(out["image_sizes"][0].tolist())
 
 
+@pytest.mark.parametrize("soft_tokens", [70, 280, 1120])
+@pytest.mark.parametrize("size", SIZES)
+def test_pooled_patches_of_gemma_4(size, soft_tokens):
+    config = CONFIG_MAPPING["gemma4"](vision_config={}, audio_config=None)
+    out, settings = made("gemma4", "Gemma4", size, max_soft_tokens=soft_tokens)
+    seen = picture(config, settings, size)
+    assert seen.features == out["num_soft_tokens_per_image"][0] == seen.tokens - 2
+    assert seen.patches == out["pixel_values"].shape[1]
+    inputs = family_of(config).pixels(config, [seen], [size], 1, torch.ones)
+    assert torch.equal(inputs["image_position_ids"], out["image_position_ids"])
+    assert inputs["pixel_values"].shape == out["pixel_values"].shape
+
+
 def test_published_numbers():
     """From the papers and model cards: 576 for LLaVA-1.5, 256 for PaliGemma at 224, 64 for a tile
     of SmolVLM, and 4 tiles of 1,601 states for Llama 3.2 Vision."""
@@ -95,3 +109,7 @@ def test_published_numbers():
     assert count("google/paligemma-3b-mix-224", (50, 900)).tokens == 256
     assert count("HuggingFaceTB/SmolVLM-256M-Instruct", (512, 512)).features % 64 == 0
     assert count("meta-llama/Llama-3.2-11B-Vision-Instruct", (9, 9)).attended == 4 * 1601
+    # 256 for a tile of LFM2-VL, 64 at least; 144 for a tile of Llama 4
+    assert count("LiquidAI/LFM2.5-VL-1.6B", (64, 64)).features == 64
+    assert count("LiquidAI/LFM2.5-VL-1.6B", (3000, 200)).features == 10 * 256 + 4 * 61
+    assert count("meta-llama/Llama-4-Scout-17B-16E-Instruct", (300, 300)).features == 144

@@ -62,9 +62,9 @@ def test_what_the_model_is_to_do_counts():
 
 
 def test_a_model_without_room_for_so_many_tokens_is_said_to_have_none():
-    found = fit([SMOL, QWEN], ["bf16"], ["8 GB"], tokens=4000, images=0)  # SmolVLM's has 2,048
+    found = fit([SMOL, QWEN], ["bf16"], ["8 GB"], tokens=9000, images=0)  # SmolVLM's has 8,192
     smol, qwen = found.itertuples()
-    assert pd.isna(smol.needed) and not smol.fits and "4,000" in smol.why
+    assert pd.isna(smol.needed) and not smol.fits and "9,000" in smol.why
     assert qwen.fits and qwen.why == ""
     assert summary(found).loc[(SMOL, "bf16")].tolist() == ["too long", "-"]
     ax = figures.what_fits(found)

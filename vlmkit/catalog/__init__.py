@@ -4,13 +4,13 @@
     vk.memory.predict("meta-llama/Llama-3.2-11B-Vision-Instruct", plan)
 
 Anatomy and prediction need only a config. Each folder here has the name of a model's id on the hub
-and holds the config.json, and mostly the preprocessor_config.json, that the model's owner published,
-as found in public copies. `models.csv` has a line for each:
+and holds the config.json that the model's owner published and, where it was found, the
+preprocessor_config.json. Both are as in public copies. `models.csv` has a line for each:
 
-- parameters: in the published weights; tied weights count once. It is empty where they were not
-  found.
-- confidence: how far the files are trusted, from "two sources agree" to "partly reconstructed: ...",
-  which says which fields come from elsewhere.
+- parameters: in the published weights; tied weights count once. It is empty where the number was
+  not found.
+- confidence: how far the files are trusted, from "two sources agree" to "partly reconstructed",
+  with the fields that come from elsewhere.
 - sources: the repositories and files of the copies.
 
 To add a model, add a folder and a line. The models that come with the course are in

@@ -142,6 +142,12 @@ def ids_of(config, pictures, tokens):
     """
     named = [value for name, value in vars(config).items() if "token" in name]
     # A config may list several ids that end an answer.
+    if pictures and image_id(config) is None:
+        raise AnatomyError(
+            f"this config of {config.model_type} names no token for pictures (image_token_id or "
+            "image_token_index), as configs of older versions of transformers do: add it, or "
+            "predict without pictures."
+        )
     special = [i for value in named for i in (value if isinstance(value, list) else [value])]
     word = next(i for i in range(FIRST_WORD, 10**6) if i not in special)
     ids = []

@@ -134,7 +134,7 @@ class Glm4v(Qwen):
 
 
 class Gemma4(Family):
-    """Gemma 4: the picture keeps its shape and is made as large as a number of patches allows, which
+    """Gemma 4: the picture keeps its shape and gets as large as a number of patches allows. They
     are pooled. The pixels are padded to that number."""
 
     model_types = ("gemma4",)

@@ -261,7 +261,10 @@ class Lfm2Vl(Family):
             down, across = nearest_shape(
                 width, height, settings["min_tiles"], settings["max_tiles"], side
             )
-            count, each = down * across, math.ceil(side // patch / settings["downsample_factor"]) ** 2
+            count, each = (
+                down * across,
+                math.ceil(side // patch / settings["downsample_factor"]) ** 2,
+            )
             thumbnail = (features + 1) * bool(settings["use_thumbnail"])
             features = count * each + max(0, thumbnail - 1)
             tokens = count * (each + 1) + thumbnail
@@ -289,8 +292,8 @@ class Lfm2Vl(Family):
 
 
 class Llama4(Family):
-    """Llama 4: the picture on the canvas of tiles that enlarges it least, as in Llama 3.2 Vision, and
-    whole. A separator follows each tile, and there are three markers."""
+    """Llama 4: the picture on the canvas of tiles that enlarges it least, as in Llama 3.2 Vision,
+    and whole. A separator follows each tile, and there are three markers."""
 
     model_types = ("llama4",)
 

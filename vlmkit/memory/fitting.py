@@ -12,7 +12,7 @@ from itertools import product
 from vlmkit.backend.quiet import quiet
 from vlmkit.catalog import NAMES
 from vlmkit.catalog.gpus import GPUS
-from vlmkit.errors import SizeError, did_you_mean, public
+from vlmkit.errors import AnatomyError, SizeError, did_you_mean, public
 from vlmkit.memory.predicting import predict
 from vlmkit.plan import Plan
 from vlmkit.units import GIGABYTE, parse_size
@@ -56,8 +56,8 @@ def fit(
     progress: whether to show a bar.
 
     The columns needed, memory (of the card), usable and headroom are bytes; headroom is negative
-    if the model does not fit. If a model's context is too short for the tokens, needed is missing
-    and `why` says so.
+    if the model does not fit. If a model's context is too short for the tokens, or its family
+    cannot be predicted, needed is missing and `why` says so.
 
     Raises SizeError for an unknown card and for a use that no model has room for, and whatever
     `vk.memory.predict` raises.
@@ -75,9 +75,9 @@ def fit(
             with quiet():
                 ledger = predict(x, given, tokens=tokens, images=images, allocator=allocator, **use)
             needed = ledger.total
-        except SizeError as error:
+        except (AnatomyError, SizeError) as error:
             errors.append(error)
-            why = str(error)
+            why = ("too long: " if isinstance(error, SizeError) else "unknown: ") + str(error)
         rows += [(model, plan, gpu, needed, size, why) for gpu, size in cards.items()]
     if errors and len(errors) == len(pairs):
         raise errors[0]
@@ -113,7 +113,8 @@ def summary(table):
     """The table of `fit` as text: a DataFrame with a row for each model and plan.
 
     It has the GB that are needed and, for each size of card in GB, the GB that are left. "-" means
-    that the model does not fit, "too long" that its context is too short for the tokens.
+    that the model does not fit, "too long" that its context is too short for the tokens, "unknown"
+    that vlmkit cannot predict it.
     """
     import pandas as pd
 
@@ -121,7 +122,9 @@ def summary(table):
     for (model, plan), own in table.groupby(["model", "plan"], sort=False):
         needed = own["needed"].iloc[0]
         row = rows[model, plan] = {
-            "needs": "too long" if pd.isna(needed) else f"{needed / GIGABYTE:.1f}"
+            "needs": own["why"].iloc[0].partition(":")[0]
+            if pd.isna(needed)
+            else f"{needed / GIGABYTE:.1f}"
         }
         for card in own.sort_values("memory").itertuples():
             left = f"{card.headroom / GIGABYTE:.1f}" if card.fits else "-"
