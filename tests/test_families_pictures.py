@@ -1,5 +1,6 @@
 """The rules for visual tokens, compared with the image processors that need no torchvision."""
 
+import json
 from importlib import import_module
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from families import _FAMILIES
 from PIL import Image
 from transformers import CONFIG_MAPPING
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import vlmkit as vk
+from vlmkit.errors import SizeError
 from vlmkit.families import family_of, newer_names
 
 SIZES = [(64, 64), (100, 70), (1024, 768), (333, 1000), (1999, 121), (37, 36)]
@@ -113,3 +116,40 @@ def test_published_numbers():
     assert count("LiquidAI/LFM2.5-VL-1.6B", (64, 64)).features == 64
     assert count("LiquidAI/LFM2.5-VL-1.6B", (3000, 200)).features == 10 * 256 + 4 * 61
     assert count("meta-llama/Llama-4-Scout-17B-16E-Instruct", (300, 300)).features == 144
+
+
+@pytest.mark.parametrize(
+    "said, tokens",
+    [
+        ({}, 1230),
+        ({"max_pixels": 200_704}, 234),
+        ({"min_pixels": 3136}, 1230),
+        ({"min_pixels": 3136, "max_pixels": 12_845_056}, 15_552),
+        ({"size": {"shortest_edge": 3136, "longest_edge": 200_704}}, 234),
+        ({"size": {"shortest_edge": 3136}}, None),
+    ],
+)
+def test_what_a_file_does_not_say_is_as_in_the_class(said, tokens, tmp_path):
+    """A photograph of 12 megapixels and Qwen2-VL, whose published file has 3,136 and 12,845,056."""
+    for path in vk.catalog.folder_of("Qwen/Qwen2-VL-2B-Instruct").glob("config.json"):
+        (tmp_path / "config.json").write_bytes(path.read_bytes())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    if tokens is None:
+        with pytest.raises(SizeError, match="lacks longest_edge"):
+            vk.memory.visual_tokens(tmp_path, (4032, 3024))
+        return
+    assert vk.memory.visual_tokens(tmp_path, (4032, 3024)).tokens == tokens
+    size = Qwen2VLImageProcessorPil(**said)
+    image = Image.new("RGB", (4032, 3024))
+    patches = size(image, return_tensors="pt")["image_grid_thw"][0].prod().item()
+    assert patches // 4 == tokens
+
+
+@pytest.mark.parametrize("name", ["idefics2", "idefics3", "qwen2_vl", "gemma4"])
+def test_settings_of_a_class_are_those_of_transformers(name):
+    config = CONFIG_MAPPING["gemma4"](vision_config={}) if name == "gemma4" else config_of(name)
+    path = f"transformers.models.{name}.image_processing_pil_{name}"
+    kind = {"idefics2": "Idefics2", "idefics3": "Idefics3", "qwen2_vl": "Qwen2VL"}.get(name)
+    known = getattr(import_module(path), f"{kind or 'Gemma4'}ImageProcessorPil")().to_dict()
+    for key, value in family_of(config).unset(config).items():
+        assert known[key] == value

@@ -52,8 +52,11 @@ def settings_of(config, folder=None, limits=None):
     """({setting: value} of the image processor, where they come from in words).
 
     The settings are read from `processor_config.json` or `preprocessor_config.json` in `folder`,
-    the checkpoint's. If `folder` is None, they are the usual ones of the family. limits: those of
+    the checkpoint's; what the file does not say is as in the processor's class. If `folder` has
+    neither file, or is None, they are the usual ones of the family. limits: those of
     `with_limits`, which go before them.
+
+    Raises SizeError for a file whose size lacks a limit.
     """
     settings = family_of(config).settings(config)
     source = f"the settings usual for {config.model_type}"
@@ -63,8 +66,15 @@ def settings_of(config, folder=None, limits=None):
             continue
         found = json.loads(path.read_text(encoding="utf-8"))
         found = found.get("image_processor", found)
-        settings.update(newer_names({k: v for k, v in found.items() if v is not None}))
-        source = file
+        unset = family_of(config).unset(config)
+        found = newer_names({k: v for k, v in found.items() if v is not None}, unset.get("size"))
+        settings, source = unset | found, file
+        lacking = unset.get("size", {}).keys() - settings.get("size", {}).keys()
+        if lacking:
+            raise SizeError(
+                f"size in {path} has {', '.join(found['size'])} and lacks "
+                f"{', '.join(sorted(lacking))}, without which the processor cannot work either."
+            )
     if limits:
         settings = with_limits(config, settings, limits)
         source += f", with {', '.join(f'{name} {limits[name]}' for name in limits)}"
@@ -140,9 +150,12 @@ def _check_limit(name, value):
         raise SizeError(f"{name} is {kind}, not {shown(value)}.")
 
 
-def newer_names(found):
-    """The settings `found` with the newer names of the smallest and largest number of pixels."""
-    size = dict(found.get("size") or {})
+def newer_names(found, size=None):
+    """The settings `found` with the newer names of the smallest and largest number of pixels.
+
+    size: where `found` has none, and limits of pixels at most: the size of the processor's class.
+    """
+    size = dict(found.get("size") or size or {})
     for old, new in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         if old in found:
             size[new] = found[old]

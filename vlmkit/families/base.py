@@ -76,6 +76,11 @@ class Family:
     def check(self, settings):
         """Raises SizeError for settings of the image processor that the family cannot have."""
 
+    def unset(self, config):
+        """Settings of the image processor's class. They hold where a checkpoint has the file of its
+        processor, and the file does not say otherwise."""
+        return self.settings(config)
+
     def picture(self, config, settings, width, height, alone=True):
         """The Picture that the processor makes of a picture of `width` x `height` pixels.
 

@@ -68,6 +68,9 @@ class Qwen(Family):
         unit = (config.vision_config.patch_size * config.vision_config.spatial_merge_size) ** 2
         return {"size": {"shortest_edge": self.least * unit, "longest_edge": 16_384 * unit}}
 
+    def unset(self, config):
+        return {"size": {"shortest_edge": 56 * 56, "longest_edge": 1280 * 28 * 28}}
+
     def three_axes(self, config):
         return True
 
@@ -126,6 +129,9 @@ class Glm4v(Qwen):
     def settings(self, config):
         return {"size": {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 15_000}}
 
+    def unset(self, config):
+        return self.settings(config)
+
     def enlarged(self, width, height, unit):
         if min(width, height) >= unit:
             return width, height
@@ -142,7 +148,7 @@ class Gemma4(Family):
     def settings(self, config):
         vision = config.vision_config
         return {
-            "max_soft_tokens": vision.default_output_length,
+            "max_soft_tokens": getattr(vision, "default_output_length", 280),
             "patch_size": vision.patch_size,
             "pooling_kernel_size": vision.pooling_kernel_size,
         }

@@ -79,6 +79,9 @@ class Idefics2(Family):
     def settings(self, config):
         return {"size": {"shortest_edge": 378, "longest_edge": 980}, "do_image_splitting": True}
 
+    def unset(self, config):
+        return Idefics2.settings(self, config) | {"do_image_splitting": False}
+
     def picture(self, config, settings, width, height, alone=True):
         each = config.perceiver_config.resampler_n_latents
         pieces = [(width, height)]
@@ -126,6 +129,9 @@ class Idefics3(Idefics2):
     def settings(self, config):  # four tiles a side
         side = side_of(config.vision_config.image_size)
         return {"size": {"longest_edge": 4 * side}, "max_image_size": {"longest_edge": side}}
+
+    def unset(self, config):
+        return {"size": {"longest_edge": 4 * 364}, "max_image_size": {"longest_edge": 364}}
 
     def check(self, settings):
         side, longest = settings["max_image_size"]["longest_edge"], settings["size"]["longest_edge"]
