@@ -78,7 +78,10 @@ def test_rows_of_tasks_and_of_files(file, tmp_path):
         ({"settings": {"epochs": 3}}, "settings: 'epochs' .* called 'num_train_epochs' here"),
         ({"settings": {"max_steps": "3"}}, "settings: max_steps is int or None, not '3'"),
         ({"settings": {"gradient_checkpointing": 1}}, "gradient_checkpointing is bool, not 1"),
-        ({"settings": {"eval_steps": 2}, "evaluation": None}, "evaluating by steps needs questions"),
+        (
+            {"settings": {"eval_steps": 2}, "evaluation": None},
+            "evaluating by steps needs questions",
+        ),
         ({"data": {"n": 4}}, "data names either a task .* neither"),
         ({"data": {"task": "vqa", "source": "x"}}, "both"),
         ({"data": {"task": "vqa", "schema": "gqa"}}, "data: 'schema' is not a key for a task"),
