@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import vlmkit as vk
 from vlmkit.errors import CheckpointError
-from vlmkit.headers import gguf_files
+from vlmkit.headers import _part_of, gguf_files
 from vlmkit.rows import STATE
 
 I4, GROUP = 8, 32  # numbers in an int32; weights that share a scale
@@ -155,18 +155,41 @@ def test_bytes_by_component_and_format_are_those_of_the_tensors(llava, copy, met
         vk.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("key", "weight", "part"),
+    [
+        (
+            "a.q_proj.weight.quant_state.bitsandbytes__nf4",
+            "a.q_proj.weight",
+            "quant_state.bitsandbytes__nf4",
+        ),
+        ("a.q_proj.weight.nested_absmax", "a.q_proj.weight", "nested_absmax"),
+        ("a.q_proj.SCB", "a.q_proj.weight", "SCB"),
+        ("a.q_proj.weight_scale_inv", "a.q_proj.weight", "scale_inv"),
+        ("a.experts.gate_up_proj_scale_inv", "a.experts.gate_up_proj", "scale_inv"),
+        ("a.experts.down_proj_blocks", "a.experts.down_proj", "blocks"),
+        ("a.q_proj.weight_zero_point", "a.q_proj.weight", "zero_point"),
+        ("a.k_proj.k_scale", "a.k_proj.weight", "k_scale"),
+        ("a.q_proj._weight_scale_and_zero", "a.q_proj.weight", "scale_and_zero"),
+        ("a.q_proj._weight_act_quant_zero_point", "a.q_proj.weight", "act_quant_zero_point"),
+        ("a.experts._gate_up_proj_qdata", "a.experts.gate_up_proj", "qdata"),
+        ("a.q_proj.quant_scale", "a.q_proj.weight", "quant_scale"),
+        ("a.q_proj.weight._scale", "a.q_proj.weight", "_scale"),
+        ("a.q_proj.bias", "a.q_proj.bias", ""),
+    ],
+)
+def test_which_weight_a_tensor_is_a_part_of(key, weight, part):
+    assert _part_of(key) == (weight, part)
+
+
 def test_bitsandbytes(llava, tmp_path):
     plan = vk.Plan(vision_encoder="int8", language_model="nf4-dq")
     folder = vk.save(vk.load(llava, plan, processor=False)[0], None, tmp_path / "saved")
-    ledger = vk.memory.stored(folder)
-    assert ledger.total == in_file(folder)
+    ledger, of = vk.memory.stored(folder), vk.anatomy(folder).component_of
     assert ledger.by_component == {
-        component: in_file(
-            folder, lambda key, name=component: vk.anatomy(folder).component_of(key) == name
-        )
-        for component in PREFIXES
+        name: in_file(folder, lambda key, name=name: of(key) == name) for name in PREFIXES
     }
-    assert {format for _, format in ledger.by_format} == {"int8", "nf4-dq", "bf16"}
+    assert {stored for _, stored in ledger.by_format} == {"int8", "nf4-dq", "bf16"}
     assert "nf4-dq" in vk.anatomy(folder).table()["stored"]["language_model"]
 
 

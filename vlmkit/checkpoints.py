@@ -244,7 +244,7 @@ _LOADERS = {
     "awq": "transformers with gptqmodel (pip install gptqmodel), and vLLM",
     "gptq": "transformers with gptqmodel and optimum (pip install gptqmodel optimum), and vLLM",
     "auto-round": "transformers with auto-round (pip install auto-round), and vLLM",
-    "fp8": "transformers on a GPU, and vLLM",
+    "fp8": "transformers (in bf16 on a machine that does not compute in FP8), and vLLM",
     "fbgemm_fp8": "transformers on a GPU, and vLLM",
     "compressed-tensors": "transformers with compressed-tensors (pip install compressed-tensors), "
     "and vLLM",
@@ -266,8 +266,9 @@ def what_loads(method):
     if method in (None, "bitsandbytes", "vlmkit"):
         return ""
     who = _LOADERS.get(method, "the library that made them")
+    what = "GGUF files" if method == "gguf" else f"weights quantized by {method}"
     return (
-        f"vlmkit counts weights quantized by {method} (vk.memory.stored) and does not load them. "
+        f"vlmkit counts the bytes of {what} (vk.memory.stored) and does not load them. "
         f"What loads them, according to its documentation: {who}."
     )
 

@@ -11,6 +11,7 @@ HQQ 0.2.8, optimum-quanto, and GGUF (https://github.com/ggml-org/ggml/blob/maste
 import os
 import re
 import struct
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 
@@ -25,15 +26,15 @@ _PARTS = tuple(
         (r"\.((?:nested_)?(?:absmax|quant_map)|quant_state\..*)$", ""),  # bitsandbytes, 4 bits
         (r"\.(SCB|weight_format)$", ".weight"),  # bitsandbytes, 8 bits
         (r"\.(qweight|qzeros|scales|g_idx)$", ".weight"),  # AWQ, GPTQ
-        # compressed-tensors, FP8, ModelOpt, and (after the name of fused experts) MXFP4
-        (r"_(packed|shape|g_idx|zero_point|global_scale|scale_inv|scale_2|scales?|blocks)$", ""),
-        (r"\.weight\.(_data|_scale|_shift)$", ".weight"),  # quanto
         (
             r"\.(W_q|nbits|group_size|shape|scale|zero|axis|packing|unpack_view_dtype|view_as_float"
             r"|quant_scale|quant_zero|compute_dtype|offload_meta|encoded_state_dict"
             r"|stores_quant_config|channel_wise|optimize|round_zero)$",
             ".weight",
         ),  # HQQ
+        (r"\.weight\.(_data|_scale|_shift)$", ".weight"),  # quanto
+        # compressed-tensors, FP8, ModelOpt, and (after the name of fused experts) MXFP4
+        (r"_(packed|shape|g_idx|zero_point|global_scale|scale_inv|scale_2|scales?|blocks)$", ""),
     )
 )
 """(ending of a tensor's name, what stands there in the name of the weight that it is a part of)."""
@@ -224,11 +225,19 @@ def gguf_rows(files):
 
 def _gguf_header(file):
     """({key: value} of the metadata without arrays, {name of a tensor: (type, shape, bytes)})."""
+    try:
+        stat = os.stat(file)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {brief(error)}") from error
+    return _read_gguf(file, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(16)  # a vocabulary takes half a second, and each file is asked twice
+def _read_gguf(file, _, length):
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
         with open(file, "rb") as stream:
-            length = os.fstat(stream.fileno()).st_size
 
             def number(code):
                 return struct.unpack(f"<{code}", stream.read(struct.calcsize(code)))[0]

@@ -22,8 +22,8 @@ from vlmkit.units import MEGABYTE
 
 @dataclass(frozen=True)
 class StoredLedger(Ledger):
-    """A Ledger of what weight files hold. `method` is what the weights are quantized by ("awq",
-    "gguf", …), or None. `unknown` has the names of tensors that no rule assigns to a component."""
+    """A Ledger of what weight files hold, with `by_format`, `unknown` and `method`: what the
+    weights are quantized by ("awq", "gguf", …), or None. Its entries are Rows, each a tensor."""
 
     method: str = field(default=None)
 
@@ -96,8 +96,12 @@ def stored(x, *, revision=None, trust_remote_code=False):
         method, bits = quantization_method(config), _bits_of(config)
         model = on_meta(config, trust_remote_code=trust_remote_code)
     except (AnatomyError, CheckpointError) as error:
+        if not any(folder.glob("*.safetensors")):
+            raise
         notes.append(f"The names are taken as they are in the files, because {brief(error)}")
     entries = tuple(stored_rows(folder, model, bits))
+    if method is None and any(entry.kind == STATE for entry in entries):
+        notes.append("config.json does not say that the weights are quantized, and they are.")
     return _ledger(folder.name, entries, method, notes)
 
 
@@ -110,7 +114,7 @@ def loadable(x, revision=None):
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         said = raw.get("quantization_config") or {}
-        return not (what_loads(said.get("quant_method")) or gguf_files(folder))
+        return not (what_loads(str(said.get("quant_method", "bitsandbytes"))) or gguf_files(folder))
     except (OSError, ValueError, AttributeError, RecursionError):  # whoever uses it says what it is
         return not gguf_files(folder)
 
@@ -127,7 +131,7 @@ def _of_gguf(files):
 
 def _ledger(name, entries, method, notes):
     title = f"stored in {name}"
-    if method is not None:
+    if method not in (None, "gguf"):
         title += f" (quantized by {method})"
     return StoredLedger(title, entries, (*notes, *filter(None, [what_loads(method)])), method)
 
