@@ -6,8 +6,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "vlmkit"
 FLOORS = """
-errors units tables rows folders catalog checkpoints images architectures anatomy formats backend
-plan layout adapters families loading memory evaluation tasks sensitivity planner finetuning
+errors units tables rows folders catalog checkpoints images architectures headers anatomy formats
+backend plan layout adapters families loading memory evaluation tasks sensitivity planner finetuning
 linting tracing attention figures models course environment cli
 """.split()  # noqa: SIM905 (a list of quoted words is no easier to read)
 """Lowest first: a module imports from its own floor and from those before it."""

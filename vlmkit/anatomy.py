@@ -14,13 +14,16 @@ import re
 import sys
 import threading
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
-from vlmkit import COMPONENTS
-from vlmkit.architectures import NOT_VLMS, PROJECTOR, VISION, decide
-from vlmkit.errors import AnatomyError, brief, did_you_mean, public
+from vlmkit import COMPONENTS, checkpoints
+from vlmkit.architectures import GGUF, NOT_VLMS, PROJECTOR, VISION, decide
+from vlmkit.errors import AnatomyError, CheckpointError, brief, did_you_mean, public
+from vlmkit.headers import gguf_files, gguf_rows, stored_rows
+from vlmkit.rows import sums
 from vlmkit.tables import Table
+from vlmkit.units import MEGABYTE
 
 _LOCK = threading.RLock()
 
@@ -101,6 +104,9 @@ class Anatomy(Table):
 
     unknown: the full names of parameters (and saved buffers) that no rule assigns to a component.
     These parameters count in `total`, and in no component.
+    stored: for a quantized checkpoint, a `vlmkit.rows.Row` for each tensor in its weight files,
+        with its stored format and its bytes. The table then has a column for it.
+    notes: sentences on what is stored.
     """
 
     architecture: str
@@ -108,6 +114,8 @@ class Anatomy(Table):
     unknown: tuple = ()
     unknown_parameters: int = 0
     model_type: str = None
+    stored: tuple = field(default=(), repr=False)
+    notes: tuple = field(default=(), repr=False)
 
     def __getitem__(self, component):
         if component not in self.parts:
@@ -146,7 +154,16 @@ class Anatomy(Table):
         table = pd.DataFrame(rows, columns=["component", "parameters", "tensors", "where"])
         share = table["parameters"] / max(self.total, 1)
         table.insert(2, "share", [f"{s:.1%}" for s in share])
-        return table.set_index("component")
+        table = table.set_index("component")
+        if self.stored:
+            table.insert(3, "stored", [self._formats(c) for c in table.index])
+        return table
+
+    def _formats(self, component):
+        """The formats in which `component` is stored, the one with most bytes first."""
+        own = [row for row in self.stored if (row.component or "unknown") == component]
+        sizes = sums(own, "format", {row.format: True for row in own})
+        return ", ".join(sorted(sizes, key=sizes.get, reverse=True))
 
     def _text_table(self):
         table = self.table()
@@ -154,7 +171,12 @@ class Anatomy(Table):
         return table
 
     def _headline(self):
-        return f"{self.architecture}: {self.total:,} parameters"
+        size = sum(row.bytes for row in self.stored) / MEGABYTE
+        stored = f", stored in {size:,.2f} MB (1 MB = 10^6 bytes)" if self.stored else ""
+        return f"{self.architecture}: {self.total:,} parameters{stored}"
+
+    def _remarks(self):
+        return self.notes
 
     def require_known(self):
         """Raise AnatomyError if any parameter is unknown; otherwise return self."""
@@ -316,7 +338,11 @@ def _why_not_built(config, error):
 
 @public
 def anatomy(x, *, revision=None, trust_remote_code=False):
-    """Anatomy of `x`: "pebble", a folder, a hub id, a transformers config, or a model.
+    """Anatomy of `x`: "pebble", a folder, a hub id, a transformers config, or a model. Also of a
+    GGUF file, or of a list of them (the model's and its mmproj).
+
+    If a checkpoint is quantized, by whatever method, the table says in which formats the tensors of
+    each component are stored, as the headers of its weight files have it.
 
     From a name or a config, the model is built on the meta device: no weights are read, and little
     memory is used. A config does not name adapters, so those of a checkpoint count only once they
@@ -325,12 +351,41 @@ def anatomy(x, *, revision=None, trust_remote_code=False):
     """
     if hasattr(x, "named_parameters"):
         return anatomy_of(x)
-    if not hasattr(x, "model_type"):
-        from vlmkit import checkpoints
-
+    if hasattr(x, "model_type"):
+        return anatomy_of(on_meta(x, trust_remote_code=trust_remote_code))
+    files = gguf_files(x)
+    if not files:
         folder = checkpoints.find(x, revision=revision, weights=False)
-        x = checkpoints.read_config(folder, trust_remote_code=trust_remote_code)
-    return anatomy_of(on_meta(x, trust_remote_code=trust_remote_code))
+        files = gguf_files(folder)
+    if files:
+        return _anatomy_of_gguf(files)
+    config = checkpoints.read_config(folder, trust_remote_code=trust_remote_code)
+    model = on_meta(config, trust_remote_code=trust_remote_code)
+    found = anatomy_of(model)
+    method = checkpoints.quantization_method(config)
+    if method is None:
+        return found
+    notes = tuple(filter(None, [checkpoints.what_loads(method)]))
+    try:
+        rows = tuple(stored_rows(folder, model))
+    except CheckpointError as error:
+        note = f"It is quantized by {method}, and the table cannot say what is: {brief(error)}"
+        return replace(found, notes=(note, *notes))
+    return replace(found, stored=rows, notes=notes)
+
+
+def _anatomy_of_gguf(files):
+    """Anatomy of GGUF `files`, which have the shape of every weight, so no config is needed."""
+    rows, names = gguf_rows(files)
+    parts = {}
+    for component in (*COMPONENTS, None):
+        own = [row for row in rows if row.component == component]
+        places = tuple(dict.fromkeys(decide(row.name, GGUF)[1] for row in own))
+        parts[component] = Part(component, sum(r.parameters for r in own), len(own), places)
+    unknown = tuple(row.name for row in rows if row.component is None)
+    size = parts.pop(None).parameters
+    notes = (checkpoints.what_loads("gguf"),)
+    return Anatomy(f"GGUF ({', '.join(names)})", parts, unknown, size, GGUF, tuple(rows), notes)
 
 
 class _CallableModule(types.ModuleType):

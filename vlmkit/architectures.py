@@ -152,7 +152,48 @@ OWN_RULES = {
 NOT_VLMS = {"evolla": "reads proteins", "mistral4": "reads text alone"}
 """By model_type: transformers lists these as models from image and text to text."""
 
+GGUF = "gguf"
+"""In place of a model_type, for the names in GGUF files."""
+
+GGUF_RULES = {
+    # The model's own file. The names are those of the package gguf (gguf/constants.py).
+    "blk": LANGUAGE,
+    "token_embd": LANGUAGE,
+    "token_embd_norm": LANGUAGE,
+    "token_types": LANGUAGE,
+    "position_embd": LANGUAGE,
+    "rope_freqs": LANGUAGE,
+    "rope_factors_long": LANGUAGE,
+    "rope_factors_short": LANGUAGE,
+    "output": LANGUAGE,
+    "output_norm": LANGUAGE,
+    "per_layer_token_embd": LANGUAGE,  # Gemma 3n, Gemma 4
+    "per_layer_model_proj": LANGUAGE,
+    "per_layer_proj_norm": LANGUAGE,
+    "altup_proj": LANGUAGE,
+    "altup_unembd_proj": LANGUAGE,
+    # Llama 3.2 Vision, as Ollama writes it (ollama/model/models/mllama)
+    "blk/cross_attn_q_proj": CROSS,
+    "blk/cross_attn_k_proj": CROSS,
+    "blk/cross_attn_v_proj": CROSS,
+    "blk/cross_attn_o_proj": CROSS,
+    "blk/cross_attn_q_norm": CROSS,
+    "blk/cross_attn_k_norm": CROSS,
+    "blk/cross_attn_attn_gate": CROSS,
+    "blk/cross_attn_mlp_gate": CROSS,
+    # The mmproj file
+    "v": VISION,
+    "v/deepstack": PROJECTOR,  # Qwen3-VL
+    "v/image_newline": PROJECTOR,  # DeepSeek-OCR
+    "v/view_seperator": PROJECTOR,  # spelled like this
+    "mm": PROJECTOR,
+    "resampler": PROJECTOR,  # MiniCPM-V
+    "a": OTHER,  # audio
+    "mm/a": OTHER,
+}
+
 _TABLES = {model_type: RULES | rules for model_type, rules in OWN_RULES.items()}
+_TABLES[GGUF] = GGUF_RULES
 
 
 @lru_cache(2**14)  # anatomy, layout and audit ask about the same paths

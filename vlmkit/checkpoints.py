@@ -55,6 +55,8 @@ def find(name, *, revision=None, weights=True, trust_remote_code=False):
         ) from error
     if text and is_folder:
         return folder
+    if is_file and folder.suffix == ".gguf":
+        raise CheckpointError(f"{text} is a GGUF file. {what_loads('gguf')}")
     if is_file:
         raise CheckpointError(
             f"{text} is a file, and a checkpoint is a folder. Give the folder that holds "
@@ -210,6 +212,7 @@ def _read_json(folder, file):
                 "is not a checkpoint. Load the model that it was trained on, and then the folder: "
                 f"{way}(model, folder)."
             ) from error
+        _refuse_gguf(folder, error)
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
         raise CheckpointError(
             f"{folder} is not a checkpoint: it has no {file}. It holds {found}. Give the folder "
@@ -235,6 +238,39 @@ def quantization_method(config):
     said = said if isinstance(said, dict) else said.to_dict()
     method = said.get("quant_method", "bitsandbytes")  # old files do not say it
     return str(getattr(method, "value", method))
+
+
+_LOADERS = {
+    "awq": "transformers with gptqmodel (pip install gptqmodel), and vLLM",
+    "gptq": "transformers with gptqmodel and optimum (pip install gptqmodel optimum), and vLLM",
+    "auto-round": "transformers with auto-round (pip install auto-round), and vLLM",
+    "fp8": "transformers (in bf16 on a machine that does not compute in FP8), and vLLM",
+    "fbgemm_fp8": "transformers on a GPU, and vLLM",
+    "compressed-tensors": "transformers with compressed-tensors (pip install compressed-tensors), "
+    "and vLLM",
+    "torchao": "transformers with torchao (pip install torchao), and vLLM",
+    "hqq": "transformers with hqq (pip install hqq)",
+    "quanto": "transformers with optimum-quanto (pip install optimum-quanto)",
+    "mxfp4": "transformers with kernels (pip install kernels) on a GPU, and vLLM",
+    "modelopt": "vLLM and TensorRT-LLM",
+    "nvfp4": "vLLM and TensorRT-LLM",
+    "gguf": "llama.cpp, Ollama and LM Studio",
+}
+"""What loads weights that vlmkit does not load, by transformers' name of the method. Read from the
+checks of transformers 5.23 (transformers/quantizers) and the documentation of vLLM, not tried."""
+
+
+def what_loads(method):
+    """A sentence on what loads a checkpoint that is quantized by `method`, or "" where vlmkit does:
+    where nothing is quantized (None), and for bitsandbytes."""
+    if method in (None, "bitsandbytes", "vlmkit"):
+        return ""
+    who = _LOADERS.get(method, "the library that made them")
+    what = "GGUF files" if method == "gguf" else f"weights quantized by {method}"
+    return (
+        f"vlmkit counts the bytes of {what} (vk.memory.stored) and does not load them. "
+        f"What loads them, according to its documentation: {who}."
+    )
 
 
 def weight_files(folder):
@@ -270,9 +306,18 @@ def weight_files(folder):
             "any code when it is opened, so vlmkit reads safetensors only. If you trust it, "
             "convert it with model.save_pretrained(folder)."
         )
+    _refuse_gguf(folder)
     raise CheckpointError(
         f"{folder} has a config but no weights: there is no {SAFETENSORS}. Copy or download it."
     )
+
+
+def _refuse_gguf(folder, error=None):
+    """Raise CheckpointError if there are GGUF files in `folder`, which has nothing else to load."""
+    if files := sorted(file.name for file in folder.glob("*.gguf")):
+        raise CheckpointError(
+            f"{folder} has its weights as GGUF ({', '.join(files[:3])}). {what_loads('gguf')}"
+        ) from error
 
 
 def weight_headers(folder):

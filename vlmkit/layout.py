@@ -17,7 +17,7 @@ from vlmkit import COMPONENTS
 from vlmkit.anatomy import anatomy_of, on_meta, unwrapped
 from vlmkit.backend import converting
 from vlmkit.catalog.bundled import BUNDLED
-from vlmkit.checkpoints import find, quantization_method, read_config, stored_formats
+from vlmkit.checkpoints import find, quantization_method, read_config, stored_formats, what_loads
 from vlmkit.errors import CheckpointError, PlanError, did_you_mean
 from vlmkit.formats import DEFAULT, FORMATS
 from vlmkit.plan import Plan, matching
@@ -131,10 +131,11 @@ def layout_of(x, plan=None, *, loadable=True, revision=None, trust_remote_code=F
     method = quantization_method(config)
     if method is None or plan is not None and not loadable:
         return _layout_of_config(config, Plan.parse(plan), trust_remote_code)
-    if method not in ("bitsandbytes", "vlmkit"):
+    if cannot := what_loads(method):
         raise CheckpointError(
-            f"{folder} holds weights quantized by {method}, which vlmkit does not read. Load the "
-            "checkpoint that they were made from, under a plan."
+            f"{folder} cannot be loaded. {cannot} To use vlmkit, load the checkpoint that they "
+            "were made from, under a plan. vk.memory.predict predicts what this takes, if it is "
+            "given a plan."
         )
     if not list(folder.glob("*.safetensors")):
         raise CheckpointError(

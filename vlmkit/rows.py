@@ -15,6 +15,10 @@ KINDS = (LINEAR, EXPERTS, HEAD, EMBEDDING, TIED, NORM, CONVOLUTION, BIAS, BARE)
 where a plan names it. Nothing else is quantized: bitsandbytes converts Linear modules, and the
 fused experts of a mixture are one parameter of three dimensions."""
 
+STORED, STATE = "stored weight", "quantization state"
+"""Kinds of what a weight file holds: the numbers of a weight, and what a quantizer keeps beside
+them (scales, zero points, tables)."""
+
 
 @dataclass(frozen=True)
 class Row:

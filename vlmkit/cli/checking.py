@@ -11,6 +11,7 @@ Examples:
 \b
   vlmkit anatomy
   vlmkit anatomy meta-llama/Llama-3.2-11B-Vision-Instruct
+  vlmkit anatomy ./Qwen2.5-VL-7B-Instruct-AWQ      # also in which formats it is stored
 """
 LINT_EXAMPLES = """\
 Examples:
@@ -41,7 +42,8 @@ python -m vlmkit.environment
 
 
 def anatomy(model: Model = None, trust_remote_code: Code = False):
-    """Show which component of a model has which parameters, without its weights."""
+    """Show which component of a model has which parameters, without its weights, and for a
+    quantized checkpoint (also a GGUF file) in which formats they are stored."""
     import vlmkit as vk
     from vlmkit.backend.quiet import quiet
 

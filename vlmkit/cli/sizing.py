@@ -31,6 +31,8 @@ Examples:
       --train lora --rank 16 --gradient-checkpointing --budget "24 GB"
   vlmkit memory Qwen/Qwen2.5-VL-7B-Instruct --images 1 --image-size 4032x3024 --max-pixels 1003520
   vlmkit memory pebble --train projector=full,language_model=lora --tokens 64 --json
+  vlmkit memory ./Qwen2.5-VL-7B-Instruct-AWQ
+  vlmkit memory ./gemma-3-4b-it-Q4_K_M.gguf       # with the mmproj file beside it
 
 With --budget the exit status is 1 if the model does not fit.
 """
@@ -111,7 +113,10 @@ def memory(
     json: Json = False,
 ):
     """Predict a model's memory from its config: weights under a plan, the cache of keys and values,
-    activations, and what training adds. Nothing is downloaded for a model of the catalog."""
+    activations, and what training adds. Nothing is downloaded for a model of the catalog.
+
+    For a folder or file that vlmkit cannot load (AWQ, GPTQ, FP8, compressed-tensors, torchao, HQQ,
+    GGUF), and without --plan, it shows the bytes in the weight files by component and format."""
     import vlmkit as vk
     from vlmkit.backend.quiet import quiet
     from vlmkit.units import MEGABYTE
@@ -122,6 +127,7 @@ def memory(
     with quiet():
         ledger = vk.memory.predict(name_of(model), plan, **more, **use)
     fits = room is None or ledger.total <= room
+    stored = hasattr(ledger, "by_format")  # of a checkpoint that vlmkit counts and does not load
     if json:
         document = {
             "title": ledger.title,
@@ -131,9 +137,14 @@ def memory(
             "bounded": ledger.bounded,
             "notes": list(ledger.notes),
         }
+        if stored:
+            document["by_format"] = [
+                {"component": component or "unknown", "format": name, "bytes": size}
+                for (component, name), size in ledger.by_format.items()
+            ]
         print_json(document | ({} if room is None else {"budget": int(room), "fits": fits}))
     else:
-        print(_ledger_as_text(ledger))
+        print(ledger if stored else _ledger_as_text(ledger))
         if room is not None:
             left = f"{abs(room - ledger.total) / MEGABYTE:,.2f} MB"
             words = f"Fits in {room}: {left} are left."

@@ -3,11 +3,13 @@
 vk.memory.predict("pebble", plan)     # a Ledger, without reading a weight
 vk.memory.measure(model)              # a Ledger of what the model really holds
 vk.memory.compare(predicted, measured)
+vk.memory.stored(folder)              # what lies in weight files, whatever quantized them
 """
 
 from vlmkit.memory.ledger import BOUNDED, BUFFER, STATE, Ledger, compare
 from vlmkit.memory.measuring import measure, measure_peak, storages_of
 from vlmkit.memory.predicting import predict, visual_tokens
+from vlmkit.memory.stored import stored
 from vlmkit.units import MEGABYTE, Size, parse_size
 
 __all__ = [
@@ -23,5 +25,6 @@ __all__ = [
     "parse_size",
     "predict",
     "storages_of",
+    "stored",
     "visual_tokens",
 ]

@@ -3,17 +3,17 @@
 from dataclasses import dataclass, field
 
 from vlmkit import COMPONENTS
-from vlmkit.rows import KINDS, sums
+from vlmkit.rows import KINDS, STATE, STORED, sums
 from vlmkit.tables import Table
 from vlmkit.units import MEGABYTE
 
-STATE, BUFFER = "quantization state", "buffer"
+BUFFER = "buffer"
 ADAPTER, UPCAST = "adapter", "float32 upcast"
 GRADIENT, OPTIMIZER = "gradient", "optimizer state"
 CACHE, INPUT, ACTIVATION = "kv cache", "input", "activation"
 ROUNDING, UNUSED = "allocator rounding", "allocator unused"
 ALL_KINDS = (
-    *KINDS, STATE, BUFFER, ADAPTER, UPCAST, GRADIENT, OPTIMIZER, CACHE, INPUT, ACTIVATION,
+    *KINDS, STORED, STATE, BUFFER, ADAPTER, UPCAST, GRADIENT, OPTIMIZER, CACHE, INPUT, ACTIVATION,
     ROUNDING, UNUSED,
 )  # fmt: skip
 """What bytes are used for, in the order of tables: the kinds of parameters, then the rest."""

@@ -18,6 +18,7 @@ from vlmkit.memory.allocator import check_allocator, overhead
 from vlmkit.memory.batch import batch_of, picture_of, smallest
 from vlmkit.memory.ledger import Ledger
 from vlmkit.memory.parameters import predicted_weights
+from vlmkit.memory.stored import loadable, stored
 from vlmkit.memory.training_state import adapter_entries
 
 OTHER_NAMES = {
@@ -57,7 +58,9 @@ def predict(
     x: "pebble", a folder, a hub id, a name of the catalog, a transformers config, or a model (for
         its config).
     plan: a Plan or anything that `Plan.parse` takes. None is the recommended plan, or what is
-        stored if the checkpoint is quantized already.
+        stored if the checkpoint is quantized already. If vlmkit cannot load what is stored (AWQ,
+        GGUF, …), the ledger without a plan is that of `vlmkit.memory.stored`: the bytes of the
+        weights as they lie in the files. A prompt or a training step needs a plan then.
 
     With these arguments alone, the ledger is that of the loaded model before it runs, to the byte:
     parameters, quantization states and buffers, and the adapters of a checkpoint that has some, as
@@ -100,6 +103,9 @@ def predict(
     _check_training(training, new_tokens, gradient_checkpointing, prepare_kbit)
     check_optimizer(optim)
     check_allocator(allocator)
+    use = (tokens, new_tokens, images, training, allocator)
+    if plan is None and not any(use) and isinstance(x, (str, Path)) and not loadable(x, revision):
+        return stored(x, revision=revision, trust_remote_code=trust_remote_code)
     with without_garbage_collection(), dora.without_data():
         layout = layout_of(
             x, plan, loadable=False, revision=revision, trust_remote_code=trust_remote_code
