@@ -256,8 +256,9 @@ _LOADERS = {
     "nvfp4": "vLLM and TensorRT-LLM",
     "gguf": "llama.cpp, Ollama and LM Studio",
 }
-"""What loads weights that vlmkit does not load, by transformers' name of the method. Read from the
-checks of transformers 5.23 (transformers/quantizers) and the documentation of vLLM, not tried."""
+"""What loads weights that vlmkit does not load, by transformers' name of the method. What transformers
+needs is from its checks (transformers 5.23, quantizers/). The other programs are common knowledge.
+Nothing of it was tried."""
 
 
 def what_loads(method):
@@ -269,7 +270,7 @@ def what_loads(method):
     what = "GGUF files" if method == "gguf" else f"weights quantized by {method}"
     return (
         f"vlmkit counts the bytes of {what} (vk.memory.stored) and does not load them. "
-        f"What loads them, according to its documentation: {who}."
+        f"Other programs load them (vlmkit has not tried them): {who}."
     )
 
 
