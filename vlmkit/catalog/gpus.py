@@ -24,6 +24,12 @@ from dataclasses import dataclass
 
 from vlmkit.units import GIGABYTE
 
+RESERVED = "1 GB"
+"""Memory of a card that PyTorch does not count, by assumption: the CUDA context, the code and
+workspaces of its libraries, and the desktop. A process that had computed nothing was reported to
+use 0.78 GB (pytorch/pytorch issue 34323). Everything that compares a model with a card takes it
+off."""
+
 _NVIDIA = "https://www.nvidia.com/en-us/"
 _GEFORCE = f"{_NVIDIA}geforce/graphics-cards/"
 
