@@ -49,7 +49,8 @@ Examples:
   vlmkit fit --model Qwen/Qwen2.5-VL-7B-Instruct --card T4 --card "12 GB" --plan nf4
   vlmkit fit --tokens 2048 --images 4 --image-size 1024x768 --figure what_fits.png
 
-A GB is 10^9 bytes. A model can use a card's nominal memory less --reserve, which is an assumption.
+A GB is 10^9 bytes, of a card too: a card that is sold with 24 GB is counted with 24 x 10^9, and has
+a little more. A model can use that less --reserve, an assumption. Every number is predicted.
 """
 
 
