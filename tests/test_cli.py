@@ -299,7 +299,8 @@ def test_fit_as_text_as_json_and_drawn(tmp_path, capsys):
 
 def test_fit_of_one_model_on_one_card(capsys):
     words = ["fit", "pebble", "--card", "60 MB", "--reserve", "1 MB", "--plan", "bf16"]
-    words += "--images 0 --tokens 900 --batch-size 2 --only load --only prompt".split()
+    words += ["--images", 0, "--tokens", 900, "--batch-size", 2, "--only", "load"]
+    words += ["--only", "prompt"]
     use = {"images": 0, "tokens": 900, "batch_size": 2, "reserved": "1 MB"}
     found = vk.memory.largest("pebble", "60 MB", "bf16", uses=["load", "prompt"], **use)
     assert run(*words) == 0

@@ -21,6 +21,7 @@ from vlmkit.layout import layout_of
 from vlmkit.memory.batch import batch_of
 from vlmkit.memory.fitting import room_on
 from vlmkit.memory.predicting import check_arguments, folder_of, predict
+from vlmkit.memory.training_state import TORCH
 from vlmkit.plan import Plan
 from vlmkit.rows import LINEAR
 from vlmkit.tables import Table
@@ -200,7 +201,8 @@ def _plain(arguments):
 
 
 def _in_words(arguments):
-    text = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    said = {name: value for name, value in arguments.items() if value not in (False, TORCH)}
+    text = ", ".join(f"{name}={value!r}" for name, value in said.items())
     return re.sub(r"LoRA\((r=\d+)[^)]*\)", r"LoRA(\1, …)", text)
 
 
@@ -218,7 +220,7 @@ def largest(
     rank=16,
     training=None,
     gradient_checkpointing=False,
-    optim="adamw_torch_fused",
+    optim=TORCH,
     uses=(LOAD, PROMPT, TRAINING),
     reserved=RESERVED,
     allocator="cuda",
