@@ -253,7 +253,7 @@ def largest(
     model = _Model(x, plan, revision, trust_remote_code, allocator, limits, room)
     first = {"batch_size": batch_size, "tokens": tokens}
     if images or image_size is not None:
-        first |= {"images": images, "image_size": model.size_of(images, image_size)}
+        first |= {"images": max(1, images), "image_size": model.size_of(images, image_size)}
     what = {LANGUAGE: LoRA(r=rank)} if training is None else training
     step = {"training": what, "gradient_checkpointing": gradient_checkpointing, "optim": optim}
     more = {"new_tokens": new_tokens} if new_tokens else {}
