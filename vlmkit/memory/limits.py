@@ -15,7 +15,7 @@ from vlmkit.adapters import LoRA
 from vlmkit.architectures import LANGUAGE
 from vlmkit.backend.quiet import quiet
 from vlmkit.catalog.gpus import RESERVED
-from vlmkit.errors import ImageError, SizeError, did_you_mean, public, shown
+from vlmkit.errors import AnatomyError, ImageError, SizeError, did_you_mean, public, shown
 from vlmkit.families import family_of
 from vlmkit.layout import layout_of
 from vlmkit.memory.batch import batch_of
@@ -48,15 +48,16 @@ class Limit:
     value: a number, or (width, height).
     by: what ends it. "memory"; "model", which is its context, or for a rank the width of its
         layers; "search" (`MOST`; more may fit); or "picture": the processor makes larger pictures
-        smaller, so that every size fits.
+        smaller, so that every size fits. "unknown": the search met a value that cannot be
+        predicted, and this is where it began.
     """
 
     value: object
     by: str
 
     def __str__(self):
-        if self.by == "picture":
-            return "any"
+        if self.by in ("picture", "unknown"):
+            return "any" if self.by == "picture" else "?"
         text = " x ".join(f"{n:,}" for n in self.value) if self.is_size else f"{self.value:,}"
         return {"model": f"{text} m", "search": f"{text} or more"}.get(self.by, text)
 
@@ -178,6 +179,8 @@ class Largest(Table):
             yield "m: the model takes no more, whatever the card."
         if "picture" in ends:
             yield "any: the processor makes larger pictures smaller, and the largest result fits."
+        if "unknown" in ends:
+            yield "?: larger values cannot be predicted; vk.memory.predict says why."
         for use in self.uses:
             if use.needed > self.room:
                 missing = (use.needed - self.room) / GIGABYTE
@@ -336,10 +339,13 @@ class _Model:
         if axis == "image_size":
             last = self.batch(grown(high)).pictures
             length = _first(lambda k: self.batch(grown(k)).pictures == last, high)
-        best = _search(
-            lambda k: self.need(grown(k)), lambda k: _extent(axis, grown(k)), self.room, length,
-            FIRST[axis],
-        )  # fmt: skip
+        try:
+            best = _search(
+                lambda k: self.need(grown(k)), lambda k: _extent(axis, grown(k)), self.room, length,
+                FIRST[axis],
+            )  # fmt: skip
+        except AnatomyError:  # `predict` knows this use, and not a larger one
+            return Limit(_value(axis, arguments), "unknown")
         value = _value(axis, grown(best))
         if best < length:
             return Limit(value, "memory")
