@@ -164,6 +164,12 @@ def test_anatomy(llava, capsys):
         (["fit", "--model", "pebble", "--gpu", "RTX 4091"], "'RTX 4090'"),
         (["fit", "--model", "pebble", "--figure", "/nowhere/a.png"], "/nowhere/a.png"),
         (["fit", "--model", "pebble", "--figure", "a.words"], "words"),
+        (["fit", "pebble"], "--card"),
+        (["fit", "pebble", "--card", "T4", "--card", "L4"], "one card"),
+        (["fit", "pebble", "--card", "RTX 4091"], "'RTX 4090'"),
+        (["fit", "pebble", "--card", "T4", "--plan", "nf4", "--plan", "int8"], "several plans"),
+        (["fit", "pebble", "--card", "T4", "--only", "lod"], "'load'"),
+        (["fit", "--only", "load"], "one model"),
         (["lint"], "MODEL"),
         (["lint", "pebble"], "none was given"),
         (["lint", "pebble", "nowhere.json"], "nowhere.json"),
@@ -289,6 +295,21 @@ def test_fit_as_text_as_json_and_drawn(tmp_path, capsys):
     ]
     assert rows[0]["needed"] == vk.memory.predict(NAME, "bf16", allocator="cuda").total
     assert rows[1]["usable"] == 2_500_000_000
+
+
+def test_fit_of_one_model_on_one_card(capsys):
+    words = ["fit", "pebble", "--card", "60 MB", "--reserve", "1 MB", "--plan", "bf16"]
+    words += ["--images", 0, "--tokens", 900, "--batch-size", 2, "--only", "load"]
+    words += ["--only", "prompt"]
+    use = {"images": 0, "tokens": 900, "batch_size": 2, "reserved": "1 MB"}
+    found = vk.memory.largest("pebble", "60 MB", "bf16", uses=["load", "prompt"], **use)
+    assert run(*words) == 0
+    assert capsys.readouterr().out == f"{found}\n"
+    assert run(*words, "--json") == 0
+    document = printed(capsys)
+    assert [use["use"] for use in document["uses"]] == ["load", "prompt"]
+    assert document["uses"][1]["needed"] == found["prompt"].needed
+    assert document == json.loads(json.dumps(found.to_dict()))
 
 
 def test_lint_says_by_its_exit_status_whether_there_is_an_error(tmp_path, capsys):

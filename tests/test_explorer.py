@@ -62,6 +62,19 @@ def test_the_bars_follow_images_tokens_and_rank(explorer):
         assert sum(bars.get(part, {}).values()) == pytest.approx(sum(sizes.values()) / 10**6)
 
 
+def test_it_says_whether_the_model_fits_on_a_card():
+    name = "Qwen/Qwen2-VL-2B-Instruct"
+    explorer = vk.course.explorer.memory(name)
+    assert explorer.verdict == ""
+    explorer.card.value = "RTX 4060"
+    left = 7e9 - vk.memory.predict(name, allocator="cuda").total
+    assert f"fits on RTX 4060: {left / 1e9:.1f} GB" in explorer.verdict
+    explorer.plan["language_model"].value = "fp32"
+    plan = vk.Plan(vision_encoder="bf16", projector="bf16", language_model="fp32")
+    over = vk.memory.predict(name, plan, allocator="cuda").total - 7e9
+    assert over > 0 and f"does not fit on RTX 4060: {over / 1e9:.1f} GB" in explorer.verdict
+
+
 def test_it_is_a_widget_whose_picture_says_in_words_what_it_shows(explorer):
     shown = re.search(r'alt="([^"]+)" src="data:image/png;base64,([^"]+)"', explorer._picture.value)
     assert f"all, as chosen: {explorer.ledger.total / 10**6:,.2f} MB" in shown[1]

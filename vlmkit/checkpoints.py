@@ -256,9 +256,9 @@ _LOADERS = {
     "nvfp4": "vLLM and TensorRT-LLM",
     "gguf": "llama.cpp, Ollama and LM Studio",
 }
-"""What loads weights that vlmkit does not load, by transformers' name of the method. What transformers
-needs is from its checks (transformers 5.23, quantizers/). The other programs are common knowledge.
-Nothing of it was tried."""
+"""What loads weights that vlmkit does not load, by transformers' name of the method. What
+transformers needs is from its checks (transformers 5.23, quantizers/). The other programs are
+common knowledge. Nothing of it was tried."""
 
 
 def what_loads(method):

@@ -192,6 +192,10 @@ class Plan(Table):
         format_named(name)
         return self._make(self.named, (*self.overrides, (pattern, name)), self._default)
 
+    def with_format(self, component, name):
+        """A new plan in which `component` has the format `name`."""
+        return self._make({**self.named, component: name}, self.overrides, self._default)
+
     def __getitem__(self, component):
         _require_component(component)
         return self.named.get(component, self._default)

@@ -14,15 +14,24 @@ part of it on some cards, and the driver keeps some hundred MB:
     T4         14.75 GiB            15.8                 (NVIDIA/DALI 1813)
     H200       139.80 GiB           150.1                (measured: benchmarks/results)
 
-So a GB of 10^9 bytes is the careful reading for most cards. It is up to 0.2 GB too much for cards
-with error correction. `vk.fit` and `vlmkit memory --budget "RTX 4090"` both take 1 GB off for CUDA
-and other programs (`vlmkit.memory.fitting.RESERVED`); a process was reported to need 0.78 GB. So no
-card of this list is counted with more than it has.
+So a GB of 10^9 bytes is the careful reading for most cards: an RTX 4090 has 1.4 x 10^9 bytes more
+than is counted here. Reading it as 2^30 would give an L40S 3.7 x 10^9 bytes that it does not have.
+The careful reading is up to 0.2 GB too much for cards with error correction. Everything that
+compares a model with a card (`vk.fit`, `vk.memory.largest`, `vlmkit doctor`, and `vlmkit memory
+--budget "RTX 4090"`) takes `RESERVED` off for CUDA and other programs, 1 GB; a process was reported
+to need 0.78 GB. So no card of this list is counted with more than it has. If you know what PyTorch
+says about your card, give that in place of its name: "23.6 GiB".
 """
 
 from dataclasses import dataclass
 
 from vlmkit.units import GIGABYTE
+
+RESERVED = "1 GB"
+"""Memory of a card that PyTorch does not count, by assumption: the CUDA context, the code and
+workspaces of its libraries, and the desktop. A process that had computed nothing was reported to
+use 0.78 GB (pytorch/pytorch issue 34323). Everything that compares a model with a card takes it
+off."""
 
 _NVIDIA = "https://www.nvidia.com/en-us/"
 _GEFORCE = f"{_NVIDIA}geforce/graphics-cards/"

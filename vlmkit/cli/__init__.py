@@ -5,7 +5,8 @@
     vlmkit fetch cobble                               # the model for photographs, 93 MB, once
     vlmkit anatomy pebble                             # which component has which parameters
     vlmkit memory pebble --plan nf4                   # what a model needs
-    vlmkit fit                                        # what fits on which graphics card
+    vlmkit fit pebble --card "RTX 4090"               # the most that fits on a card
+    vlmkit fit                                        # which models fit on which card
     vlmkit lint pebble quantization_config.json       # what somebody's config will do
     vlmkit new my-task                                # a project: pictures, rows, notebook
     vlmkit train train.yaml                           # fine-tuning, as a file says
@@ -46,7 +47,7 @@ for command, short, epilog in (
     (fetching.fetch, "Download the model for photographs, once.", fetching.EXAMPLES),
     (checking.anatomy, "Which component has which parameters.", checking.ANATOMY_EXAMPLES),
     (sizing.memory, "What a model needs, by component.", sizing.MEMORY_EXAMPLES),
-    (sizing.fit, "Which models fit on which graphics cards.", sizing.FIT_EXAMPLES),
+    (sizing.fit, "What fits on a graphics card.", sizing.FIT_EXAMPLES),
     (checking.lint, "What a quantization config will really do.", checking.LINT_EXAMPLES),
     (starting.new, "Write a project to begin with.", starting.EXAMPLES),
     (training.train, "Train a model as a file says.", training.EXAMPLES),

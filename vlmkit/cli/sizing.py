@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from vlmkit.cli.options import (
+    MODEL,
     Code,
     Json,
     MaxPixels,
@@ -14,6 +15,7 @@ from vlmkit.cli.options import (
     Model,
     PlanText,
     Revision,
+    argument,
     limits_of,
     name_of,
     option,
@@ -37,14 +39,20 @@ Examples:
 With --budget the exit status is 1 if the model does not fit.
 """
 FIT_EXAMPLES = """\
+With MODEL: the largest batch, pictures, context and rank of LoRA that fit on one card, and what to
+save where something does not fit. Without: a table of models, cards and plans.
+
 Examples:
 
 \b
+  vlmkit fit Qwen/Qwen2.5-VL-7B-Instruct --card "RTX 4090"
+  vlmkit fit Qwen/Qwen2.5-VL-7B-Instruct --card "12 GB" --only prompt --image-size 1024x768
   vlmkit fit
-  vlmkit fit --model Qwen/Qwen2.5-VL-7B-Instruct --gpu T4 --gpu "12 GB" --plan nf4
+  vlmkit fit --model Qwen/Qwen2.5-VL-7B-Instruct --card T4 --card "12 GB" --plan nf4
   vlmkit fit --tokens 2048 --images 4 --image-size 1024x768 --figure what_fits.png
 
-A GB is 10^9 bytes. A model can use a card's nominal memory less --reserve, which is an assumption.
+A GB is 10^9 bytes, of a card too: a card that is sold with 24 GB is counted with 24 x 10^9, and has
+a little more. A model can use that less --reserve, an assumption. Every number is predicted.
 """
 
 
@@ -164,13 +172,13 @@ def memory(
 
 def _room(budget):
     """The Size that a budget names, in bytes."""
-    from vlmkit.catalog.gpus import GPUS
-    from vlmkit.memory.fitting import RESERVED
+    from vlmkit.catalog.gpus import GPUS, RESERVED
+    from vlmkit.memory.fitting import room_on
     from vlmkit.units import Size, parse_size
 
     if budget not in GPUS:
         return parse_size(budget)
-    return Size(GPUS[budget].bytes - parse_size(RESERVED), f"{budget}, less {RESERVED},")
+    return Size(room_on(budget), f"{budget}, less {RESERVED},")
 
 
 def _advice(budget, left):
@@ -189,21 +197,25 @@ def _advice(budget, left):
 
 def fit(
     context: typer.Context,
+    name: argument(str, f"{MODEL}. With it, --card is needed too.", "MODEL") = None,
     model: option(
         list[str],
-        "A model, as in `vlmkit memory`; may be repeated. By default the whole catalog.",
+        "For the table: a model, as in `vlmkit memory`; may be repeated. By default the whole "
+        "catalog.",
         metavar="MODEL",
     ) = None,
     gpu: option(
         list[str],
         'A card of the catalog, such as "RTX 4090", or a size, such as "12 GB"; may be repeated. '
-        "By default all cards of the catalog.",
-        metavar="GPU",
+        "The table has all cards of the catalog by default.",
+        "--card",
+        "--gpu",
+        metavar="CARD",
     ) = None,
     plan: option(
         list[str],
-        "A plan, as in `vlmkit memory`; may be repeated. By default bf16, and the language model "
-        "in int8 and in nf4.",
+        "A plan, as in `vlmkit memory`; may be repeated for the table, which has bf16, and the "
+        "language model in int8 and in nf4, by default.",
         metavar="PLAN",
     ) = None,
     images: Images = 1,
@@ -223,13 +235,23 @@ def fit(
         metavar="SIZE",
         shown=True,
     ) = "1 GB",
+    only: option(
+        list[str],
+        "With MODEL: load, prompt or training, which takes longest; may be repeated.",
+        metavar="USE",
+    ) = None,
     figure: option(Path, "Also draw the table, as .png, .svg or .pdf.", metavar="FILE") = None,
     json: Json = False,
 ):
-    """Show which models fit on which graphics cards, under which plans: a table, and a figure if
-    you name a file. With --tokens 0 --images 0 only the weights have to fit, which is quicker."""
+    """Show what fits on a graphics card: for one model the most that it can do there, or for many a
+    table of models, cards and plans, and a figure of it if you name a file. With --tokens 0
+    --images 0 only the weights of the table have to fit, which is quicker."""
     from vlmkit.memory import fitting
 
+    if name is not None:
+        return _largest(context.params)
+    if only:
+        raise typer.BadParameter("--only is for one model: vlmkit fit MODEL --card CARD --only USE")
     which = {"models": model, "gpus": gpu, "plans": plan}
     which = {name: given for name, given in which.items() if given}
     use = _use(context.params)
@@ -246,6 +268,39 @@ def fit(
         print_json(table.to_dict(orient="records"))
     else:
         print(_fit_as_text(table, reserve))
+
+
+def _largest(options):
+    """The most that one model can do on one card."""
+    import vlmkit as vk
+    from vlmkit.catalog.gpus import GPUS
+
+    cards, plans = options["gpu"] or [], options["plan"] or []
+    if len(cards) != 1:
+        raise typer.BadParameter(
+            f"With MODEL, name one card: --card CARD. A card is {', '.join(GPUS)}, or a size such "
+            'as "12 GB".'
+        )
+    if options["model"] or options["figure"] or len(plans) > 1:
+        raise typer.BadParameter(
+            "--model, --figure and several plans are for the table of many models. Leave out MODEL "
+            "for that, or give one plan and one card with it."
+        )
+    taken = ("tokens", "new_tokens", "images", "image_size", "batch_size", "gradient_checkpointing")
+    use = {name: options[name] for name in taken}
+    use |= {name: options[name] for name in ("rank", "optim") if options[name] is not None}
+    if options["train"] not in (None, "lora"):
+        use["training"] = _training(options["train"], use.pop("rank", None))
+    if options["only"]:
+        use["uses"] = ["training step" if what == "training" else what for what in options["only"]]
+    found = vk.memory.largest(
+        options["name"], cards[0], plans[0] if plans else None, reserved=options["reserve"],
+        **use, **limits_of(options["min_pixels"], options["max_pixels"]),
+    )  # fmt: skip
+    if options["json"]:
+        print_json(found.to_dict())
+    else:
+        print(found)
 
 
 def _use(options):

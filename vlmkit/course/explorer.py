@@ -14,13 +14,15 @@ import io
 from vlmkit.adapters import LoRA
 from vlmkit.anatomy import anatomy
 from vlmkit.backend.quiet import quiet
+from vlmkit.catalog.gpus import GPUS, RESERVED
 from vlmkit.errors import DependencyError, SizeError, VlmkitError
 from vlmkit.figures import bytes_by_component
 from vlmkit.formats import FORMATS
 from vlmkit.memory import predict
+from vlmkit.memory.fitting import room_on
 from vlmkit.memory.ledger import ACTIVATION, ADAPTER, CACHE, GRADIENT, INPUT, OPTIMIZER, UPCAST
 from vlmkit.plan import Plan
-from vlmkit.units import MEGABYTE
+from vlmkit.units import GIGABYTE, MEGABYTE
 
 try:
     import ipywidgets as widgets
@@ -57,8 +59,9 @@ def memory(name="pebble", *, images=0, tokens=0, image_size=None):
 
 
 class MemoryExplorer(widgets.VBox):
-    """The controls are `plan` (a dict of dropdowns by component), `images`, `tokens` and `rank`.
-    `ledger` is the prediction for them, `axes` its picture, `message` the error, if there is one.
+    """The controls are `plan` (a dict of dropdowns by component), `images`, `tokens`, `rank` and
+    `card`. `ledger` is the prediction for them, `axes` its picture, `verdict` whether it fits on
+    the card, `message` the error, if there is one.
     """
 
     def __init__(self, name, images=0, tokens=0, image_size=None):
@@ -81,12 +84,14 @@ class MemoryExplorer(widgets.VBox):
         )
         ranks = [(str(rank) if rank else "no training", rank) for rank in RANKS]
         self.rank = widgets.Dropdown(options=ranks, value=0, description="rank of LoRA", **wide)
-        self._picture, self._error = widgets.HTML(), widgets.HTML()
-        use = [self.images, self.tokens, self.rank]
+        cards = [("none", None), *((card, card) for card in GPUS)]
+        self.card = widgets.Dropdown(options=cards, value=None, description="card", **wide)
+        self._picture, self._error, self._fits = (widgets.HTML() for _ in range(3))
+        use = [self.images, self.tokens, self.rank, self.card]
         for control in (*self.plan.values(), *use):
             control.observe(self._changed, names="value")
         columns = widgets.HBox([widgets.VBox([*self.plan.values()]), widgets.VBox(use)])
-        super().__init__([columns, self._picture, self._error])
+        super().__init__([columns, self._picture, self._fits, self._error])
         self._draw()
 
     def __repr__(self):
@@ -97,10 +102,15 @@ class MemoryExplorer(widgets.VBox):
         """What is wrong with the values of the controls, or an empty string."""
         return html.unescape(self._error.value)
 
-    def predicted(self, plan):
+    @property
+    def verdict(self):
+        """Whether the model fits on the card, in words; empty if no card is chosen."""
+        return html.unescape(self._fits.value)
+
+    def predicted(self, plan, allocator=None):
         """Ledger of the model under `plan`, for the images, tokens and rank of the controls."""
         images, tokens, rank = (c.value for c in (self.images, self.tokens, self.rank))
-        key = (plan, images, tokens, rank)
+        key = (plan, images, tokens, rank, allocator)
         if key not in self._known:  # takes seconds for a model of billions
             with quiet():
                 self._known[key] = predict(
@@ -109,6 +119,7 @@ class MemoryExplorer(widgets.VBox):
                     images=images,
                     image_size=self.image_size if images else None,
                     tokens=tokens,
+                    allocator=allocator,
                     training={"language_model": LoRA(r=rank)} if rank else None,
                 )
         return self._known[key]
@@ -133,6 +144,7 @@ class MemoryExplorer(widgets.VBox):
         figure = Figure(figsize=(8, 1.2 + 0.42 * len(bars)), layout="constrained")
         self.axes = bytes_by_component(bars, ax=figure.subplots())
         self.ledger = ledger
+        self._fits.value = html.escape(self._judged(plan))
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=100)
         self._png = base64.b64encode(file.getvalue()).decode()
@@ -142,6 +154,15 @@ class MemoryExplorer(widgets.VBox):
             f'<img style="max-width: 100%" alt="{html.escape(words)}" '
             f'src="data:image/png;base64,{self._png}"/>'
         )
+
+    def _judged(self, plan):
+        card = self.card.value
+        if card is None:
+            return ""
+        left = (room_on(card) - self.predicted(plan, "cuda").total) / GIGABYTE
+        fits = f"fits on {card}: {left:.1f} GB are left"
+        fits = fits if left >= 0 else f"does not fit on {card}: {-left:.1f} GB too much"
+        return f"It {fits} ({RESERVED} is reserved for CUDA and other programs)."
 
     def _repr_mimebundle_(self, **kwargs):
         """The widget, and a picture for pages without widgets."""

@@ -13,15 +13,16 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 
+from vlmkit.catalog import gpus
 from vlmkit.environment import machine
 from vlmkit.environment.machine import FINE, MISSING, NOTE, PACKAGES, Status
-from vlmkit.units import GIGABYTE
+from vlmkit.units import GIGABYTE, parse_size
 
 __all__ = [
     "FINE", "MISSING", "NOTE", "PACKAGES", "Environment", "Status", "check", "diagnose", "report",
 ]  # fmt: skip
 
-RESERVED = GIGABYTE
+RESERVED = parse_size(gpus.RESERVED)
 """Bytes of the free memory that CUDA, or Python with PyTorch, is assumed to take."""
 
 

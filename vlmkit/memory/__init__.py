@@ -1,12 +1,14 @@
 """Memory: the bytes that a model needs, predicted from a config, and measured.
 
 vk.memory.predict("pebble", plan)     # a Ledger, without reading a weight
+vk.memory.largest("pebble", "8 GB")   # the most that fits on a card
 vk.memory.measure(model)              # a Ledger of what the model really holds
 vk.memory.compare(predicted, measured)
 vk.memory.stored(folder)              # what lies in weight files, whatever quantized them
 """
 
 from vlmkit.memory.ledger import BOUNDED, BUFFER, STATE, Ledger, compare
+from vlmkit.memory.limits import largest
 from vlmkit.memory.measuring import measure, measure_peak, storages_of
 from vlmkit.memory.predicting import predict, visual_tokens
 from vlmkit.memory.stored import stored
@@ -20,6 +22,7 @@ __all__ = [
     "Ledger",
     "Size",
     "compare",
+    "largest",
     "measure",
     "measure_peak",
     "parse_size",

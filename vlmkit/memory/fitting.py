@@ -11,7 +11,7 @@ from itertools import product
 
 from vlmkit.backend.quiet import quiet
 from vlmkit.catalog import NAMES
-from vlmkit.catalog.gpus import GPUS
+from vlmkit.catalog.gpus import GPUS, RESERVED
 from vlmkit.errors import AnatomyError, SizeError, did_you_mean, public
 from vlmkit.memory.predicting import predict
 from vlmkit.plan import Plan
@@ -23,11 +23,6 @@ PLANS = {
     "language model nf4": Plan.recommended(),
 }
 """The plans that are compared by default."""
-
-RESERVED = "1 GB"
-"""Memory that PyTorch does not count, by assumption: the CUDA context, the code and workspaces of
-its libraries, and the desktop. A process that had computed nothing was reported to use 0.78 GB
-(pytorch/pytorch issue 34323)."""
 
 
 @public
@@ -95,6 +90,17 @@ def _labelled(things):
 
 def _label(x):
     return x if isinstance(x, str) else str(x) if isinstance(x, int) else repr(x)
+
+
+def room_on(card, reserved=RESERVED):
+    """Bytes of a card, or of a size such as "12 GB", less what is reserved.
+
+    Raises SizeError for an unknown card, and if nothing is left.
+    """
+    room = int(_memory_of(card)) - parse_size(reserved)
+    if room <= 0:
+        raise SizeError(f"{card} has no more memory than the {reserved} that is reserved.")
+    return room
 
 
 def _memory_of(gpu):

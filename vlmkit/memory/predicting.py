@@ -114,7 +114,7 @@ def predict(
         if attn_implementation is not None:
             config = copy.deepcopy(config)  # it can be the caller's
             set_attention(config, attn_implementation, trust_remote_code)
-        folder = _folder_of(x, revision)
+        folder = folder_of(x, revision)
         batch = batch_of(config, folder, tokens, new_tokens, images, image_size, batch_size, limits)
 
         def build():
@@ -172,7 +172,7 @@ def visual_tokens(x, image_size, *, alone=True, revision=None, trust_remote_code
     config = layout_of(
         x, "bf16", loadable=False, revision=revision, trust_remote_code=trust_remote_code
     ).config
-    return picture_of(config, _folder_of(x, revision), image_size, alone, limits)[0]
+    return picture_of(config, folder_of(x, revision), image_size, alone, limits)[0]
 
 
 def _check_training(training, new_tokens, gradient_checkpointing, prepare_kbit):
@@ -193,7 +193,7 @@ def _adapters_of(x, revision):
     return adapters_of(x, revision=revision) if is_name else None
 
 
-def _folder_of(x, revision):
+def folder_of(x, revision):
     """The folder of a checkpoint's files, or None for a config, or a model from one."""
     if hasattr(x, "model_type") or hasattr(x, "config"):
         name = getattr(x, "name_or_path", None)

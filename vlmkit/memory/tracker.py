@@ -39,6 +39,11 @@ INDEXING = (
 SLOW = (
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+    aten.mul.Tensor,
+    aten.add.Tensor,
+    aten.addmm.default,
+    aten.pow.Tensor_Scalar,
+    aten.mean.dim,
 )
 """Operators whose shapes PyTorch works out slowly, in Python. They are remembered: Qwen2.5-VL calls
 attention once for each window of each picture."""
@@ -159,24 +164,30 @@ _REMEMBERED = {}
 def _remembered(function, args, kwargs):
     """The result of an operator whose results share no memory with its arguments."""
     named = [item for pair in kwargs.items() for item in pair]
-    key = function, *(_description(a) if isinstance(a, torch.Tensor) else a for a in args + named)
+    key = function, *map(_description, args + named)
     if key not in _REMEMBERED:
         found = function(*args, **kwargs)
+        alone = isinstance(found, torch.Tensor)
         _REMEMBERED[key] = (
-            type(found),
-            [_description(item) if isinstance(item, torch.Tensor) else item for item in found],
+            None if alone else type(found),
+            [_description(item) for item in ([found] if alone else found)],
         )
     kind, items = _REMEMBERED[key]
-    return kind(
+    made = [
         ShapeTensor(torch.empty_strided(item[0], item[1], dtype=item[2], device=META))
-        if isinstance(item, tuple)
-        else item
+        if len(item) == 3
+        else item[1]
         for item in items
-    )
+    ]
+    return kind(made) if kind else made[0]
 
 
-def _description(tensor):
-    return tensor.size(), tensor.stride(), tensor.dtype
+def _description(value):
+    """What an operator's result depends on, of a tensor: size, strides, dtype. Of anything else:
+    its type, since 1 == 1.0, and itself."""
+    if isinstance(value, torch.Tensor):
+        return value.size(), value.stride(), value.dtype
+    return type(value), tuple(value) if isinstance(value, list) else value
 
 
 class AllocationTracker(TorchDispatchMode):
