@@ -74,9 +74,15 @@ def _hqq_bits(config):
     return f"hqq-int{bits}", bits
 
 
+def _torchao_type(config):
+    found = config.get("quant_type")
+    if isinstance(found, dict):
+        return (found.get("default") or {}).get("_type", "torchao")
+    return type(found).__name__
+
+
 def _torchao_bits(config):
-    found = (config.get("quant_type") or {}).get("default") or {}
-    name = found.get("_type", "torchao") if isinstance(found, dict) else type(found).__name__
+    name = _torchao_type(config)
     digits = re.search(r"(?:Int|Float|UInt|MX|NVFP)(\d)", name)
     return f"torchao-{name}", int(digits[1]) if digits else 8
 
@@ -112,13 +118,6 @@ def _nvfp4(config, model):
     from transformers.integrations.nvfp4 import _is_nvfp4_compatible
 
     return lambda name, module: _is_nvfp4_compatible(module)
-
-
-def _torchao(config, model):
-    from torch import nn
-
-    kinds = (nn.Linear, nn.Embedding) if _with_embeddings(config) else nn.Linear
-    return lambda name, module: isinstance(module, kinds)
 
 
 def _with_embeddings(config):
@@ -222,7 +221,8 @@ def _renamed(entries, config, model):
 
 
 def _dropped(entries, config, model):
-    """torchao strikes the embeddings and the head from the list if it is to quantize them."""
+    """`include_input_output_embeddings` strikes the embeddings and the head from torchao's list. An
+    embedding stays as it is all the same, because torchao's `quantize_` converts Linear layers."""
     gone = _embeddings(model) if _with_embeddings(config) else ()
     return {entry: entry for entry in entries if entry not in gone}
 
@@ -268,7 +268,8 @@ METHODS = {
     method.name: method
     for method in (
         Method("bitsandbytes", "llm_int8_skip_modules", START_OR_END,
-               f"{_T}, integrations/bitsandbytes.py", LOAD, converts=_plain_linear),
+               f"{_T}, integrations/bitsandbytes.py", LOAD, converts=_plain_linear,
+               format_of=lambda config: ("bitsandbytes", None)),
         Method("awq", "modules_to_not_convert", START_OR_END, f"{_T}, integrations/awq.py", SOURCE,
                added=_added, format_of=_named_bits("awq", "bits", 4),
                always="transformers always keeps the head, whatever the list"),
@@ -290,7 +291,7 @@ METHODS = {
                "An entry is a regular expression that has to match from the start of a weight's "
                "full name to the end of one of its parts. The end of a module's name matches "
                "nothing, because the name that is compared ends with .weight",
-               f"{_T}, quantizers/quantizer_torchao.py", LOAD, keeps=_of_weight, converts=_torchao,
+               f"{_T}, quantizers/quantizer_torchao.py", LOAD, keeps=_of_weight,
                added=_without_embeddings, entries_as_read=_dropped, format_of=_torchao_bits),
         Method("hqq", "skip_modules",
                'An entry has to equal a layer\'s full name without "model", "layers" and numbers',
@@ -319,6 +320,13 @@ def as_dictionary(config):
         attributes = {k: v for k, v in vars(config).items() if not k.startswith("_")}
         config = attributes | {"quant_method": method_name(config)}
     return copy.deepcopy(config)
+
+
+def why_unknown(config):
+    """Why vlmkit cannot follow a config, a dictionary of a known method, or None if it can."""
+    if config["quant_method"] == "torchao" and _torchao_type(config).endswith("FqnToConfig"):
+        return "FqnToConfig gives modules formats of their own, which vlmkit does not follow."
+    return None
 
 
 def method_name(config):

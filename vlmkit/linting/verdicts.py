@@ -19,7 +19,7 @@ from vlmkit.anatomy import component_finder
 from vlmkit.backend.converting import kept_in_fp32
 from vlmkit.errors import ConfigError, brief, did_you_mean
 from vlmkit.formats import FORMATS, format_of_dtype
-from vlmkit.linting.methods import METHODS, as_dictionary, classes_of, method_name
+from vlmkit.linting.methods import METHODS, as_dictionary, classes_of, method_name, why_unknown
 from vlmkit.rows import Row, is_linear, kind_of
 
 
@@ -48,7 +48,7 @@ class Given:
 
     def as_dict(self):
         """The config as a dictionary."""
-        return self.config.to_dict() if self.bitsandbytes else self.config
+        return self.config if isinstance(self.config, dict) else self.config.to_dict()
 
     @property
     def usable(self):
@@ -103,7 +103,7 @@ def verdicts(model, given, *, stored=False):
     stored: whether the weights in the checkpoint are quantized already.
     """
     if not given.bitsandbytes:
-        return _by_the_rules(model, given)
+        return verdicts_by_rule(model, given)
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -144,9 +144,12 @@ def verdicts(model, given, *, stored=False):
     return tuple(found)
 
 
-def _by_the_rules(model, given):
-    """The verdicts of another method than bitsandbytes. Bytes of a quantized weight are those of
-    its packed numbers, without scales."""
+def verdicts_by_rule(model, given):
+    """The same by the method's rule in `vlmkit.linting.methods`; `model` stays as it is.
+
+    Bytes of a quantized weight are those of its packed numbers, without scales. For bitsandbytes
+    they are those of the weight before quantization.
+    """
     method, config, dtype = given.method, given.config, model.dtype
     label, bits = method.format_of(config)
     test = method.converts(config, model)
@@ -292,6 +295,8 @@ def _of_another(config, name):
             "after a load, call vk.audit(model, plan)."
         )
     given = Given(as_dictionary(config), {}, METHODS[name])
+    if why := why_unknown(given.config | {"quant_method": name}):
+        raise ConfigError(why)
     key, entries = given.method.key, given.entries
     if entries is not None and not isinstance(entries, (list, tuple)):
         raise ConfigError(f"{key} has to be a list of strings, and is {entries!r}.")
