@@ -25,6 +25,7 @@ from vlmkit.linting.verdicts import read, verdicts_by_rule
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 GROUPS = {"config_groups": {"all": {"targets": ["Linear"], "weights": WEIGHTS}}}
+FAMILY = ["llava", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen2_vl", "mllama"))]
 OLD_NAMES = {"old names": ["vision_tower", "visual", "vision_model", "multi_modal_projector"]}
 
 
@@ -67,7 +68,7 @@ class Converted(torch.nn.Module):
     """In place of NVFP4Linear, whose kernel is not installed."""
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama"])
+@pytest.mark.parametrize("family", FAMILY)
 def test_fp8_and_nvfp4_convert_what_the_rule_says(family, folders, monkeypatch):
     monkeypatch.setattr("transformers.integrations.nvfp4.NVFP4Linear", lambda *_: Converted())
     for made, found in ((FineGrainedFP8Config, "FP8Linear"), (NVFP4Config, "Converted")):
@@ -77,13 +78,13 @@ def test_fp8_and_nvfp4_convert_what_the_rule_says(family, folders, monkeypatch):
             assert said == of_classes(converted(folders[family], config), found), entries
 
 
-@pytest.mark.parametrize("entries", (LISTS | OLD_NAMES).values(), ids=[*LISTS, *OLD_NAMES])
-def test_bitsandbytes_by_its_rule_is_bitsandbytes_by_its_quantizer(entries, folders):
-    for folder in folders.values():
-        own = {row.module for row in vk.lint(folder, bits(entries)).verdicts if row.quantized}
-        model = on_meta(vk.checkpoints.read_config(folder), torch.bfloat16)
+@pytest.mark.parametrize("family", FAMILY)
+def test_bitsandbytes_by_its_rule_is_bitsandbytes_by_its_quantizer(family, folders):
+    model = on_meta(vk.checkpoints.read_config(folders[family]), torch.bfloat16)
+    for entries in (LISTS | OLD_NAMES).values():
+        own = {r.module for r in vk.lint(folders[family], bits(entries)).verdicts if r.quantized}
         said = {r.module for r in verdicts_by_rule(model, read(bits(entries))) if r.quantized}
-        assert said == own
+        assert said == own, entries
 
 
 @pytest.mark.parametrize("embeddings", [False, True])
@@ -192,7 +193,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "mllama"])
+@pytest.mark.parametrize("family", FAMILY)
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.key])
 def test_the_repaired_list_keeps_all_but_the_language_model(method, family, folders):
     key = METHODS[method].key

@@ -70,8 +70,8 @@ def lint(x, config=None, *, revision=None, trust_remote_code=False):
         rows = verdicts(model, given, stored=stored)
     context = Context(given, rows, modules, formats, overruled)
     items = rules.findings(context)
-    about_the_list = any(finding.severity != NOTE and finding.modules for finding in items)
-    repaired = context.repaired if about_the_list else None
+    codes = {finding.code for finding in items if finding.severity != NOTE}
+    repaired = None if codes.isdisjoint(rules.OF_THE_LIST) else context.repaired
     return Findings(f"{name} loaded in {given}", items, rows, given, repaired)
 
 

@@ -348,3 +348,13 @@ RULES = (
 )
 """In the order in which findings of one severity are shown. The shapes that CPU kernels cannot
 handle are those of bitsandbytes 0.50; see vlmkit.backend.cpu."""
+
+OF_THE_LIST = {
+    "unusable-pattern",
+    "tied-weight",
+    "not-a-substring",
+    "matches-nothing",
+    "head-quantized",
+    "component-quantized",
+}
+"""Codes of the findings that another skip list settles."""
