@@ -234,8 +234,8 @@ class Method:
     name: `quant_method` in a config. key: the list's name there, or None without a list.
     matching: the rule in words. source: where the rule stands. checked: LOAD, CONVERSION or SOURCE.
     keeps: whether an entry keeps a module. converts: which modules are converted at all. added:
-        what transformers adds to the list. entries_as_read: what is matched for each entry. All of these
-        are functions; their arguments stand above them in this file.
+        what transformers adds to the list. entries_as_read: what is matched for each entry. All of
+        these are functions; their arguments stand above them in this file.
     format_of: a function of a config that returns the format's name and its bits per weight.
     always: what is kept besides the list, in words.
     syntax: "prefix" for expressions, "re" for names and expressions after `re:`, "tag" for HQQ's.
