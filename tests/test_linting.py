@@ -312,7 +312,7 @@ def test_the_shapes_are_those_that_bitsandbytes_misreads(width):
     found = KERNEL.call_boxed(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *arguments)
     right = vk.formats.dequantize(vk.formats.quantize(weight, "nf4"))
     layer = Verdict("a.weight", None, "linear", 0, (32, width), "nf4", "nf4", True)
-    told = found_by_rules(Context(read(bits()), (layer,), (), {}))
+    told = found_by_rules(Context(read(bits()), (layer,), {}, {}))
     misread = not torch.allclose(found, right, atol=0.01)
     assert misread == ("cpu-dequantize" in [finding.code for finding in told])
 
@@ -344,7 +344,7 @@ def test_a_key_that_is_dropped_without_a_word(folders):
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "quark"}, "quark"),
         ({"load_in_4bit": True, "llm_int8_skip_modules": "lm_head"}, "list of strings"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "only one"),
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, "'nf5'"),

@@ -21,10 +21,14 @@ Examples:
   vlmkit lint ./my-checkpoint                      # its own config.json says how it is quantized
   vlmkit lint ./my-checkpoint ./another/config.json --json
 
-CONFIG holds the fields of a BitsAndBytesConfig, or is a config.json with a quantization_config:
+CONFIG holds the fields of a quantization config, or is a config.json with a quantization_config:
 
 \b
   {"load_in_4bit": true, "llm_int8_skip_modules": ["model.vision_tower", "lm_head"]}
+  {"quant_method": "awq", "bits": 4, "modules_to_not_convert": ["visual"]}
+
+Known methods are bitsandbytes, awq, gptq, fp8, fbgemm_fp8, hqq, quanto, eetq, nvfp4, torchao and
+compressed-tensors. The output says how vlmkit knows the method's rule.
 
 The exit status is 1 if there is an error, and 0 if there are only warnings and notes.
 """
@@ -62,9 +66,9 @@ def lint(
     trust_remote_code: Code = False,
     json: Json = False,
 ):  # fmt: skip
-    """Show what transformers will make of a BitsAndBytesConfig and its skip list, before any weight
-    is loaded: entries that protect nothing, components that nobody meant to quantize, a head that
-    is quantized by accident."""
+    """Show what transformers will make of a quantization config and its skip list, before any
+    weight is loaded: entries that protect nothing, components that nobody meant to quantize, a head
+    that is quantized by accident, and the list to paste instead."""
     import vlmkit as vk
 
     findings = vk.lint(model, config, revision=revision, trust_remote_code=trust_remote_code)

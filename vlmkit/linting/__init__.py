@@ -1,4 +1,4 @@
-"""Linting: what transformers will make of somebody's BitsAndBytesConfig, before anything is loaded.
+"""Linting: what transformers will make of somebody's quantization config, before it loads anything.
 
     vk.lint("llava-hf/llava-1.5-7b-hf", BitsAndBytesConfig(load_in_4bit=True,
                                                            llm_int8_skip_modules=["vision_tower"]))
@@ -6,6 +6,9 @@
 A skip list is easily wrong, and transformers does not say so: an entry is not matched as a
 substring, and any list replaces the exceptions that transformers makes by default. A `vk.Plan` has
 neither trap. Linting is for configs that others wrote.
+
+Every method has a list and a rule of its own (`vlmkit.linting.methods`): bitsandbytes, AWQ, GPTQ,
+FP8, HQQ, Quanto, EETQ, NVFP4, torchao and compressed-tensors.
 """
 
 from vlmkit.anatomy import on_meta
@@ -15,6 +18,7 @@ from vlmkit.errors import CheckpointError, ConfigError, public
 from vlmkit.linting import rules
 from vlmkit.linting.context import Context
 from vlmkit.linting.findings import ERROR, NOTE, SEVERITIES, WARNING, Finding, Findings
+from vlmkit.linting.methods import classes_of
 from vlmkit.linting.verdicts import Verdict, read, require_quick, verdicts
 
 __all__ = ["ERROR", "NOTE", "SEVERITIES", "WARNING", "Finding", "Findings", "Verdict", "lint"]
@@ -26,15 +30,17 @@ def lint(x, config=None, *, revision=None, trust_remote_code=False):
 
     x: "pebble", a folder, a hub id, a catalog name, a transformers config, or a model (only its
         config is used). No weight is read.
-    config: a BitsAndBytesConfig, its dictionary, or the path of a JSON file or of a checkpoint's
-        folder with a config.json. None means the config that `x` has itself.
+    config: a quantization config of transformers, its dictionary, or the path of a JSON file or of
+        a checkpoint's folder with a config.json. None means the config that `x` has itself.
 
-    `findings.verdicts` says which format each parameter will be held in. It is the verdict of
-    transformers' own quantizer, for a load without a device_map. Bytes that are not quantized are
-    counted in the dtype that the model's config names.
+    `findings.verdicts` says which format each parameter will be held in, for a load without a
+    device_map. For bitsandbytes it is the verdict of transformers' own quantizer. For other methods
+    it follows the method's rule, and `findings.given.method.how` says how vlmkit knows the rule.
+    `findings.repaired` is the skip list with all remedies, to paste. Bytes that are not quantized
+    are counted in the dtype that the model's config names.
 
-    Raises ConfigError if there is no config of bitsandbytes, CheckpointError and AnatomyError as
-    `vk.anatomy` does.
+    Raises ConfigError if there is no config of a method in `vlmkit.linting.methods.METHODS`,
+    CheckpointError and AnatomyError as `vk.anatomy` does.
     """
     import torch
 
@@ -46,23 +52,27 @@ def lint(x, config=None, *, revision=None, trust_remote_code=False):
         if config is None and own is None:
             raise ConfigError(
                 f"{name} has no quantization_config of its own, and none was given. Give a "
-                "BitsAndBytesConfig, its dictionary, or the path of a JSON file."
+                "BitsAndBytesConfig or another config of transformers, its dictionary, or the path "
+                "of a JSON file."
             )
         given, overruled = read(own if config is None else config), None
         stored = bool(own) and folder is not None
         if stored and config is not None:  # transformers uses the checkpoint's own config
             overruled, given = given, read(own)
-            if overruled.config.to_dict() == given.config.to_dict():
+            if overruled.as_dict() == given.as_dict():
                 overruled = None
         # the dtype that from_pretrained uses unless it is told another
         dtype = source.dtype or source.get_text_config().dtype or torch.bfloat16
         model = on_meta(source, dtype, trust_remote_code)
-        modules = tuple(name for name, _ in model.named_modules())
+        modules = {name: classes_of(module) for name, module in model.named_modules()}
         require_quick(given, modules)
-        formats = _stored_formats(folder, model) if stored else {}
+        formats = _stored_formats(folder, model) if stored and given.bitsandbytes else {}
         rows = verdicts(model, given, stored=stored)
-    items = rules.findings(Context(given, rows, modules, formats, overruled))
-    return Findings(f"{name} loaded in {given}", items, rows)
+    context = Context(given, rows, modules, formats, overruled)
+    items = rules.findings(context)
+    codes = {finding.code for finding in items if finding.severity != NOTE}
+    repaired = None if codes.isdisjoint(rules.OF_THE_LIST) else context.repaired
+    return Findings(f"{name} loaded in {given}", items, rows, given, repaired)
 
 
 def _config_of(x, revision, trust_remote_code):

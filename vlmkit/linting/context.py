@@ -8,7 +8,7 @@ from functools import cached_property
 from vlmkit import COMPONENTS
 from vlmkit.backend.converting import skip_list
 from vlmkit.linting.findings import Finding
-from vlmkit.linting.verdicts import SKIP, entries_that_keep
+from vlmkit.linting.methods import tag
 from vlmkit.plan import Plan
 from vlmkit.rows import HEAD
 from vlmkit.units import MEGABYTE
@@ -18,20 +18,26 @@ from vlmkit.units import MEGABYTE
 class Context:
     """What the rules look at: a config, and what it makes of a model.
 
-    given: the config, a `Given`. verdicts: of `vlmkit.linting.verdicts`. modules: full names of all
-    modules. stored: {parameter: format} of weights that are quantized already.
+    given: the config, a `Given`. verdicts: of `vlmkit.linting.verdicts`. modules: {full name of a
+    module: names of its classes}. stored: {parameter: format} of weights that are already
+    quantized.
     overruled: the Given that transformers ignores, or None.
     """
 
     given: object
     verdicts: tuple
-    modules: tuple
+    modules: dict
     stored: dict
     overruled: object = None
 
+    def entries_that_keep(self, module, entries):
+        """Those of `entries`, as they are read, that keep the module of this full name."""
+        keeps, classes = self.given.method.keeps, self.modules.get(module, ())
+        return tuple(entry for entry in entries if keeps(entry, module, classes))
+
     @cached_property
     def layers(self):
-        """The verdicts on the weights of Linear layers, which bitsandbytes can convert."""
+        """The verdicts on the weights that the method can convert: of Linear layers, mostly."""
         return [row for row in self.verdicts if row.convertible]
 
     @cached_property
@@ -47,10 +53,10 @@ class Context:
                 for row in self.layers
                 if entry not in row.kept_by
                 and entry.strip(".")
-                and (entry in row.module or re.search(entry, row.module))
+                and (plain(entry) in row.module or _found(plain(entry), row.module))
             ]
             if kept:  # then a name counts only if the entry is a whole part of it
-                missed = [row for row in missed if f".{entry}." in f".{row.module}."]
+                missed = [row for row in missed if f".{plain(entry)}." in f".{row.module}."]
             found.append((entry, kept, missed))
         return found
 
@@ -73,11 +79,38 @@ class Context:
         """The fewest entries that keep `layers` and no other Linear layer: full module names, or
         one expression for names that differ in a number only."""
         inside = {row.module for row in layers}
+        if self.given.method.syntax == "tag":
+            return list(dict.fromkeys(tag(row.module) for row in layers))
         others = [row.module for row in self.layers if row.module not in inside]
         names = skip_list([row.module for row in layers], others)
         short = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
-        kept = {row.module for row in self.layers if entries_that_keep(row.module, short)}
+        if self.given.method.syntax == "re":  # an expression, except for a single layer
+            names, short = [[self._below(n, n in inside) for n in some] for some in (names, short)]
+        kept = {row.module for row in self.layers if self.entries_that_keep(row.module, short)}
         return short if kept == inside and len(short) < len(names) else names
+
+    @staticmethod
+    def _below(name, layer):
+        parts = (r"\d+" if part == "*" else re.escape(part) for part in name.split("."))
+        return name if layer else "re:" + r"\.".join(parts) + r"(\.|$)"
+
+    @cached_property
+    def repaired(self):
+        """The list to paste, in place of the config's own: it keeps what is kept now, what an entry
+        only seems to keep, every component but the language model, and the head. None for a method
+        without a list."""
+        if not self.given.method.key or not any(row.quantized for row in self.layers):
+            return None
+        missed = {row.name for _, _, rows in self.effects for row in rows}
+        wanted = [
+            row
+            for row in self.layers
+            if row.kept_by
+            or row.name in missed
+            or row.kind == HEAD
+            or row.component not in ("language_model", None)
+        ]
+        return self.entries_for(wanted)
 
     def plan_that_keeps(self, components):
         """Code of a Plan with the config's format that leaves in bf16 these components, and those
@@ -111,7 +144,8 @@ class Rule:
         words = {
             "given": context.given,
             "overruled": context.overruled,
-            "skip": SKIP,
+            "skip": context.given.method.key,
+            "method": context.given.method,
             "modules": modules,
             "names": listed(modules),
             "count": len(rows),
@@ -163,3 +197,15 @@ def layers_that(test, among="layers"):
 def when(test):
     """A `look` for one finding about the config, if test(context) is true."""
     return lambda context: [{}] if test(context) else []
+
+
+def plain(entry):
+    """An entry without the `re:` that marks a regular expression."""
+    return entry.removeprefix("re:")
+
+
+def _found(expression, name):
+    try:
+        return re.search(expression, name) is not None
+    except re.error:  # a method that compares names can have an entry that is no expression
+        return False

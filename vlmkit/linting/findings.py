@@ -47,11 +47,18 @@ class Findings(Table):
 
     `verdicts` is a tuple with a row for each parameter: the format that it will be held in, and its
     bytes.
+    given: the config, a `vlmkit.linting.verdicts.Given`; `given.method.how` says how vlmkit knows
+        the method's rule.
+    repaired: all remedies together: the skip list to paste, or None if nothing has to change in it.
+        It keeps everything but the language model's Linear layers out of quantization, and what the
+        config's own list keeps, or seems to keep.
     """
 
     title: str
     items: tuple
     verdicts: tuple
+    given: object = None
+    repaired: list = None
 
     def __iter__(self):
         return iter(self.items)
@@ -131,6 +138,9 @@ class Findings(Table):
             "title": self.title,
             "ok": self.ok,
             "bytes": self.total,
+            "method": self.given.method.name,
+            "rule": f"{self.given.method.matching} ({self.given.method.how})",
+            "repaired": self.repaired,
             "findings": [{**asdict(f), "modules": list(f.modules)} for f in self.items],
             "components": self.components().to_dict(orient="index"),
         }
@@ -153,9 +163,23 @@ class Findings(Table):
 
     def _remarks(self):
         yield self.summary
+        method, scales = (
+            self.given.method,
+            "The bytes of quantized weights are without their scales.",
+        )
+        known = f"The rule of {method.name} was {method.how}. "
+        yield from textwrap.wrap(known + scales * (not self.given.bitsandbytes), WIDTH)
+
+    @property
+    def _list_to_paste(self):
+        if self.repaired is None:
+            return ""
+        lines = textwrap.wrap(f"{self.given.method.key}={self.repaired!r}", WIDTH - 2)
+        return "All remedies together, to paste:\n" + textwrap.indent("\n".join(lines), "  ")
 
     def __str__(self):
-        return "\n\n".join([super().__str__(), *map(str, self.items)])
+        parts = [super().__str__(), *map(str, self.items), self._list_to_paste]
+        return "\n\n".join(filter(None, parts))
 
     __repr__ = __str__
 
@@ -165,4 +189,5 @@ class Findings(Table):
             f"→ {html.escape(f.remedy)}</p>"
             for f in self.items
         )
-        return super()._repr_html_() + "".join(items)
+        paste = f"<pre>{html.escape(self._list_to_paste)}</pre>" if self.repaired else ""
+        return super()._repr_html_() + "".join(items) + paste

@@ -7,9 +7,9 @@ parameters that it is about, says what will happen to them, and says what to do.
 from vlmkit import COMPONENTS
 from vlmkit.errors import did_you_mean
 from vlmkit.formats import BLOCK, format_of_dtype
-from vlmkit.linting.context import Rule, layers_that, listed, size_of, when
+from vlmkit.linting.context import Rule, layers_that, listed, plain, size_of, when
 from vlmkit.linting.findings import ERROR, NOTE, SEVERITIES, WARNING
-from vlmkit.linting.verdicts import SKIP, entries_that_keep, why_unusable
+from vlmkit.linting.verdicts import why_unusable
 from vlmkit.rows import EXPERTS, HEAD, LINEAR
 
 
@@ -26,15 +26,16 @@ def _unknown_keys(context):
 
 def _unusable_entries(context):
     for entry in context.given.entries or ():
-        if why_unusable(entry):
-            yield {"entry": entry, "why": why_unusable(entry), "place": context.places[0]}
+        if why := why_unusable(entry, context.given.method):
+            yield {"entry": entry, "why": why, "place": context.places[0]}
 
 
 def _nothing_quantized(context):
     if not any(row.quantized for row in context.layers):
         alone = [e for e, kept, _ in context.effects if len(kept) == len(context.layers)]
-        why = f"the entry {alone[0]!r} of {SKIP}" if alone else SKIP
-        if context.given.config.llm_int8_has_fp16_weight:
+        key = context.given.method.key or "the config"
+        why = f"the entry {alone[0]!r} of {key}" if alone else key
+        if context.given.bitsandbytes and context.given.config.llm_int8_has_fp16_weight:
             why = "llm_int8_has_fp16_weight=True"
         yield {"rows": context.layers, "why": why}
 
@@ -44,7 +45,7 @@ def _not_substrings(context):
         if missed:
             lost = [row for row in missed if row.quantized]
             better, components = listed(context.entries_for(missed)), _components(missed)
-            if context.spared.issuperset(components):
+            if context.given.bitsandbytes and context.spared.issuperset(components):
                 better += f", or plan by component: {context.plan_that_keeps(components)}"
             result = f"{len(lost)} of the missed layers are quantized: {size_of(lost)}"
             yield {
@@ -65,7 +66,8 @@ def _useless_entries(matching):
 
     def look(context):
         for entry, kept, missed in context.effects:
-            reached = tuple(n for n in context.modules if n and entries_that_keep(n, [entry]))
+            keep = context.entries_that_keep
+            reached = tuple(name for name in context.modules if name and keep(name, [entry]))
             if not kept and not missed and bool(reached) == matching:
                 hint = "" if matching else _similar(context, entry)
                 hint = hint or "If the entry is for another model, it does no harm. "
@@ -78,10 +80,9 @@ def _useless_entries(matching):
 def _similar(context, entry):
     """ "Did you mean …? " with an entry that keeps something, or an empty string."""
     ends = [entry.split(".", i)[-1] for i in range(1, entry.count(".") + 1)]
-    for end in (
-        e for e in ends if e and why_unusable(e) is None
-    ):  # the module may have had another name in front
-        if any(entries_that_keep(row.module, [end]) for row in context.layers):
+    for end in ends:  # the module may have had another name in front
+        usable = end and why_unusable(end, context.given.method) is None
+        if usable and any(context.entries_that_keep(row.module, [end]) for row in context.layers):
             return f"Did you mean {end!r}? "
     paths = {}  # {a part of a name: the beginnings of names that end with it}
     for row in context.layers:
@@ -89,7 +90,9 @@ def _similar(context, entry):
         for i, part in enumerate(parts, 1):
             paths.setdefault(part, set()).add(".".join(parts[:i]))
     better = {part: min(own) if len(own) == 1 else f".*{part}" for part, own in paths.items()}
-    return did_you_mean(entry.strip(".*"), paths, 0.6, show=better)
+    if context.given.method.syntax != "prefix":
+        better = {part: min(own) for part, own in paths.items()}
+    return did_you_mean(plain(entry).strip(".*"), paths, 0.6, show=better)
 
 
 def _components(rows):
@@ -118,15 +121,18 @@ def _quantized_components(context):
             continue
         if any({*lost} <= {*missed} for _, _, missed in context.effects):
             continue  # not-a-substring says so, about the entry that seems to keep them
-        entries = context.entries_for(lost)
+        entries = context.entries_for(lost) if context.given.method.key else []
         if context.given.entries is None:  # a list replaces the exception for the head
-            entries += [row.module for row in context.layers if row.kind == HEAD]
+            entries += [row.module for row in context.layers if row.kind == HEAD and entries]
+        planned = component and context.given.bitsandbytes
         yield {
             "rows": lost,
             "component": _named(component),
             "all": len(layers),
-            "entries": listed(entries),
-            "plan": f", or load with {context.plan_that_keeps([component])}" if component else "",
+            "keep": f"add {listed(entries)} to {context.given.method.key}"
+            if entries
+            else "quantize only what modules_in_block_to_quantize names",
+            "plan": f", or load with {context.plan_that_keeps([component])}" if planned else "",
         }
 
 
@@ -142,7 +148,18 @@ def _kept_by_transformers(context, row):
 
 
 def _four_bits(context, row):
-    return row.quantized and not row.tied and context.given.format != "int8"
+    four = context.given.bitsandbytes and context.given.format != "int8"
+    return four and row.quantized and not row.tied
+
+
+def _cannot_load(context):
+    if context.given.method.name == "hqq" and not context.stored:
+        yield {}
+
+
+def _unread(context):
+    if context.given.method.name == "gptq" and context.given.config.get("dynamic"):
+        yield {"dynamic": listed(context.given.config["dynamic"])}
 
 
 _ON_CPU = "On a CPU, load the model with vk.load, which avoids this kernel. GPUs are not affected."
@@ -170,10 +187,30 @@ RULES = (
     ),
     Rule(
         "error: no-format",
-        when(lambda c: not (c.given.config.load_in_4bit or c.given.config.load_in_8bit)),
+        when(
+            lambda c: (
+                c.given.bitsandbytes
+                and not (c.given.config.load_in_4bit or c.given.config.load_in_8bit)
+            )
+        ),
         "The config asks for neither 4 nor 8 bits, but transformers quantizes anyway, to "
         "{given.format}.",
         "Set load_in_4bit=True or load_in_8bit=True, or load without a config.",
+    ),
+    Rule(
+        "error: cannot-load",
+        _cannot_load,
+        "transformers 5.23 cannot quantize with HQQ while it loads a model: it raises "
+        "NotImplementedError. The other findings say what the list would keep.",
+        "Use another method, or quantize the loaded model with the package hqq.",
+    ),
+    Rule(
+        "error: unread-list",
+        _unread,
+        "transformers hands this model to optimum, which does not read `dynamic` ({dynamic}). "
+        "Layers that GPT-QModel left out because of it are read as quantized if they are in a "
+        "block.",
+        "Load the checkpoint with GPT-QModel, or with vLLM.",
     ),
     Rule(
         "error: stored-otherwise",
@@ -192,7 +229,7 @@ RULES = (
     ),
     Rule(
         "error: tied-weight",
-        layers_that(lambda context, row: row.tied and row.quantized),
+        layers_that(lambda c, row: row.tied and row.quantized and c.given.bitsandbytes),
         "{names} shares its weight with the embeddings, but becomes a quantized layer. The model "
         "loads, and its first forward pass fails. By default transformers keeps this layer, but "
         "any {skip}, even an empty list, replaces the default.",
@@ -208,14 +245,13 @@ RULES = (
         "error: not-a-substring",
         _not_substrings,
         "{entry!r} seems to keep {all} Linear layers, such as {example}, but it keeps {kept} of "
-        "them. transformers compares an entry with the start and the end of a full name, not with "
-        "the middle. {result}.",
+        "them. {method.matching}. {result}.",
         "Write {better}.",
     ),
     Rule(
         "note: nothing-to-keep",
         _useless_entries(matching=True),
-        "{entry!r} matches {modules[0]} but no Linear layer. bitsandbytes converts nothing else.",
+        "{entry!r} matches {modules[0]} but no Linear layer. {method.name} converts nothing else.",
         "The entry does no harm. You can remove it.",
     ),
     Rule(
@@ -227,38 +263,38 @@ RULES = (
     Rule(
         "note: several-components",
         _several_components,
-        "{entry!r} keeps Linear layers of several components: {counts}. transformers also compares "
-        "an entry with the end of each name.",
+        "{entry!r} keeps Linear layers of several components: {counts}. {method.matching}.",
         "To keep only one component, write the full name of its module.",
     ),
     Rule(
         "warning: head-quantized",
         layers_that(
-            lambda context, row: (
+            lambda c, row: (
                 row.quantized
                 and row.kind == HEAD
-                and not row.tied
-                and context.given.entries is not None
+                and not (row.tied and c.given.bitsandbytes)
+                and c.given.method.key
             )
         ),
-        "The output head {names} is quantized ({size}). By default transformers keeps the head, "
-        "but any {skip}, even an empty list, replaces the default.",
-        "Add {names} to {skip}. A vk.Plan keeps the head unless you name it.",
+        "The output head {names} is quantized ({size}). {method.always}.",
+        "Add {names} to {skip}.",
     ),
     Rule(
         "warning: component-quantized",
         _quantized_components,
         "{component} is quantized to {given.format}: {count} of its {all} Linear layers, {size}.",
-        "To keep these layers as they are, add {entries} to {skip}{plan}.",
+        "To keep these layers as they are, {keep}{plan}.",
     ),
     Rule(
         "warning: experts-kept",
         layers_that(
-            lambda context, row: row.kind == EXPERTS and len(row.shape) == 3 and not row.tied,
+            lambda context, row: (
+                row.kind == EXPERTS and len(row.shape) == 3 and not row.tied and not row.convertible
+            ),
             among="verdicts",
         ),
         "The experts stay in {first.format}: {parameters:,} parameters, {MB:,.1f} MB, {share:.0%} "
-        "of all bytes. They are 3-dimensional, and bitsandbytes converts only Linear layers.",
+        "of all bytes. They are 3-dimensional, and {method.name} converts only Linear layers.",
         "Count the experts in full, as vk.memory.predict does, or look for a checkpoint that was "
         "quantized with another method. No skip list and no plan quantizes them.",
     ),
@@ -300,7 +336,8 @@ RULES = (
         "note: float32-compute",
         when(
             lambda context: (
-                context.given.format != "int8"
+                context.given.bitsandbytes
+                and context.given.format != "int8"
                 and format_of_dtype(context.given.config.bnb_4bit_compute_dtype) == "fp32"
             )
         ),
@@ -311,3 +348,13 @@ RULES = (
 )
 """In the order in which findings of one severity are shown. The shapes that CPU kernels cannot
 handle are those of bitsandbytes 0.50; see vlmkit.backend.cpu."""
+
+OF_THE_LIST = {
+    "unusable-pattern",
+    "tied-weight",
+    "not-a-substring",
+    "matches-nothing",
+    "head-quantized",
+    "component-quantized",
+}
+"""Codes of the findings that another skip list settles."""
