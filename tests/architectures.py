@@ -7,7 +7,7 @@ they lack; `NOT_BUILT` names what stays out, and why.
 import json
 from pathlib import Path
 
-from transformers import CONFIG_MAPPING, CLIPVisionConfig
+from transformers import CONFIG_MAPPING, CLIPVisionConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 MODEL_TYPES = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
@@ -99,3 +99,51 @@ PATCHES = {
     "perception_lm": _encoder_without_timm,
     "qwen4_exp": _indexer,
 }
+
+
+def small_config_of(model_type):
+    """A config of that `model_type` with few and narrow layers, of every kind that it has."""
+    config = config_of(model_type)
+    _shrink(config, {})
+    SMALLER.get(model_type, lambda config: None)(config)
+    return config
+
+
+LAYERS = 6  # five layers with a window and one without, in Gemma 3
+MOST = 512  # of the vocabulary and of what is not named below
+NARROW = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "depth"), LAYERS),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers"), LAYERS),
+    **dict.fromkeys(("ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim"), 128),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "top_k_experts", "moe_k", "n_group", "topk_group"), 1),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size"), 16),
+    "vocab_size": MOST,
+}
+
+
+def _shrink(config, done):
+    done[id(config)] = config
+    depth = getattr(config, "num_hidden_layers", None)
+    heads = getattr(config, "num_attention_heads", None)
+    for name, value in list(vars(config).items()):
+        most = NARROW.get(name, 128 if "intermediate_size" in name else None)
+        if isinstance(value, PreTrainedConfig) and id(value) not in done:
+            _shrink(value, done)
+        elif isinstance(value, list) and len(value) == depth:
+            setattr(config, name, value[:LAYERS])
+        elif type(value) is not int:
+            continue
+        elif most is not None:
+            setattr(config, name, min(value, most))
+        elif name.endswith(("_id", "_index", "_ids")) and value >= MOST:
+            setattr(config, name, MOST - 1)
+    if type(heads) is int and heads > 4 and getattr(config, "hidden_size", None):
+        config.hidden_size = config.hidden_size // heads * 4
+        config.num_attention_heads = 4
+        kept = getattr(config, "num_key_value_heads", None)
+        if kept:
+            config.num_key_value_heads = max(1, kept * 4 // heads)
+
+
+SMALLER = {}
