@@ -7,8 +7,8 @@ tensors without data (`vlmkit.memory.tracker`).
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from vlmkit.anatomy import component_finder, unwrapped
-from vlmkit.architectures import LANGUAGE, VISION
+from vlmkit.anatomy import component_finder, unwrapped, vision_dtype
+from vlmkit.architectures import LANGUAGE
 from vlmkit.errors import AnatomyError, brief
 from vlmkit.families import family_of, writes_apart
 from vlmkit.memory.cache import places_of
@@ -49,12 +49,8 @@ class DryRun:
     def inputs(self, batch):
         """The tensors of `batch`. Pixels are float32, as processors make them, or have the dtype of
         the vision encoder where it takes no other."""
-        dtype = torch.float32
-        if not family_of(self.config).casts:
-            component_of = component_finder(self.model)
-            named = self.model.named_parameters()
-            dtypes = [p.dtype for n, p in named if component_of(n) == VISION]
-            dtype = next(dtype for dtype in dtypes if dtype.is_floating_point)
+        casts = family_of(self.config).casts
+        dtype = torch.float32 if casts else vision_dtype(self.model)
         return batch.inputs(lambda shape: self.tracker.tensor(shape, dtype))
 
     def prefill(self, inputs):
