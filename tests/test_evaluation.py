@@ -17,7 +17,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 import vlmkit as vk
 from vlmkit.anatomy import vision_dtype
 from vlmkit.errors import ImageError, QuestionError, TaskError, VlmkitError
-from vlmkit.evaluation import Scores, asking, compared, normalize, wilson
+from vlmkit.evaluation import Scores, compared, normalize, wilson
 from vlmkit.evaluation.prompts import question_inputs
 
 PATCHES, CONTEXT = 4, 512  # of the tiny model: visual tokens an image, and tokens in all

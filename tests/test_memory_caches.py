@@ -7,10 +7,10 @@ prompt of text. Families whose prompt or whose kinds of layers are new run with 
 import pytest
 import torch
 from architectures import MODEL_TYPES, NOT_BUILT, small_config_of
-from families import FINE, GRID, IMAGE, TEXT, VISION, _GRID, _without
+from families import _FAMILIES, _GRID, FINE, IMAGE, TEXT, VISION, _without
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from vlmkit.errors import AnatomyError
+from vlmkit.errors import SizeError
 from vlmkit.families import writes_apart
 from vlmkit.memory import measure, measure_peak, predict
 from vlmkit.memory.batch import batch_of
@@ -191,3 +191,20 @@ def test_the_states_of_linear_attention_are_counted():
     model = model_of(config)
     cache = run_of(model, tokens=40)[1]()
     assert sum(held(measure(model, cache=cache)).values()) == 27_136
+
+
+def test_blip_2_without_a_picture_is_its_language_model():
+    """Its own forward pass requires pixels, whose generation asks the language model."""
+    config = CONFIG_MAPPING["blip-2"](**_FAMILIES["blip2"].config)
+    model = model_of(config)
+    ids = torch.ones(2, 30, dtype=torch.long)
+    with torch.no_grad():
+        cache = model.language_model(ids, use_cache=True).past_key_values
+        predicted = predict(config, "bf16", tokens=30, batch_size=2)
+        assert held(predicted) == held(measure(model, cache=cache))
+        for _ in range(5):
+            model.language_model(ids[:, :1], past_key_values=cache)
+    predicted = predict(config, "bf16", tokens=30, batch_size=2, new_tokens=5)
+    assert held(predicted) == held(measure(model, cache=cache))
+    with pytest.raises(SizeError, match="give images"):
+        predict(config, "bf16", tokens=30, training="lora")

@@ -113,7 +113,7 @@ class Family:
         return {"mm_token_type_ids": _places(config, ids)} if self.three_axes(config) else {}
 
     def decoder(self, model):
-        """The module that runs a token after the prompt."""
+        """The module that runs text without a picture, such as a token after the prompt."""
         return model
 
     def three_axes(self, config):

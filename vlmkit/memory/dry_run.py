@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from vlmkit.anatomy import component_finder, unwrapped, vision_dtype
 from vlmkit.architectures import LANGUAGE
-from vlmkit.errors import AnatomyError, brief
+from vlmkit.errors import AnatomyError, SizeError, brief
 from vlmkit.families import family_of, writes_apart
 from vlmkit.memory.cache import places_of
 from vlmkit.memory.layers import ALL, SkippedLayers
@@ -114,6 +114,13 @@ class DryRun:
         Returns {parameter name: bytes of its gradient}, {component: bytes} at the peak (those of
         gradients under ("gradient", component)), and the bytes that are live at the end.
         """
+        if (
+            "pixel_values" not in inputs
+            and family_of(self.config).decoder(self.model) != self.model
+        ):
+            raise SizeError(
+                f"{self.config.model_type} takes no training step without a picture: give images."
+            )
         component_of = component_finder(self.model)
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
