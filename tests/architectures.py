@@ -110,7 +110,7 @@ def small_config_of(model_type):
 
 
 LAYERS = 6  # five layers with a window and one without, in Gemma 3
-MOST = 512  # of the vocabulary and of what is not named below
+MOST = 512  # of the vocabulary
 NARROW = {
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "depth"), LAYERS),
     **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers"), LAYERS),
@@ -118,7 +118,9 @@ NARROW = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "top_k_experts", "moe_k", "n_group", "topk_group"), 1),
     **dict.fromkeys(("sliding_window", "attention_chunk_size"), 16),
-    "vocab_size": MOST,
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads"), 2),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), MOST),
 }
 
 
@@ -146,4 +148,19 @@ def _shrink(config, done):
             config.num_key_value_heads = max(1, kept * 4 // heads)
 
 
-SMALLER = {}
+def _convolutions(config):
+    text = config.text_config
+    text.layer_types = ["conv", "conv", "full_attention"] * (text.num_hidden_layers // 3)
+
+
+def _shared(config):
+    config.text_config.num_kv_shared_layers = 2
+    config.text_config.layer_types = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+
+
+SMALLER = {
+    "gemma4": _shared,
+    "lfm2_vl": _convolutions,
+    "lfm3_vl": _convolutions,
+}
+"""Kinds of layers that published models have, and the defaults of their configs do not."""

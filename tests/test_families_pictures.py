@@ -196,6 +196,7 @@ def test_published_numbers():
     count = vk.memory.visual_tokens
     assert count("llava-hf/llava-1.5-7b-hf", (1024, 768)).tokens == 576
     assert count("google/paligemma-3b-mix-224", (50, 900)).tokens == 256
+    assert count("microsoft/Florence-2-base", (640, 480)).tokens == 577
     assert count("HuggingFaceTB/SmolVLM-256M-Instruct", (512, 512)).features % 64 == 0
     assert count("meta-llama/Llama-3.2-11B-Vision-Instruct", (9, 9)).attended == 4 * 1601
     # 256 for a tile of LFM2-VL, 64 at least; 144 for a tile of Llama 4
