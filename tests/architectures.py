@@ -126,8 +126,8 @@ NARROW = {
 
 def _shrink(config, done):
     done[id(config)] = config
-    depth = getattr(config, "num_hidden_layers", None)
-    heads = getattr(config, "num_attention_heads", None)
+    depth = vars(config).get("num_hidden_layers")
+    heads = vars(config).get("num_attention_heads")
     for name, value in list(vars(config).items()):
         most = NARROW.get(name, 128 if "intermediate_size" in name else None)
         if isinstance(value, PreTrainedConfig) and id(value) not in done:
@@ -140,10 +140,10 @@ def _shrink(config, done):
             setattr(config, name, min(value, most))
         elif name.endswith(("_id", "_index", "_ids")) and value >= MOST:
             setattr(config, name, MOST - 1)
-    if type(heads) is int and heads > 4 and getattr(config, "hidden_size", None):
+    if type(heads) is int and heads > 4 and vars(config).get("hidden_size"):
         config.hidden_size = config.hidden_size // heads * 4
         config.num_attention_heads = 4
-        kept = getattr(config, "num_key_value_heads", None)
+        kept = vars(config).get("num_key_value_heads")
         if kept:
             config.num_key_value_heads = max(1, kept * 4 // heads)
 
@@ -153,14 +153,54 @@ def _convolutions(config):
     text.layer_types = ["conv", "conv", "full_attention"] * (text.num_hidden_layers // 3)
 
 
-def _shared(config):
-    config.text_config.num_kv_shared_layers = 2
-    config.text_config.layer_types = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+def _rotated(*sections, **more):
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections), **more}
+
+    def rotate(config):
+        config.text_config.rope_parameters = rope
+
+    return rotate
+
+
+def _chosen(config):
+    config.text_config.num_experts_per_tok = 1
+
+
+def _omni(config):
+    config.vision_start_token_id, config.audio_start_token_id = MOST - 2, MOST - 3
+    config.text_config.hidden_size, config.text_config.head_dim = 512, 128
+    _rotated(16, 24, 24)(config)
+
+
+def _glm_moe(config):
+    config.text_config.head_dim = 64
+    _rotated(8, 12, 12)(config)
+
+
+def _wide_indexer(config):
+    config.text_config.indexer_head_dim = config.text_config.head_dim
+
+
+def _window(config):
+    config.text_config.sliding_window = 16
+
+
+def _sparse(config):
+    text = config.text_config
+    text.layer_types = ["full_attention", "minimax_m3_sparse"] * (text.num_hidden_layers // 2)
 
 
 SMALLER = {
-    "gemma4": _shared,
+    "deepseek_ocr2": _chosen,
+    "minimax_m3_vl": _sparse,
+    "qwen4_exp": _wide_indexer,
+    "step3p7": _window,
+    **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), _omni),
+    **dict.fromkeys(("glm46v", "glm4v", "glmga"), _rotated(8, 12, 12, partial_rotary_factor=0.5)),
+    "glm4v_moe": _glm_moe,
+    "glm4v_moe": _glm_moe,
+    "hunyuan_vl": _rotated(16, 16, 16, 16),
     "lfm2_vl": _convolutions,
     "lfm3_vl": _convolutions,
 }
-"""Kinds of layers that published models have, and the defaults of their configs do not."""
+"""What small models need and the defaults of their configs lack, such as kinds of layers."""

@@ -5,6 +5,7 @@ tensors without data (`vlmkit.memory.tracker`).
 """
 
 import torch
+from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from vlmkit.anatomy import component_finder, unwrapped, vision_dtype
@@ -60,10 +61,16 @@ class DryRun:
         """
         with_pictures = "pixel_values" in inputs
         model = self.model if with_pictures else family_of(self.config).decoder(self.model)
+        if not hasattr(unwrapped(model), "_supports_logits_to_keep"):
+            raise AnatomyError(f"{type(unwrapped(model)).__name__} does not write token by token.")
         last = {"logits_to_keep": 1} if unwrapped(model)._supports_logits_to_keep() else {}
         if writes_apart(self.config):
             last["decoder_input_ids"] = torch.zeros(len(inputs["input_ids"]), 1, dtype=torch.long)
-        return self._forward(model, **inputs, use_cache=True, **last)
+        cache, peak = self._forward(model, **inputs, use_cache=True, **last)
+        if cache is None:  # as for Granite 4 Vision, which is always given one by `generate`
+            last["past_key_values"] = DynamicCache(config=self.config)
+            cache, peak = self._forward(model, **inputs, use_cache=True, **last)
+        return cache, peak
 
     def decode(self, cache, batch_size, length):
         """Run one more token after `length` positions, whose states `cache` holds."""
@@ -75,8 +82,10 @@ class DryRun:
             seen = BaseModelOutput(last_hidden_state=self.encoded)
             mask = torch.ones(self.encoded.shape[:2], dtype=torch.long)
             inputs = {"decoder_input_ids": token, "attention_mask": mask, "encoder_outputs": seen}
-        if family.three_axes(self.config):
-            inputs["position_ids"] = torch.zeros(3, batch_size, 1, dtype=torch.long)
+        if family.three_axes(self.config):  # HunYuan has four
+            rope = getattr(self.config.get_text_config(), "rope_parameters", None) or {}
+            axes = len(rope.get("mrope_section", "thw"))
+            inputs["position_ids"] = torch.zeros(axes, batch_size, 1, dtype=torch.long)
         model = family.decoder(self.model)
         return self._forward(model, **inputs, past_key_values=cache, use_cache=True)
 
