@@ -198,7 +198,6 @@ SMALLER = {
     **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), _omni),
     **dict.fromkeys(("glm46v", "glm4v", "glmga"), _rotated(8, 12, 12, partial_rotary_factor=0.5)),
     "glm4v_moe": _glm_moe,
-    "glm4v_moe": _glm_moe,
     "hunyuan_vl": _rotated(16, 16, 16, 16),
     "lfm2_vl": _convolutions,
     "lfm3_vl": _convolutions,
