@@ -33,7 +33,7 @@ ELSEWHERE = {
     "blip-2": "its own forward pass needs a picture: see the test of its language model below",
     "inkling2": "its router takes float32 only, and a new model in bfloat16 does not keep that",
 }
-QUICK = ("glm5_next", "lfm2_vl", "unlimited_ocr")
+QUICK = ("lfm3_vl", "unlimited_ocr")
 
 
 def held(ledger):
@@ -194,7 +194,12 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("name", FIELDS)
+SLOW = ("qwen3_5", "lfm2_vl")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FIELDS]
+)
 def test_with_a_picture(name):
     """The predicted inputs are inputs that a real model takes; the peak of the prompt is near."""
     config = CONFIG_MAPPING[name](**FIELDS[name])
