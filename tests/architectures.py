@@ -7,7 +7,7 @@ they lack; `NOT_BUILT` names what stays out, and why.
 import json
 from pathlib import Path
 
-from transformers import CONFIG_MAPPING, CLIPVisionConfig
+from transformers import CONFIG_MAPPING, CLIPVisionConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 MODEL_TYPES = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
@@ -99,3 +99,107 @@ PATCHES = {
     "perception_lm": _encoder_without_timm,
     "qwen4_exp": _indexer,
 }
+
+
+def small_config_of(model_type):
+    """A config of that `model_type` with few and narrow layers, of every kind that it has."""
+    config = config_of(model_type)
+    _shrink(config, {})
+    SMALLER.get(model_type, lambda config: None)(config)
+    return config
+
+
+LAYERS = 6  # five layers with a window and one without, in Gemma 3
+MOST = 512  # of the vocabulary
+NARROW = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "depth"), LAYERS),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers"), LAYERS),
+    **dict.fromkeys(("ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim"), 128),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "top_k_experts", "moe_k", "n_group", "topk_group"), 1),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size"), 16),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads"), 2),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), MOST),
+}
+
+
+def _shrink(config, done):
+    done[id(config)] = config
+    depth = vars(config).get("num_hidden_layers")
+    heads = vars(config).get("num_attention_heads")
+    for name, value in list(vars(config).items()):
+        most = NARROW.get(name, 128 if "intermediate_size" in name else None)
+        if isinstance(value, PreTrainedConfig) and id(value) not in done:
+            _shrink(value, done)
+        elif isinstance(value, list) and len(value) == depth:
+            setattr(config, name, value[:LAYERS])
+        elif type(value) is not int:
+            continue
+        elif most is not None:
+            setattr(config, name, min(value, most))
+        elif name.endswith(("_id", "_index", "_ids")) and value >= MOST:
+            setattr(config, name, MOST - 1)
+    if type(heads) is int and heads > 4 and vars(config).get("hidden_size"):
+        config.hidden_size = config.hidden_size // heads * 4
+        config.num_attention_heads = 4
+        kept = vars(config).get("num_key_value_heads")
+        if kept:
+            config.num_key_value_heads = max(1, kept * 4 // heads)
+
+
+def _convolutions(config):
+    text = config.text_config
+    text.layer_types = ["conv", "conv", "full_attention"] * (text.num_hidden_layers // 3)
+
+
+def _rotated(*sections, **more):
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections), **more}
+
+    def rotate(config):
+        config.text_config.rope_parameters = rope
+
+    return rotate
+
+
+def _chosen(config):
+    config.text_config.num_experts_per_tok = 1
+
+
+def _omni(config):
+    config.vision_start_token_id, config.audio_start_token_id = MOST - 2, MOST - 3
+    config.text_config.hidden_size, config.text_config.head_dim = 512, 128
+    _rotated(16, 24, 24)(config)
+
+
+def _glm_moe(config):
+    config.text_config.head_dim = 64
+    _rotated(8, 12, 12)(config)
+
+
+def _wide_indexer(config):
+    config.text_config.indexer_head_dim = config.text_config.head_dim
+
+
+def _window(config):
+    config.text_config.sliding_window = 16
+
+
+def _sparse(config):
+    text = config.text_config
+    text.layer_types = ["full_attention", "minimax_m3_sparse"] * (text.num_hidden_layers // 2)
+
+
+SMALLER = {
+    "deepseek_ocr2": _chosen,
+    "minimax_m3_vl": _sparse,
+    "qwen4_exp": _wide_indexer,
+    "step3p7": _window,
+    **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), _omni),
+    **dict.fromkeys(("glm46v", "glm4v", "glmga"), _rotated(8, 12, 12, partial_rotary_factor=0.5)),
+    "glm4v_moe": _glm_moe,
+    "hunyuan_vl": _rotated(16, 16, 16, 16),
+    "lfm2_vl": _convolutions,
+    "lfm3_vl": _convolutions,
+}
+"""What small models need and the defaults of their configs lack, such as kinds of layers."""

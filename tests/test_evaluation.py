@@ -15,8 +15,9 @@ from processors import PROCESSORS
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import vlmkit as vk
+from vlmkit.anatomy import vision_dtype
 from vlmkit.errors import ImageError, QuestionError, TaskError, VlmkitError
-from vlmkit.evaluation import Scores, asking, compared, normalize, wilson
+from vlmkit.evaluation import Scores, compared, normalize, wilson
 from vlmkit.evaluation.prompts import question_inputs
 
 PATCHES, CONTEXT = 4, 512  # of the tiny model: visual tokens an image, and tokens in all
@@ -176,7 +177,7 @@ def test_pixels_come_in_the_vision_encoders_own_type(model, vision):
     mixed = LlavaForConditionalGeneration._from_config(model.config, dtype=torch.float16)
     for name, dtype in parts.items():
         getattr(mixed.model, name).to(dtype)
-    assert asking.vision_dtype(mixed) == vision
+    assert vision_dtype(mixed) == vision
 
 
 def test_a_batch_answers_as_one_by_one(model, processor, dataset):

@@ -1,20 +1,33 @@
 """The rules for visual tokens, compared with the image processors that need no torchvision."""
 
+import __future__
+
+import ast
 import json
+import math
+from collections import defaultdict
+from functools import lru_cache
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from families import _FAMILIES
 from PIL import Image
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, image_utils
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import vlmkit as vk
 from vlmkit.errors import SizeError
 from vlmkit.families import family_of, newer_names
+from vlmkit.families.tiles import canvas
 
-SIZES = [(64, 64), (100, 70), (1024, 768), (333, 1000), (1999, 121), (37, 36)]
+SIZES = [
+    (64, 64), (100, 70), (1024, 768), (333, 1000), (1999, 121), (37, 36), (28, 28), (29, 55),
+    (336, 336), (384, 385), (512, 512), (513, 511), (640, 480), (700, 1100), (90, 1500),
+    (1280, 720), (256, 1024), (724, 725), (60, 1400), (1001, 999),
+]  # fmt: skip
 
 
 def made(module, name, picture_size, **settings):
@@ -37,71 +50,144 @@ def config_of(family, **vision):
     )
 
 
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ["Qwen2VL", "Glm4v"])
-def test_patches_in_a_grid(name, size):
+def test_patches_in_a_grid(name):
     family = {"Qwen2VL": "qwen2_vl", "Glm4v": "glm4v"}[name]
     config = config_of(family, patch_size=14)
-    out, settings = made(family, name, size)
-    ((_, rows, columns),) = out["image_grid_thw"].tolist()
-    seen = picture(config, settings, size)
-    assert (seen.patches, seen.crop) == (rows * columns, (rows * 14, columns * 14))
-    assert seen.tokens == rows * columns // 4
+    for size in SIZES:
+        out, settings = made(family, name, size)
+        ((_, rows, columns),) = out["image_grid_thw"].tolist()
+        seen = picture(config, settings, size)
+        assert (seen.patches, seen.crop) == (rows * columns, (rows * 14, columns * 14))
+        assert seen.tokens == rows * columns // 4
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", ["Idefics3", "SmolVLM", "Idefics2"])
-def test_tiles_in_a_row(name, size):
-    side = {"image_size": 364, "patch_size": 14}
-    out, settings = made(name.lower(), name, size)
-    seen = picture(config_of(name.lower(), **side), settings, size)
-    _, count, _, *crop = out["pixel_values"].shape
-    assert (seen.count, seen.crop) == (count, tuple(crop))
+SMALL = {"size": {"longest_edge": 4 * 98}, "max_image_size": {"longest_edge": 98}}
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "name, edges",
+    [
+        ("Idefics2", {}),
+        ("Idefics3", SMALL),
+        pytest.param("Idefics3", {}, marks=pytest.mark.slow),
+        pytest.param("SmolVLM", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_tiles_in_a_row(name, edges):
+    side = edges["max_image_size"]["longest_edge"] if edges else 364
+    config = config_of(name.lower(), image_size=side, patch_size=14)
+    for size in SIZES:
+        out, settings = made(name.lower(), name, size, **edges)
+        seen = picture(config, settings, size)
+        _, count, _, *crop = out["pixel_values"].shape
+        assert (seen.count, seen.crop) == (count, tuple(crop))
+
+
 @pytest.mark.parametrize(
     "module, name", [("llava_next", "LlavaNext"), ("llava_onevision", "LlavaOnevision")]
 )
-def test_tiles_of_any_resolution(module, name, size):
+def test_tiles_of_any_resolution(module, name):
     side = 336  # of which the tiles are multiples, as in the published checkpoints
     edges = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     if module == "llava_onevision":
         side, edges = 384, {}
-    out, settings = made(module, name, size, **edges)
     config = config_of(module, image_size=side, patch_size=14)
-    config.image_grid_pinpoints = settings["image_grid_pinpoints"]
-    assert picture(config, settings, size).count == out["pixel_values"].shape[1]
+    for size in SIZES:
+        out, settings = made(module, name, size, **edges)
+        config.image_grid_pinpoints = settings["image_grid_pinpoints"]
+        assert picture(config, settings, size).count == out["pixel_values"].shape[1]
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_the_canvas_of_llama_3_2_vision(size):
-    from vlmkit.families.tiles import canvas
-
-    out, settings = made("mllama", "Mllama", size)
-    rows, columns = canvas(*size, settings["max_image_tiles"], settings["size"]["height"])
-    assert rows * columns == out["num_tiles"][0][0]
+def test_the_canvas_of_llama_3_2_vision():
+    for size in SIZES:
+        out, settings = made("mllama", "Mllama", size)
+        rows, columns = canvas(*size, settings["max_image_tiles"], settings["size"]["height"])
+        assert rows * columns == out["num_tiles"][0][0]
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_rows_of_pixtral(size):
+def test_rows_of_pixtral():
     config = config_of("mistral3", image_size=1024, patch_size=16)
     config.spatial_merge_size = 1
-    out, settings = made("pixtral", "Pixtral", size)
-    assert picture(config, settings, size).crop == tuple(out["image_sizes"][0].tolist())
+    for size in SIZES:
+        out, settings = made("pixtral", "Pixtral", size)
+        assert picture(config, settings, size).crop == tuple(out["image_sizes"][0].tolist())
 
 
-@pytest.mark.parametrize("soft_tokens", [70, 280, 1120])
-@pytest.mark.parametrize("size", SIZES)
-def test_pooled_patches_of_gemma_4(size, soft_tokens):
+def test_the_tiles_of_internvl():
+    config = config_of("internvl", image_size=112, patch_size=14)
+    edges = {"size": {"height": 112, "width": 112}, "crop_to_patches": True}
+    for size in SIZES:
+        out, settings = made("got_ocr2", "GotOcr2", size, **edges)
+        settings["crop_to_patches"] = True
+        assert picture(config, settings, size).count == len(out["pixel_values"]), size
+
+
+def code_of(path, *names):
+    """Functions and classes of a module that needs torchvision, without what it imports: none of
+    these touches a pixel. A class has no bases and no decorator."""
+    source = (Path(transformers.__file__).parent / path).read_text("utf-8")
+    parts = [part for part in ast.parse(source).body if getattr(part, "name", None) in names]
+    for part in parts:
+        part.decorator_list = []
+        if isinstance(part, ast.ClassDef):
+            methods = (ast.FunctionDef, ast.Assign)
+            part.bases, part.body = [], [p for p in part.body if isinstance(p, methods)]
+    known = {**vars(image_utils), "math": math, "torch": torch}
+    known |= {"defaultdict": defaultdict, "lru_cache": lru_cache, "Lfm2VlImageProcessorKwargs": 0}
+    flags = __future__.annotations.compiler_flag
+    exec(compile(ast.Module(parts, []), path, "exec", flags, dont_inherit=True), known)
+    return [known[name] for name in names]
+
+
+def test_the_tiles_of_lfm2_vl():
+    """Its processor has no version without torchvision: its own arithmetic is compared. With
+    torchvision, the processor itself made the same for all sizes."""
+    path = "models/lfm2_vl/image_processing_lfm2_vl.py"
+    *_, kind = code_of(path, "round_by_factor", "find_closest_aspect_ratio", "Lfm2VlImageProcessor")
+    own = kind.__new__(kind)
+    config = CONFIG_MAPPING["lfm2_vl"]()
+    settings = family_of(config).settings(config)
+    assert {name: getattr(own, name) for name in settings} == settings
+    limits = {name: settings[name] for name in ("max_image_tokens", "encoder_patch_size")}
+    limits["downsample_factor"] = settings["downsample_factor"]
+    for width, height in SIZES:
+        seen = picture(config, settings, (width, height))
+        least = settings["min_image_tokens"]
+        whole = own.smart_resize(height, width, min_image_tokens=least, **limits)[::-1]
+        count, crop, thumbnail = 1, whole, None
+        if own._is_image_too_large(height, width, max_pixels_tolerance=2.0, **limits):
+            count = own._get_grid_layout(height, width, 2, 10, 512)[-1] + 1
+            crop, thumbnail = (512, 512), whole
+        assert (seen.count, seen.crop, seen.thumbnail) == (count, crop, thumbnail)
+
+
+def test_the_canvas_of_llama_4():
+    """As for LFM2-VL."""
+    path = "models/llama4/image_processing_llama4.py"
+    names = "get_factors", "find_supported_resolutions", "get_best_fit"
+    _, resolutions, best = code_of(path, *names)
+    config = CONFIG_MAPPING["llama4"](vision_config={"image_size": 336})
+    settings = family_of(config).settings(config)
+    size = image_utils.SizeDict(height=336, width=336)
+    known = torch.tensor(resolutions(settings["max_patches"], size))
+    for width, height in SIZES:
+        rows, columns = (int(side) // 336 for side in best((height, width), known))
+        count = rows * columns + (rows * columns > 1)
+        assert picture(config, settings, (width, height)).count == count
+
+
+@pytest.mark.parametrize("soft_tokens", [70, 280, pytest.param(1120, marks=pytest.mark.slow)])
+def test_pooled_patches_of_gemma_4(soft_tokens):
     config = CONFIG_MAPPING["gemma4"](vision_config={}, audio_config=None)
-    out, settings = made("gemma4", "Gemma4", size, max_soft_tokens=soft_tokens)
-    seen = picture(config, settings, size)
-    assert seen.features == out["num_soft_tokens_per_image"][0] == seen.tokens - 2
-    assert seen.patches == out["pixel_values"].shape[1]
-    inputs = family_of(config).pixels(config, [seen], [size], 1, torch.ones)
-    assert torch.equal(inputs["image_position_ids"], out["image_position_ids"])
-    assert inputs["pixel_values"].shape == out["pixel_values"].shape
+    for size in SIZES:
+        out, settings = made("gemma4", "Gemma4", size, max_soft_tokens=soft_tokens)
+        seen = picture(config, settings, size)
+        assert seen.features == out["num_soft_tokens_per_image"][0] == seen.tokens - 2
+        assert seen.patches == out["pixel_values"].shape[1]
+        inputs = family_of(config).pixels(config, [seen], [size], 1, torch.ones)
+        assert torch.equal(inputs["image_position_ids"], out["image_position_ids"])
+        assert inputs["pixel_values"].shape == out["pixel_values"].shape
 
 
 def test_published_numbers():
@@ -110,6 +196,7 @@ def test_published_numbers():
     count = vk.memory.visual_tokens
     assert count("llava-hf/llava-1.5-7b-hf", (1024, 768)).tokens == 576
     assert count("google/paligemma-3b-mix-224", (50, 900)).tokens == 256
+    assert count("microsoft/Florence-2-base", (640, 480)).tokens == 577
     assert count("HuggingFaceTB/SmolVLM-256M-Instruct", (512, 512)).features % 64 == 0
     assert count("meta-llama/Llama-3.2-11B-Vision-Instruct", (9, 9)).attended == 4 * 1601
     # 256 for a tile of LFM2-VL, 64 at least; 144 for a tile of Llama 4

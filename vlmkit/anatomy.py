@@ -76,6 +76,19 @@ def component_finder(model):
     return lambda path: decide(path, model_type)[0]
 
 
+def vision_dtype(model):
+    """The floating-point dtype of the pixels that the vision encoder takes.
+
+    Under a plan the components have different dtypes, and `model.dtype` is that of the first one.
+    For a quantized encoder it is the dtype of the unquantized rest, such as the patch embedding.
+    """
+    component_of = component_finder(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and component_of(name) == VISION:
+            return parameter.dtype
+    return model.dtype
+
+
 def shape_of(parameter):
     """The shape of the weight before it was packed, as a tuple. `shape` and `numel()` of a 4-bit
     weight count bytes, which hold two numbers each; its quantization state has the shape."""

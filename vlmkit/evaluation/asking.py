@@ -8,8 +8,7 @@ the left, so that every answer begins right after its question.
 import contextlib
 import inspect
 
-from vlmkit.anatomy import component_finder
-from vlmkit.architectures import VISION
+from vlmkit.anatomy import vision_dtype
 from vlmkit.errors import QuestionError, VlmkitError, public, shown
 from vlmkit.evaluation.prompts import THOUGHTS, question_inputs
 from vlmkit.images import read_all
@@ -269,19 +268,6 @@ def _check_context(model, inputs, images, max_new_tokens):
         f"{max_new_tokens:,} are for the answer. To make it fit, {remedy}.",
         prompt,
     )
-
-
-def vision_dtype(model):
-    """The floating-point dtype of the pixels that the vision encoder takes.
-
-    Under a plan the components have different dtypes, and `model.dtype` is that of the first one.
-    For a quantized encoder it is the dtype of the unquantized rest, such as the patch embedding.
-    """
-    component_of = component_finder(model)
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and component_of(name) == VISION:
-            return parameter.dtype
-    return model.dtype
 
 
 @contextlib.contextmanager

@@ -15,7 +15,15 @@ from pathlib import Path
 
 from vlmkit.errors import SizeError, shown
 from vlmkit.families import grids, tiles
-from vlmkit.families.base import Family, Picture, check_size, image_id, inputs_of, side_of
+from vlmkit.families.base import (
+    Family,
+    Picture,
+    check_size,
+    image_id,
+    inputs_of,
+    side_of,
+    writes_apart,
+)
 
 __all__ = [
     "FAMILIES",
@@ -30,6 +38,7 @@ __all__ = [
     "settings_of",
     "side_of",
     "with_limits",
+    "writes_apart",
 ]
 
 

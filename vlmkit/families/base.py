@@ -50,11 +50,13 @@ class Family:
 
     model_types: the values of `model_type` in config.json.
     one_size: whether the vision encoder resizes every picture to its own resolution.
+    casts: whether the vision encoder casts pixels to its own dtype.
     limits: what limits a picture's size in its processor (see `vlmkit.families.with_limits`).
     """
 
     model_types = ()
     one_size = False
+    casts = True
     limits = ()
 
     @property
@@ -111,7 +113,7 @@ class Family:
         return {"mm_token_type_ids": _places(config, ids)} if self.three_axes(config) else {}
 
     def decoder(self, model):
-        """The module that runs a token after the prompt."""
+        """The module that runs text without a picture, such as a token after the prompt."""
         return model
 
     def three_axes(self, config):
@@ -129,6 +131,13 @@ class TokenTypes(Family):
 
     def beside(self, config, ids, tensors):
         return {"token_type_ids": _places(config, ids)}
+
+
+def writes_apart(config):
+    """Whether an encoder reads the prompt and a decoder with a cache of its own writes the answer
+    (Florence-2)."""
+    text = getattr(config, "text_config", None)
+    return any(getattr(part, "is_encoder_decoder", False) for part in (config, text))
 
 
 def image_id(config):

@@ -52,6 +52,28 @@ class Blip2(Family):
         return model.language_model  # the whole model's own forward requires a picture
 
 
+class Florence2(Family):
+    """Florence-2 (arXiv 2311.06242, section 3.1): every picture is resized to one square; each
+    place of the last grid is a token, and one more is the mean of all. An encoder reads them and
+    the text."""
+
+    model_types = ("florence2",)
+    one_size, casts = True, False
+
+    def settings(self, config):
+        return {"size": {"height": 768, "width": 768}}
+
+    def picture(self, config, settings, width, height, alone=True):
+        vision, crop = config.vision_config, (settings["size"]["height"], settings["size"]["width"])
+        first, last = vision.patch_stride[0], math.prod(vision.patch_stride)
+        tokens = math.prod(side // last for side in crop) + 1
+        patches = math.prod(side // first for side in crop)
+        why = (
+            f"resized to {crop[1]} x {crop[0]} pixels, a token for each {last} x {last} and for all"
+        )
+        return Picture(tokens, tokens, crop, 1, patches, why)
+
+
 class Qwen(Family):
     """Qwen2-VL (arXiv 2409.12191, section 2.1) and later: both sides are rounded to multiples of a
     merged patch, and the number of pixels is kept between a smallest and a largest one.

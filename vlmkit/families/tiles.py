@@ -302,6 +302,7 @@ class Llama4(Family):
     and whole. A separator follows each tile, and there are three markers."""
 
     model_types = ("llama4",)
+    casts = False
 
     def settings(self, config):
         return {"max_patches": 16, "size": {"height": config.vision_config.image_size}}

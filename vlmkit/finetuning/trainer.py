@@ -14,11 +14,11 @@ from tqdm import tqdm
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from vlmkit.anatomy import component_finder, unwrapped
+from vlmkit.anatomy import component_finder, unwrapped, vision_dtype
 from vlmkit.backend import passes
 from vlmkit.errors import FinetuningError, brief
 from vlmkit.evaluation import evaluate
-from vlmkit.evaluation.asking import context_of, in_evaluation_mode, vision_dtype
+from vlmkit.evaluation.asking import context_of, in_evaluation_mode
 from vlmkit.finetuning import continuing, saved
 from vlmkit.finetuning.collating import IGNORED, Collator
 from vlmkit.finetuning.gradients import gradient_report, not_finite, require_finite

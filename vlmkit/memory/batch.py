@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from vlmkit.errors import AnatomyError, SizeError, shown
-from vlmkit.families import check_size, family_of, inputs_of, settings_of, side_of
+from vlmkit.families import check_size, family_of, inputs_of, settings_of, side_of, writes_apart
 
 USUAL = 1024, 768
 """Width and height of a picture if its size matters and none is given."""
@@ -71,7 +71,10 @@ def batch_of(
     if new_tokens and not found:
         raise SizeError("new tokens need a prompt: give tokens, images or both")
     room = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if room and found.length + new_tokens > room:
+    length = found.length + new_tokens
+    if writes_apart(config):  # the answer begins with a token of its own
+        length = max(found.length, 1 + new_tokens)
+    if room and length > room:
         raise SizeError(
             f"{found.length + new_tokens:,} positions ({tokens:,} of text, "
             f"{found.length - tokens:,} of {len(found.sizes)} pictures, {new_tokens:,} new) do not "
@@ -111,7 +114,7 @@ def _batch(config, folder, tokens, new_tokens, sizes, batch_size, limits):
 def _sizes(config, images, image_size):
     """(width, height) of each picture of a sample."""
     if image_size is None:
-        if images and family_of(config).one_size:
+        if images and family_of(config).one_size and hasattr(config.vision_config, "image_size"):
             side = side_of(config.vision_config.image_size)
             return ((side, side),) * images
         return (USUAL,) * images

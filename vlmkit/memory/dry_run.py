@@ -5,11 +5,13 @@ tensors without data (`vlmkit.memory.tracker`).
 """
 
 import torch
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutput
 
-from vlmkit.anatomy import component_finder, unwrapped
+from vlmkit.anatomy import component_finder, unwrapped, vision_dtype
 from vlmkit.architectures import LANGUAGE
-from vlmkit.errors import AnatomyError, brief
-from vlmkit.families import family_of
+from vlmkit.errors import AnatomyError, SizeError, brief
+from vlmkit.families import family_of, writes_apart
 from vlmkit.memory.cache import places_of
 from vlmkit.memory.layers import ALL, SkippedLayers
 from vlmkit.memory.tracker import AllocationTracker, storage_of
@@ -45,23 +47,45 @@ class DryRun:
     def places(self):
         return places_of(self.model, self.stand_ins)
 
+    def inputs(self, batch):
+        """The tensors of `batch`. Pixels are float32, as processors make them, or have the dtype of
+        the vision encoder where it takes no other."""
+        casts = family_of(self.config).casts
+        dtype = torch.float32 if casts else vision_dtype(self.model)
+        return batch.inputs(lambda shape: self.tracker.tensor(shape, dtype))
+
     def prefill(self, inputs):
         """Run the prompt as `generate` does, with logits of the last position only.
 
         Returns (the cache, {component: bytes} at the peak, those of the cache included).
         """
-        last = {"logits_to_keep": 1} if unwrapped(self.model)._supports_logits_to_keep() else {}
-        return self._forward(self.model, **inputs, use_cache=True, **last)
+        with_pictures = "pixel_values" in inputs
+        model = self.model if with_pictures else family_of(self.config).decoder(self.model)
+        if not hasattr(unwrapped(model), "_supports_logits_to_keep"):
+            raise AnatomyError(f"{type(unwrapped(model)).__name__} does not write token by token.")
+        last = {"logits_to_keep": 1} if unwrapped(model)._supports_logits_to_keep() else {}
+        if writes_apart(self.config):
+            last["decoder_input_ids"] = torch.zeros(len(inputs["input_ids"]), 1, dtype=torch.long)
+        cache, peak = self._forward(model, **inputs, use_cache=True, **last)
+        if cache is None:  # as for Granite 4 Vision, which is always given one by `generate`
+            last["past_key_values"] = DynamicCache(config=self.config)
+            cache, peak = self._forward(model, **inputs, use_cache=True, **last)
+        return cache, peak
 
     def decode(self, cache, batch_size, length):
         """Run one more token after `length` positions, whose states `cache` holds."""
         family = family_of(self.config)
-        inputs = {
-            "input_ids": torch.zeros(batch_size, 1, dtype=torch.long),
-            "attention_mask": torch.ones(batch_size, length + 1, dtype=torch.long),
-        }
-        if family.three_axes(self.config):
-            inputs["position_ids"] = torch.zeros(3, batch_size, 1, dtype=torch.long)
+        token = torch.zeros(batch_size, 1, dtype=torch.long)
+        mask = torch.ones(batch_size, length + 1, dtype=torch.long)
+        inputs = {"input_ids": token, "attention_mask": mask}
+        if writes_apart(self.config):
+            seen = BaseModelOutput(last_hidden_state=self.encoded)
+            mask = torch.ones(self.encoded.shape[:2], dtype=torch.long)
+            inputs = {"decoder_input_ids": token, "attention_mask": mask, "encoder_outputs": seen}
+        if family.three_axes(self.config):  # HunYuan has four
+            rope = getattr(self.config.get_text_config(), "rope_parameters", None) or {}
+            axes = len(rope.get("mrope_section", "thw"))
+            inputs["position_ids"] = torch.zeros(axes, batch_size, 1, dtype=torch.long)
         model = family.decoder(self.model)
         return self._forward(model, **inputs, past_key_values=cache, use_cache=True)
 
@@ -71,7 +95,9 @@ class DryRun:
         with self.tracker, torch.no_grad():
             output = self._run(model, inputs)
         # BLIP-2 returns the output of its language model inside its own.
-        cache = getattr(output, "language_model_outputs", output).past_key_values
+        output = getattr(output, "language_model_outputs", output)
+        self.encoded = getattr(output, "encoder_last_hidden_state", None)
+        cache = output.past_key_values
         return cache, _named(self.tracker.by_component)
 
     def _restart(self):
@@ -97,6 +123,13 @@ class DryRun:
         Returns {parameter name: bytes of its gradient}, {component: bytes} at the peak (those of
         gradients under ("gradient", component)), and the bytes that are live at the end.
         """
+        if (
+            "pixel_values" not in inputs
+            and family_of(self.config).decoder(self.model) != self.model
+        ):
+            raise SizeError(
+                f"{self.config.model_type} takes no training step without a picture: give images."
+            )
         component_of = component_finder(self.model)
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:

@@ -69,7 +69,8 @@ def predict(
     training step:
 
     tokens: tokens of text in each sample, beside those of its pictures.
-    new_tokens: tokens that have gone through the model after the prompt.
+    new_tokens: tokens that have gone through the model after the prompt. Florence-2's decoder,
+        which writes apart from the prompt, begins with one token of its own.
     images: pictures in each sample.
     image_size: (width, height) in pixels, or a list of one for each picture. By default it is the
         vision encoder's own resolution, or 1024 x 768 if the encoder takes any.

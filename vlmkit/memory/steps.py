@@ -55,16 +55,14 @@ def dry_passes(model, layout, batch, device=None, adapters=None):
     adapters: the folder of the checkpoint's adapters, or None."""
     model = as_loaded(model, layout)
     run = DryRun(model if adapters is None else as_stored(model, adapters), device=device)
-    inputs = batch.inputs(run.tracker.tensor)
+    inputs = run.inputs(batch)
     cache, prefill = run.prefill(inputs)
-    places = run.places
-    kept = tuple(predicted_cache(cache, places, batch.new_tokens))
     decode = {}
     if batch.new_tokens:
-        before = batch.length + batch.new_tokens - 1
-        stretch(cache, places, before, run.tracker)
-        _, decode = run.decode(cache, batch.size, before)
-    return Passes(inputs, kept, prefill, decode)
+        more = batch.new_tokens - 1
+        stretch(cache, run.places, more, run.tracker)
+        cache, decode = run.decode(cache, batch.size, batch.length + more)
+    return Passes(inputs, tuple(predicted_cache(cache, run.places)), prefill, decode)
 
 
 @quiet()
@@ -105,7 +103,7 @@ def training_step(model, build, layout, batch, how, whole=True, device=None):
         if how.gradient_checkpointing:
             checkpointing.enable(model)
         run = DryRun(model, last, device)
-        inputs = batch.inputs(run.tracker.tensor)
+        inputs = run.inputs(batch)
         learnt, peak, left = run.train(inputs, inputs["input_ids"])
         if run.complete:
             break
