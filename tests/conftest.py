@@ -4,12 +4,16 @@ import functools
 import gc
 import runpy
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Some tests press Ctrl-C. A shell ignores it in what runs in the background, as these tests may.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module", autouse=True)

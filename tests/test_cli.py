@@ -334,13 +334,7 @@ def test_ctrl_c_is_quiet(red):
     code += "vlmkit.load = lambda *_, **__: time.sleep(60); sys.exit(main(sys.argv[1:]))"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     words = [sys.executable, "-c", code, "ask", red, "What?"]
-
-    def as_from_a_shell():
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # ignored where the tests run in the background
-
-    running = subprocess.Popen(words, cwd=HERE, text=True, preexec_fn=as_from_a_shell, **pipes)
+    running = subprocess.Popen(words, cwd=HERE, text=True, **pipes)
     assert running.stdout.readline().startswith("picture")  # buffered until the model is named
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=30)
