@@ -26,9 +26,10 @@ from vlmkit.environment import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = 4
-SLOW = ("02_connectors", "08_lora_on_vqa", "10_making_pebble")
-"""Chapters that train for minutes, on which `make test-all` alone spends the time. What trains in
-`make test` is the solution of 06_the_recipe, and the tests of `vlmkit.finetuning`."""
+SLOW = ("02_connectors", "07_planning", "08_lora_on_vqa", "10_making_pebble")
+"""Chapters that train or search for minutes, on which `make test-all` alone spends the time. What
+trains in `make test` is the solution of 06_the_recipe, and the tests of `vlmkit.finetuning`; what
+plans is the solutions of 07_planning, and the tests of `vlmkit.planner`."""
 SECONDS = 160
 """What a part of the tests takes, about; a chapter takes what `make times` has recorded. More parts
 fill the lanes more evenly, and each costs a start of some seconds."""
