@@ -64,9 +64,6 @@ class TemporaryWeights:
             raise
         return self
 
-    def __exit__(self, *_):
-        self._restore()
-
     def _take_model(self):
         own = threading.get_ident()
         with self._lock:
@@ -86,22 +83,27 @@ class TemporaryWeights:
         self._stacks.setdefault(id(parameter), []).append(change)
         parameter.data = tensor
 
-    def _restore(self):
-        interrupted = None
-        while self._original or self._hooks or self._held:
+    def _restore(self, *_):
+        interrupted, restored = None, False
+        while not restored:
             try:
-                if self._hooks:
-                    self._hooks[-1].remove()
-                    self._hooks.pop()
-                elif self._original:
-                    self._take_back(self._original[-1])
-                    self._original.pop()
-                else:
-                    self._leave_model()
+                # Inside the `try`, since an interrupt can also come between two turns of a loop.
+                while self._original or self._hooks or self._held:
+                    if self._hooks:
+                        self._hooks[-1].remove()
+                        self._hooks.pop()
+                    elif self._original:
+                        self._take_back(self._original[-1])
+                        self._original.pop()
+                    else:
+                        self._leave_model()
+                restored = True
             except KeyboardInterrupt as error:  # a second Ctrl-C waits until all is restored
                 interrupted = error
         if interrupted:
             raise interrupted
+
+    __exit__ = _restore  # not a call of it, at whose beginning an interrupt could come
 
     def _take_back(self, change):
         """Undo a change. Doing this twice, after an interrupt, has no further effect."""
