@@ -132,6 +132,12 @@ def inputs(model):
     return batch
 
 
+@torch.no_grad()
+def logits(model):
+    """What `model` computes of `inputs(model)`, in float32."""
+    return model(**inputs(model)).logits.float()
+
+
 def state(model):
     """{name: copies of what `model` holds}: each parameter with its quantization state (tensors and
     other values), and each buffer."""

@@ -6,7 +6,7 @@
 import pytest
 import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt
-from families import FAMILIES, differing, inputs, state
+from families import FAMILIES, differing, inputs, logits, state
 
 import vlmkit as vk
 from vlmkit.backend.cpu import guard_against_cpu_traps
@@ -47,11 +47,6 @@ def load(folder, plan):
 def generate(model):
     out = model.generate(**inputs(model), max_new_tokens=3, min_new_tokens=3, do_sample=False)
     return out[0, -3:].tolist()
-
-
-@torch.no_grad()
-def logits(model):
-    return model(**inputs(model)).logits.float()
 
 
 def agreement(a, b):

@@ -5,7 +5,7 @@ import shutil
 import families
 import pytest
 import torch
-from families import inputs
+from families import inputs, logits
 from PIL import Image
 from processors import PROCESSORS
 from transformers import AutoProcessor
@@ -31,11 +31,6 @@ def load(folder, plan="bf16", **how):
 def answer(model):
     made = model.generate(**inputs(model), max_new_tokens=4, min_new_tokens=4, do_sample=False)
     return made[0, -4:].tolist()
-
-
-@torch.no_grad()
-def logits(model):
-    return model(**inputs(model)).logits.float()
 
 
 # --- attention ------------------------------------------------------------------------------------

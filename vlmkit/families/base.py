@@ -154,14 +154,14 @@ def ids_of(config, pictures, tokens):
 
     tokens: how many tokens of text the sample has beside those of its pictures.
     """
-    named = [value for name, value in vars(config).items() if "token" in name]
-    # A config may list several ids that end an answer.
     if pictures and image_id(config) is None:
         raise AnatomyError(
             f"this config of {config.model_type} names no token for pictures (image_token_id or "
             "image_token_index), as configs of older versions of transformers do: add it, or "
             "predict without pictures."
         )
+    named = [value for name, value in vars(config).items() if "token" in name]
+    # A config may list several ids that end an answer.
     special = [i for value in named for i in (value if isinstance(value, list) else [value])]
     word = next(i for i in range(FIRST_WORD, 10**6) if i not in special)
     ids = []
