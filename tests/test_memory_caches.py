@@ -12,11 +12,14 @@ from architectures import MODEL_TYPES, NOT_BUILT, small_config_of
 from families import _FAMILIES, _GRID, FINE, IMAGE, TEXT, VISION, _without
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, DynamicCache
 
+from vlmkit.anatomy import on_meta
 from vlmkit.errors import AnatomyError, SizeError
 from vlmkit.families import writes_apart
+from vlmkit.layout import layout_of
 from vlmkit.memory import measure, measure_peak, predict
 from vlmkit.memory.batch import batch_of
 from vlmkit.memory.ledger import CACHE
+from vlmkit.memory.steps import dry_passes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -220,6 +223,24 @@ def test_the_states_of_linear_attention_are_counted():
     model = model_of(config)
     cache = run_of(model, tokens=40)[1]()
     assert sum(held(measure(model, cache=cache)).values()) == 27_136
+
+
+@pytest.mark.parametrize("length", [120, 200])
+def test_the_first_token_after_a_prompt_that_is_longer_than_the_window(length):
+    """The prompt leaves views of the window in tensors as long as itself, and the first token is
+    what replaces them: until then all of the prompt is held. (Gemma 3 4B with four pictures on an
+    H200: 165.2 MB measured, 149.5 predicted before this was counted, and 164.6 with it.)"""
+    config = CONFIG_MAPPING["gemma3"](**_FAMILIES["gemma3"].config)
+    model = model_of(config)
+    cache = run_of(model, tokens=length, batch_size=2)[1]()
+    before = sum(held(measure(model, cache=cache)).values())
+    batch = batch_of(config, None, tokens=length, batch_size=2, new_tokens=1)
+    passes = dry_passes(on_meta(config, torch.bfloat16), layout_of(config, "bf16"), batch)
+    assert before < sum(passes.decode.values()) < 1.1 * before
+    with torch.no_grad():
+        model(torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
+    after = sum(held(measure(model, cache=cache)).values())
+    assert sum(entry.bytes for entry in passes.cache) == after < before / 5
 
 
 def test_blip_2_without_a_picture_is_its_language_model():

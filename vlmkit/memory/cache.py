@@ -58,6 +58,11 @@ def _stretched(key, value, state, more):
     if not isinstance(value, torch.Tensor) or value.dim() < 2 and f"prefill_{key}" not in state:
         return value
     shape = list(value.shape)
+    if key in GROWING and not more and value.dim() > 1:  # also what the view of a window leaves out
+        axis, seen = GROWING[key], shape[GROWING[key]]
+        if seen:
+            shape[axis] = storage_of(value).nbytes() * seen // (value.numel() * value.itemsize)
+        return torch.zeros(shape, dtype=value.dtype).narrow(axis, shape[axis] - seen, seen)
     if key in GROWING:
         if value.dim() < 2:  # Unlimited-OCR keeps the prompt apart, and no other token yet
             shape = list(state[f"prefill_{key}"].shape)

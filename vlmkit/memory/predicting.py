@@ -78,8 +78,9 @@ def predict(
     training: what is trained, as `vlmkit.adapters.parse` reads it: a dictionary such as
         {"projector": "full", "language_model": vk.LoRA(r=16)}, or "lora" or "full".
     gradient_checkpointing: whether the backward pass runs layers again, so that they need not keep
-        everything (transformers' `gradient_checkpointing`). Then the input of every part gets
-        gradients, and the backward pass also goes through a frozen vision encoder.
+        everything (transformers' `gradient_checkpointing`, with use_reentrant=False). With
+        prepare_kbit the input of every part gets gradients, as peft makes them, and the backward
+        pass also goes through a frozen vision encoder.
     optim: the optimizer, by transformers' name: "adamw_torch_fused", "adamw_8bit",
         "paged_adamw_32bit" or "paged_adamw_8bit".
     prepare_kbit: whether `peft.prepare_model_for_kbit_training` makes everything float32 that is

@@ -102,6 +102,8 @@ def training_step(model, build, layout, batch, how, whole=True, device=None):
         model = adapted(model, how.what)
         if how.gradient_checkpointing:
             checkpointing.enable(model)
+            if how.prepare_kbit:  # peft's own function leaves the hook where it is
+                model.enable_input_require_grads()
         run = DryRun(model, last, device)
         inputs = run.inputs(batch)
         learnt, peak, left = run.train(inputs, inputs["input_ids"])
