@@ -2,6 +2,7 @@
 
     make benchmark-gpu                                          # some minutes, 25 GB of disk
     python benchmarks/gpu.py --models SmolVLM --output smol.json
+    python benchmarks/gpu.py --only trainings
     python benchmarks/gpu.py --scratch /mnt/fast                # where checkpoints are made
 
 Bytes and speed do not depend on what the weights are, so each model is made from its config in the
@@ -12,9 +13,11 @@ loads       bytes that PyTorch's allocator counts after a load, the peak during 
             the page cache; the two take turns, the first load of a model is not counted)
 passes      what a prompt, and one token after it, hold at most beside weights and inputs; the
             cache of keys and values
-steps       what a training step with LoRA on the language model holds at most
+steps       what a training step with LoRA on the language model holds at most: without gradient
+            checkpointing, with it, and with it and the hook on the embeddings that transformers and
+            peft add; and how far the gradients are from those without
 trainings   steps a second and peak of `vk.finetuning.train`, and of peft and Trainer as people set
-            them up
+            them up; for ours, the predicted peak
 quantizer   NF4 made on the GPU and on the CPU: whether the bytes are the same, and how far the
             products are from each other and from the exact ones
 
@@ -50,8 +53,13 @@ MODELS = (
     "llava-hf/llava-1.5-7b-hf",
     "Qwen/Qwen2.5-VL-7B-Instruct",
     "meta-llama/Llama-3.2-11B-Vision-Instruct",
+    "llava-hf/llava-v1.6-mistral-7b-hf",
+    "google/gemma-3-4b-it",
+    "Qwen/Qwen3.5-9B",
 )
-TRAINED = MODELS[-1:]
+TRAINED = MODELS[2:4]
+PARTS = ("loads", "trainings")
+STEPS = 64  # of a training, the first two of which are not timed
 FORMATS = ("bf16", "nf4", "nf4-dq", "int8")
 """Of the language model; everything else stays in bf16, as in the recommended plan."""
 TOKENS = 128  # of text in every prompt
@@ -88,7 +96,8 @@ class Results:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--models", nargs="*", help="parts of names; by default all four")
+    parser.add_argument("--models", nargs="*", help="parts of names; by default all")
+    parser.add_argument("--only", choices=PARTS, help="loads and passes, or trainings")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script")
     parser.add_argument("--output", type=Path, help="by default a new file in benchmarks/results")
     parser.add_argument("--scratch", type=Path, help="a folder with room for a checkpoint")
@@ -99,19 +108,25 @@ def main(argv=None):
     if not chosen:
         parser.error(f"no model has any of {args.models} in its name: they are {', '.join(MODELS)}")
     configs = {name: setups.published(name) for name in chosen}
-    results = run(configs, args.device, args.output, args.scratch)
+    parts = [args.only] if args.only else PARTS
+    results = run(configs, args.device, args.output, args.scratch, parts=parts)
     print(report(results.found))
     return int("failures" in results.found)
 
 
-def run(configs, device, output=None, scratch=None, trained=TRAINED, pictures=PICTURES, steps=12):
+def run(configs, device, output=None, scratch=None, trained=TRAINED, pictures=PICTURES,
+        steps=STEPS, parts=PARTS):  # fmt: skip
     """Measure the models of `configs` ({name: config}) on `device`. Returns the Results."""
     machine = setups.machine(device)
     name = machine["device"].lower().replace(" ", "-")
     results = Results(output or RESULTS / f"{name}-{machine['date']}.json", {"machine": machine})
     with quiet(), results.attempt("quantizer"):
-        for row in quantizer(device):
+        for row in quantizer(device) if "loads" in parts else ():
             results.add("quantizer", **row)
+    if "trainings" not in parts:
+        trained = ()
+    if "loads" not in parts:
+        configs = {name: config for name, config in configs.items() if name in trained}
     for name, config in configs.items():
         with (
             tempfile.TemporaryDirectory(dir=scratch) as folder,
@@ -119,7 +134,7 @@ def run(configs, device, output=None, scratch=None, trained=TRAINED, pictures=PI
             results.attempt(f"{name}: making it"),
         ):
             setups.make(config, folder, device)
-            for label in FORMATS:
+            for label in FORMATS if "loads" in parts else ():
                 with results.attempt(f"{name} in {label}"):
                     model_under(name, folder, label, device, results, pictures)
                 _free()
@@ -248,22 +263,37 @@ def train(name, folder, checkpointing, device, results, steps):
     model, _ = vk.load(folder, plan, processor=False, device=device)
     model = vk.finetuning.add_adapters(model, **LORA)
     batch = batch_of(model.config, folder, **_asked(sizes))
-    step = setups.step(model, setups.inputs(model, batch), checkpointing)
-    step()  # which makes the optimizer's states, and takes cuBLAS' workspace
-    own = measure_peak(step)
+    tensors = setups.inputs(model, batch)
     kinds = predicted.by_kind
-    results.add(
-        "steps",
-        model=name,
-        checkpointing=checkpointing,
-        predicted_step=sum(kinds.get(kind, 0) for kind in ("activation", "gradient")),
-        step=own,
-        predicted_peak=predicted.total - kinds["allocator unused"],
-        peak=_peak(device),
-        positions=batch.length,
-    )
-    del model, step
+    hooks = (False, True) if checkpointing else (False,)
+    plain, apart = setups.gradients(model, tensors), {}
+    for hook in hooks:  # before a step changes the weights
+        setups.switch(model, checkpointing, hook)
+        found = setups.gradients(model, tensors)
+        apart[hook] = max(_relative(found[n], g) for n, g in plain.items() if g.any())
+    for hook in hooks:
+        setups.switch(model, checkpointing, hook)
+        step = setups.step(model, tensors)
+        step()  # which makes the optimizer's states, and takes cuBLAS' workspace
+        _restart(device)
+        own = measure_peak(step)
+        row = {"predicted_step": sum(kinds.get(kind, 0) for kind in ("activation", "gradient"))}
+        row |= {"predicted_peak": predicted.total - kinds["allocator unused"]}
+        results.add(
+            "steps",
+            model=name,
+            checkpointing=checkpointing,
+            hook=hook,
+            **({} if hook else row),
+            step=own,
+            peak=_peak(device),
+            gradients_apart=apart[hook],
+            positions=batch.length,
+        )
+        del step
+    del model, tensors, plain, found
     _free()
+    expected = predicted_training(folder, plan, checkpointing, steps)
     # In turns, and each first once: what else the machine does goes by in minutes.
     for way in (setups.ours, setups.usual, setups.usual, setups.ours):
         with results.attempt(f"{name}: {way.__name__} training, checkpointing {checkpointing}"):
@@ -280,9 +310,22 @@ def train(name, folder, checkpointing, device, results, steps):
                 seconds=[round(s, 4) for s in seconds],
                 loss=round(loss, 4),
                 trained=trained,
+                **({"predicted_peak": expected} if way is setups.ours else {}),
                 peak=_peak(device),
             )
         _free()
+
+
+def predicted_training(folder, plan, checkpointing, steps):
+    """What `setups.ours` holds at most, for the longest of its rows."""
+    config = layout_of(folder, plan).config
+    rows = setups.rows(config, steps)
+    length = setups.plain_collator(setups.processor_of(config))(rows)["input_ids"].shape[1]
+    sizes = {"images": 1, "image_size": rows[0]["images"][0].size}
+    around = batch_of(config, folder, tokens=1, **sizes).length - 1
+    use = {"training": LORA, "gradient_checkpointing": checkpointing, "allocator": "cuda"}
+    predicted = vk.memory.predict(folder, plan, tokens=length - around, **sizes, **use)
+    return predicted.total - predicted.by_kind["allocator unused"]
 
 
 # --- the quantizer --------------------------------------------------------------------------------
@@ -382,6 +425,7 @@ PAIRS = {
         "cache": ("predicted_cache", "cache"),
     },
     "steps": {"step": ("predicted_step", "step"), "peak": ("predicted_peak", "peak")},
+    "trainings": {"peak": ("predicted_peak", "peak")},
 }
 """Kind of result -> what is compared: (predicted, measured)."""
 
@@ -403,7 +447,7 @@ def report(found):
                 if key in row
             )  # fmt: skip
             for what, (a, b) in pairs.items():
-                if row[b] is not None:
+                if a in row and row[b] is not None:
                     off = f"{row[a] / row[b] - 1:+.3%}"
                     lines.append(
                         f"| {label} | {what} | {row[a] / 1e6:,.1f} | {row[b] / 1e6:,.1f} | {off} |"

@@ -14,8 +14,10 @@ from finetuning import Watch, plain_collator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import vlmkit as vk
+from vlmkit.backend.checkpointing import enable
 from vlmkit.catalog import folder_of
 from vlmkit.checkpoints import read_config
 from vlmkit.families import family_of, image_id
@@ -102,10 +104,17 @@ def one_token(model, prompt):
 # --- training -------------------------------------------------------------------------------------
 
 
-def step(model, tensors, checkpointing):
-    """A function that takes a training step in the formats of the plan."""
+def switch(model, checkpointing, hook):
+    """hook: whether the embeddings' output needs a gradient, as transformers and peft arrange it by
+    themselves."""
     if checkpointing:
-        model.activation_checkpointing_enable()
+        enable(model)  # which takes the hook off
+    if hook:
+        model.enable_input_require_grads()
+
+
+def step(model, tensors):
+    """A function that takes a training step in the formats of the plan."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     model.train()
 
@@ -117,45 +126,103 @@ def step(model, tensors, checkpointing):
     return work
 
 
-def mllama_processor(config):
-    """A real MllamaProcessor with a tokenizer of bytes: the published one is not in the catalog."""
-    image = image_id(config)
-    specials = ["<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    free = (number for number in count() if number != image)
-    words = dict(zip([*specials, *letters], free, strict=False)) | {"<|image|>": image}
-    backend = Tokenizer(models.BPE(words, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=specials[0],
-        eos_token=specials[1],
-        pad_token=specials[2],
-        extra_special_tokens=["<|image|>"],
-    )
+def gradients(model, tensors):
+    """{name: gradient} of what is trained. The values that a seed draws are the same each time."""
+    torch.manual_seed(0)
+    model.train()
+    model(**tensors, labels=tensors["input_ids"], use_cache=False).loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def processor_of(config):
+    """A processor of the family's own class with a tokenizer of bytes: the published ones are not
+    in the catalog."""
+    return {"mllama": _mllama, "qwen2_5_vl": _qwen2_5_vl}[config.model_type](config)
+
+
+def _mllama(config):
     side = config.vision_config.image_size
     pictures = MllamaImageProcessorPil(
         size={"height": side, "width": side}, max_image_tiles=config.vision_config.max_num_tiles
     )
-    template = (
+    words = _tokenizer({"<|image|>": image_id(config)})
+    return transformers.MllamaProcessor(pictures, words, _template("<|image|>"))
+
+
+def _qwen2_5_vl(config):
+    """Without a part for videos, which transformers has with torchvision only."""
+
+    class PicturesOnly(transformers.Qwen2_5_VLProcessor):
+        def check_argument_for_proper_class(self, name, part):
+            if name != "video_processor":
+                super().check_argument_for_proper_class(name, part)
+
+    ids = {
+        "<|image_pad|>": config.image_token_id,
+        "<|video_pad|>": config.video_token_id,
+        "<|vision_start|>": config.vision_start_token_id,
+        "<|vision_end|>": config.vision_end_token_id,
+    }
+    vision = config.vision_config
+    pictures = Qwen2VLImageProcessorPil(
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+        temporal_patch_size=vision.temporal_patch_size,
+    )
+    template = _template("<|vision_start|><|image_pad|><|vision_end|>")
+    return PicturesOnly(pictures, _tokenizer(ids), None, chat_template=template)
+
+
+def _tokenizer(ids):
+    """One token a byte. ids: {special token of the family: its id}."""
+    specials = ["<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    free = (number for number in count() if number not in ids.values())
+    words = dict(zip([*specials, *letters], free, strict=False)) | ids
+    backend = Tokenizer(models.BPE(words, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=specials[0],
+        eos_token=specials[1],
+        pad_token=specials[2],
+        extra_special_tokens=list(ids),
+    )
+
+
+def _template(image):
+    return (
         "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: "
-        "{% for part in message['content'] %}{% if part['type'] == 'image' %}<|image|>"
-        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ eos_token }}\n{% endfor %}"
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+        + image
+        + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ eos_token }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    return transformers.MllamaProcessor(pictures, tokenizer, template)
+
+
+def side_of(config):
+    """Pixels of the side of a picture that becomes as many tiles as there can be; or, where there
+    are no tiles, a picture of about a thousand tokens."""
+    return 2 * getattr(config.vision_config, "image_size", 448)
 
 
 def rows(config, number):
-    """Questions about pictures so large that each becomes as many tiles as there can be."""
-    side = 2 * config.vision_config.image_size
+    """Questions about pictures of that side."""
+    side = side_of(config)
     found = vk.tasks.dataset("vqa", number, split="train")
     return [row | {"images": [i.resize((side, side)) for i in row["images"]]} for row in found]
 
 
 class Clock(Watch):
-    """A Watch that waits until the device has come so far."""
+    """A Watch that waits until the device has come so far, and for which a peak begins with it."""
+
+    def __enter__(self):
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        return super().__enter__()
 
     def mark(self, *_):
         if torch.cuda.is_available():
@@ -172,7 +239,7 @@ def ours(folder, plan, lora, checkpointing, device, steps):
     """`vk.finetuning.train`. Returns seconds of the steps, the mean loss, and how many parameters
     were trained."""
     model, _ = vk.load(folder, plan, processor=False, device=device)
-    processor = mllama_processor(model.config)
+    processor = processor_of(model.config)
     model = vk.finetuning.add_adapters(model, language_model=lora)
     with Clock(model) as clock, tempfile.TemporaryDirectory() as runs:
         run = vk.finetuning.train(
@@ -195,7 +262,7 @@ def usual(folder, plan, lora, checkpointing, device, steps):
     targets = r".*language_model.*(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
     adapters = peft.LoraConfig(r=lora.r, lora_alpha=lora.r, target_modules=targets)
     model = peft.get_peft_model(model, adapters)
-    processor = mllama_processor(model.config)
+    processor = processor_of(model.config)
     with Clock(model) as clock, tempfile.TemporaryDirectory() as runs:
         arguments = transformers.TrainingArguments(
             runs, max_steps=steps, per_device_train_batch_size=1, learning_rate=1e-4, bf16=True,

@@ -11,6 +11,7 @@ def enable(model, **kwargs):
     encoder too, for a backward pass that nobody needs. So it goes, as it does in a training.
     """
     kwargs = {"use_reentrant": False} | kwargs
+    model.disable_input_require_grads()  # transformers forgets the hooks of an earlier call
     if _is_newer():
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
     else:
