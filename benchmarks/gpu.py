@@ -271,6 +271,7 @@ def train(name, folder, checkpointing, device, results, steps):
         setups.switch(model, checkpointing, hook)
         found = setups.gradients(model, tensors)
         apart[hook] = max(_relative(found[n], g) for n, g in plain.items() if g.any())
+    del plain, found
     for hook in hooks:
         setups.switch(model, checkpointing, hook)
         step = setups.step(model, tensors)
@@ -291,7 +292,7 @@ def train(name, folder, checkpointing, device, results, steps):
             positions=batch.length,
         )
         del step
-    del model, tensors, plain, found
+    del model, tensors
     _free()
     expected = predicted_training(folder, plan, checkpointing, steps)
     # In turns, and each first once: what else the machine does goes by in minutes.
