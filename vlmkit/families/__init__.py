@@ -3,11 +3,18 @@
     family = family_of(config)
     settings, source = settings_of(config, folder)
     family.picture(config, settings, 1024, 768).tokens       # visual tokens
+    settings, source = settings_of(config, folder, video=True)
+    family.video(config, settings, 16, 640, 360).tokens      # of a video of 16 frames
 
-A family says how a picture becomes visual tokens, which inputs the model takes, which settings its
+A family says how a picture and a video become visual tokens, which inputs the model takes, which settings its
 processor usually has, and what is special about running it. The rules follow transformers' own
 processors, which need torchvision or a tokenizer; the tests compare the rules with those that can
-be built without.
+be built without. Without torchvision no video processor can be built, so that the rules for videos
+are compared with the arithmetic in their source and in the processors (`smart_resize`,
+`get_num_of_video_patches`, `replace_video_token`, ...), which runs without it, and with a small
+model of each family, which refuses a wrong number of features. The text among the frames was counted
+with the tokenizers of Qwen and SmolLM2. For GLM-4V and Gemma 4 it is read from the processors' text
+and their tokenizers' rules for digits, and not compared.
 """
 
 import json
@@ -57,7 +64,7 @@ def family_of(config):
     return FAMILIES.get(config.model_type) or Family()
 
 
-def settings_of(config, folder=None, limits=None):
+def settings_of(config, folder=None, limits=None, video=False):
     """({setting: value} of the image processor, where they come from in words).
 
     The settings are read from `processor_config.json` or `preprocessor_config.json` in `folder`,
@@ -65,17 +72,26 @@ def settings_of(config, folder=None, limits=None):
     neither file, or is None, they are the usual ones of the family. limits: those of
     `with_limits`, which go before them.
 
+    video: whether the settings are the video processor's. They are also read from
+        `video_preprocessor_config.json`. A checkpoint from before that file, such as Qwen2-VL's, has
+        those of the image processor, as transformers does it.
+
     Raises SizeError for a file whose size lacks a limit.
     """
-    settings = family_of(config).settings(config)
+    family, kind = family_of(config), "video" if video else "image"
+    settings = family.video_settings(config) if video else family.settings(config)
+    unset = family.unset_video(config) if video else family.unset(config)
     source = f"the settings usual for {config.model_type}"
-    for file in ("preprocessor_config.json", "processor_config.json"):
+    files = ["preprocessor_config.json", "processor_config.json"]
+    files[1:1] = ["video_preprocessor_config.json"] if video else []
+    for file in files:
         path = Path(folder) / file if folder else None
         if path is None or not path.is_file():
             continue
         found = json.loads(path.read_text(encoding="utf-8"))
-        found = found.get("image_processor", found)
-        unset = family_of(config).unset(config)
+        if file == "processor_config.json" and f"{kind}_processor" not in found:
+            continue  # from before the settings of all processors went into it
+        found = found.get(f"{kind}_processor", found)
         found = newer_names({k: v for k, v in found.items() if v is not None}, unset.get("size"))
         settings, source = unset | found, file
         lacking = unset.get("size", {}).keys() - settings.get("size", {}).keys()
@@ -84,7 +100,7 @@ def settings_of(config, folder=None, limits=None):
                 f"size in {path} has {', '.join(found['size'])} and lacks "
                 f"{', '.join(sorted(lacking))}, without which the processor cannot work either."
             )
-    if limits:
+    if limits and (family.limits_videos or not video):
         settings = with_limits(config, settings, limits)
         source += f", with {', '.join(f'{name} {limits[name]}' for name in limits)}"
     return settings, source
@@ -99,7 +115,9 @@ LIMITS = (
 def with_limits(config, settings, limits):
     """The `settings` of an image processor with `limits`: {name of LIMITS: value}.
 
-    min_pixels, max_pixels: the least and the most pixels of a picture, one of them or both.
+    min_pixels, max_pixels: the least and the most pixels of a picture, one of them or both. Those of
+        Qwen-VL and GLM-4V limit videos too: each frame of Qwen2-VL and Qwen2.5-VL, and all frames
+        together of the later ones.
     size: a dictionary with the keys that the processor's own size has, such as {"longest_edge":
         1024}; a key that is left out stays. For Qwen-VL and GLM-4V shortest_edge and longest_edge
         are numbers of pixels too, and for others they are sides.

@@ -1,9 +1,10 @@
-"""What every family shares: the Picture, the class `Family`, and the size of a picture.
+"""What every family shares: the Picture, which can be a video, the class `Family`, and the size of a
+picture.
 
 Adding a family is one subclass of `Family`, in `grids` or in `tiles`, and one test.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,6 +27,9 @@ class Picture:
     patches: patches that the vision encoder reads, in all tiles.
     attended: states that cross-attention layers read, outside the prompt (Llama 3.2 Vision).
     thumbnail: (height, width) of the last tile, the whole picture, if it is not `crop`.
+    frames: of a video; 0 for a still picture. All tiles or frames of a video count in `count`, which
+        is fewer than `frames` where the encoder reads several frames at once.
+    runs: into how many runs the features are split by text, such as the time of each frame.
     why: how the number of tokens comes about, in words.
     """
 
@@ -37,6 +41,8 @@ class Picture:
     why: str
     attended: int = 0
     thumbnail: tuple | None = None
+    frames: int = 0
+    runs: int = 1
 
     def __str__(self):
         return f"{self.tokens:,} visual tokens: {self.why}"
@@ -52,12 +58,19 @@ class Family:
     one_size: whether the vision encoder resizes every picture to its own resolution.
     casts: whether the vision encoder casts pixels to its own dtype.
     limits: what limits a picture's size in its processor (see `vlmkit.families.with_limits`).
+    limits_videos: whether these limits are also limits of videos.
+    videos_apart: whether the model takes videos as inputs of their own (`video_pixels`), and not as
+        pictures.
+    either: why a prompt cannot have pictures and a video, in words; "" if it can.
     """
 
     model_types = ()
     one_size = False
     casts = True
     limits = ()
+    limits_videos = False
+    videos_apart = True
+    either = ""
 
     @property
     def no_limits(self):
@@ -99,6 +112,41 @@ class Family:
             f"{', '.join(sorted(FAMILIES))}."
         )
 
+    def video_settings(self, config):
+        """Settings of the video processor that the family's published checkpoints have."""
+        return {}
+
+    def unset_video(self, config):
+        """Settings of the video processor's class."""
+        return self.video_settings(config)
+
+    def video(self, config, settings, num_frames, width, height):
+        """The Picture that the processors make of a video of `num_frames` frames of `width` x
+        `height` pixels. It holds the text that the processor writes among the frames: the times
+        begin at 0 and follow the frames per second that the video processor samples by default.
+
+        settings: of the video processor, see `settings_of`. num_frames: those that remain after the
+            processor has chosen some of a film's.
+
+        Raises SizeError if the family takes no videos, or no video of so few frames; AnatomyError
+        if vlmkit does not know how the family does that.
+        """
+        from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
+
+        from vlmkit.families import FAMILIES
+
+        those = [t for t, kind in FAMILIES.items() if type(kind).video is not Family.video]
+        if config.model_type in VIDEO_PROCESSOR_MAPPING_NAMES:
+            raise AnatomyError(
+                f"vlmkit has no rule yet for how {config.model_type} turns a video into tokens. "
+                "Count them with its processor and add them to tokens, with num_frames=0. There are "
+                f"rules for {', '.join(sorted(those))}."
+            )
+        raise SizeError(
+            f"{config.model_type} takes no videos: transformers has no video processor for it. Give "
+            f"the frames as pictures (images). Videos go into {', '.join(sorted(those))}."
+        )
+
     def pixels(self, config, pictures, sizes, batch_size, make):
         """{name: tensor} of what the processor hands to the model for the pictures.
 
@@ -108,9 +156,23 @@ class Family:
         shape = batch_size * sum(picture.count for picture in pictures), 3, *pictures[0].crop
         return {"pixel_values": make(shape)}
 
+    def video_pixels(self, config, video, batch_size, make):
+        """{name: tensor} of what the processor hands to the model for a video in each sample."""
+        raise NotImplementedError
+
+    def video_id(self, config):
+        """The id of the token that a feature of a video replaces."""
+        return _first_of(config, "video_token_id", "video_token_index")
+
     def beside(self, config, ids, tensors):
-        """{name: tensor} of further inputs. ids: input_ids. tensors: what `pixels` returned."""
-        return {"mm_token_type_ids": _places(config, ids)} if self.three_axes(config) else {}
+        """{name: tensor} of further inputs. ids: input_ids. tensors: what `pixels` and
+        `video_pixels` returned."""
+        if not self.three_axes(config):
+            return {}
+        types = _places(config, ids)
+        if "pixel_values_videos" in tensors:
+            types[ids == self.video_id(config)] = 2
+        return {"mm_token_type_ids": types}
 
     def decoder(self, model):
         """The module that runs text without a picture, such as a token after the prompt."""
@@ -142,15 +204,18 @@ def writes_apart(config):
 
 def image_id(config):
     """The id of the token that a visual feature replaces."""
-    for name in ("image_token_id", "image_token_index"):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    return None
+    return _first_of(config, "image_token_id", "image_token_index")
 
 
-def ids_of(config, pictures, tokens):
+def _first_of(config, *names):
+    found = (getattr(config, name, None) for name in names)
+    return next((value for value in found if value is not None), None)
+
+
+def ids_of(family, config, pictures, tokens):
     """Ids of one sample, as a list: each picture's own text, then its features in a row; all other
     text comes at the end, except for one token after each picture, so that pictures do not touch.
+    The text of a video is spread evenly over its runs.
 
     tokens: how many tokens of text the sample has beside those of its pictures.
     """
@@ -166,7 +231,11 @@ def ids_of(config, pictures, tokens):
     word = next(i for i in range(FIRST_WORD, 10**6) if i not in special)
     ids = []
     for picture in pictures:
-        ids += [word] * (picture.tokens - picture.features) + [image_id(config)] * picture.features
+        feature = family.video_id(config) if picture.frames else image_id(config)
+        text, runs = picture.tokens - picture.features, picture.runs
+        for run in range(runs):
+            ids += [word] * (text * (run + 1) // runs - text * run // runs)
+            ids += [feature] * (picture.features // runs)
         if tokens:
             ids, tokens = [*ids, word], tokens - 1
     return ids + [word] * tokens
@@ -175,10 +244,15 @@ def ids_of(config, pictures, tokens):
 def inputs_of(family, config, pictures, sizes, tokens, batch_size, make):
     """{name: tensor} of the inputs of one forward pass. For the arguments see `Family.pixels` and
     `ids_of`. Integers are real, because the forward pass looks at them."""
-    ids = torch.tensor([ids_of(config, pictures, tokens)]).expand(batch_size, -1).contiguous()
+    ids = torch.tensor([ids_of(family, config, pictures, tokens)])
+    ids = ids.expand(batch_size, -1).contiguous()
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if pictures:
-        inputs |= family.pixels(config, pictures, sizes, batch_size, make)
+    videos = [picture for picture in pictures if picture.frames and family.videos_apart]
+    stills = [pair for pair in zip(pictures, sizes, strict=True) if pair[0] not in videos]
+    if stills:
+        inputs |= family.pixels(config, *map(list, zip(*stills, strict=True)), batch_size, make)
+    for video in videos:
+        inputs |= family.video_pixels(config, video, batch_size, make)
     return inputs | family.beside(config, ids, inputs)
 
 
@@ -223,3 +297,12 @@ def whole(config, tokens, why):
     """The Picture of `tokens` features for a picture resized to the encoder's own resolution."""
     side = side_of(config.vision_config.image_size)
     return Picture(tokens, tokens, (side, side), 1, grid_of(config) ** 2, why)
+
+
+def video_of(frame, num_frames, features, text, runs):
+    """The Picture of a video whose frames are the Picture `frame` each. text: its tokens of text."""
+    why = frame.why + (f", with {text} of text among them" if text else "")
+    return replace(
+        frame, tokens=features + text, features=features, count=num_frames,
+        patches=num_frames * frame.patches, why=why, frames=num_frames, runs=runs,
+    )  # fmt: skip

@@ -1,10 +1,21 @@
 """Families that read a picture in one grid of patches."""
 
 import math
+from dataclasses import replace
 
 import torch
 
-from vlmkit.families.base import Family, Picture, TokenTypes, grid_of, side_of, whole
+from vlmkit.errors import SizeError
+from vlmkit.families.base import (
+    Family,
+    Picture,
+    TokenTypes,
+    grid_of,
+    image_id,
+    side_of,
+    video_of,
+    whole,
+)
 
 
 class Llava(Family):
@@ -84,6 +95,7 @@ class Qwen(Family):
 
     model_types = ("qwen2_vl", "qwen2_5_vl")
     limits = ("min_pixels", "max_pixels", "size")
+    limits_videos = True
     least, frames = 4, 1
 
     def settings(self, config):
@@ -96,24 +108,22 @@ class Qwen(Family):
     def three_axes(self, config):
         return True
 
+    def video_settings(self, config):
+        return self.settings(config)  # published without a file for videos: that for pictures holds
+
+    def unset_video(self, config):
+        return {"size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}}
+
     def enlarged(self, width, height, unit):
-        """The size before it is rounded."""
+        """The size of a picture before it is rounded."""
         return width, height
 
     def picture(self, config, settings, width, height, alone=True):
-        vision, frames = config.vision_config, self.frames
-        merge = vision.spatial_merge_size
-        unit = vision.patch_size * merge
+        merge = config.vision_config.spatial_merge_size
+        unit = config.vision_config.patch_size * merge
         least, most = settings["size"]["shortest_edge"], settings["size"]["longest_edge"]
-        width, height = self.enlarged(width, height, unit)
-        rows, columns = round(height / unit), round(width / unit)
-        pixels = frames * height * width
-        if frames * rows * columns * unit**2 > most:
-            shrink = math.sqrt(pixels / most)
-            rows, columns = (max(1, math.floor(s / shrink / unit)) for s in (height, width))
-        elif frames * rows * columns * unit**2 < least:
-            grow = math.sqrt(least / pixels)
-            rows, columns = (math.ceil(s * grow / unit) for s in (height, width))
+        size = self.enlarged(width, height, unit)
+        rows, columns = _rounded(*size, unit, least, most, self.frames, self.frames)
         tokens, patches = rows * columns, rows * columns * merge**2
         crop = rows * unit, columns * unit
         why = (
@@ -121,6 +131,39 @@ class Qwen(Family):
             f"merged {merge} x {merge}"
         )
         return Picture(tokens, tokens, crop, 1, patches, why)
+
+    def video(self, config, settings, num_frames, width, height):
+        vision = config.vision_config
+        merge, together = vision.spatial_merge_size, vision.temporal_patch_size
+        unit = vision.patch_size * merge
+        rows, columns = self.frame(settings, num_frames, together, unit, width, height)
+        count = math.ceil(num_frames / together)  # the last frame is repeated if one is missing
+        each, crop = rows * columns, (rows * unit, columns * unit)
+        text = sum(self.text(i * together, together, settings) for i in range(count))
+        why = (
+            f"each frame resized to {crop[1]} x {crop[0]} pixels; {count} x {each} tokens, one for "
+            f"{merge} x {merge} patches of {together} frames"
+        )
+        why += f", with {text} of text among them" if text else ""
+        features, runs = count * each, count if text else 1
+        return Picture(
+            features + text, features, crop, count, features * merge**2, why, frames=num_frames,
+            runs=runs,
+        )  # fmt: skip
+
+    def frame(self, settings, num_frames, together, unit, width, height):
+        """(rows, columns) of merged patches in a frame. Each frame has the limits of pixels, and no
+        other, unless the setting `cap_pixels_per_frame` divides 90% of `max_video_tokens` among all
+        frames."""
+        least, most = settings["size"]["shortest_edge"], settings["size"]["longest_edge"]
+        if settings.get("cap_pixels_per_frame"):
+            total = int(settings.get("max_video_tokens", 128_000) * unit**2 * 0.9)
+            most = max(min(most, total * together // num_frames), int(least * 1.05))
+        return _rounded(width, height, unit, least, most)
+
+    def text(self, first, together, settings):
+        """Tokens of text beside the features of `together` frames, from the frame `first` on."""
+        return 0
 
     def pixels(self, config, pictures, sizes, batch_size, make):
         """Patches in a row, and the grid that they come from."""
@@ -134,19 +177,56 @@ class Qwen(Family):
             "image_grid_thw": torch.tensor(grids * batch_size),
         }
 
+    def video_pixels(self, config, video, batch_size, make):
+        inputs = self.pixels(config, [video], None, batch_size, make)
+        grid = inputs["image_grid_thw"]
+        grid[:, 0] = video.count
+        return {"pixel_values_videos": inputs["pixel_values"], "video_grid_thw": grid}
+
 
 class Qwen3(Qwen):
-    """Qwen3-VL and Qwen3.5: as Qwen2-VL, with 64 visual tokens at least."""
+    """Qwen3-VL and Qwen3.5: as Qwen2-VL, with 64 visual tokens at least. The limits of pixels are
+    for a whole video, and its time is written before every two frames, with a marker on both sides
+    of their features."""
 
     model_types = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
     least = 64
 
+    def video_settings(self, config):
+        unit = (config.vision_config.patch_size * config.vision_config.spatial_merge_size) ** 2
+        return {"size": {"shortest_edge": 4 * unit, "longest_edge": 24_576 * unit}}
 
-class Glm4v(Qwen):
-    """GLM-4V: as Qwen2-VL, but a still picture counts as two frames."""
+    def unset_video(self, config):
+        return {"size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32}}
+
+    def frame(self, settings, num_frames, together, unit, width, height):
+        if num_frames < together:
+            raise SizeError(
+                f"a video has {together} frames or more for this family, not {num_frames}: give a "
+                "single frame as a picture (images)."
+            )
+        least, most = settings["size"]["shortest_edge"], settings["size"]["longest_edge"]
+        if settings.get("cap_pixels_per_frame"):
+            most_each = min(settings.get("max_video_tokens", 768) * unit**2, most // num_frames)
+            most = max(most_each, int(least * 1.05)) * num_frames
+        size = _at_least(unit, width, height)
+        counted = round(num_frames / together) * together  # of an odd number, the nearest even half
+        return _rounded(*size, unit, least, most, num_frames, counted)
+
+    def text(self, first, together, settings):
+        fps = settings.get("fps") or 2
+        digits = len(f"{(first + (together - 1) / 2) / fps:.1f}") - 1
+        return digits + 6  # each digit, "<", ".", " seconds", ">" and two markers
+
+
+class Glm4v(Qwen3):
+    """GLM-4V: as Qwen3-VL, but a still picture counts as two frames, and the time in whole seconds
+    follows the features. The model finds pictures and frames by the same token, so that it cannot
+    tell them apart."""
 
     model_types = ("glm4v", "glm4v_moe")
     frames = 2
+    either = "its model finds the features of both by the same token"
 
     def settings(self, config):
         return {"size": {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 15_000}}
@@ -154,16 +234,48 @@ class Glm4v(Qwen):
     def unset(self, config):
         return self.settings(config)
 
+    def video_settings(self, config):
+        return {"size": {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 2 * 30_000}}
+
+    def unset_video(self, config):
+        return self.video_settings(config)
+
+    def video_id(self, config):
+        return image_id(config)
+
+    def text(self, first, together, settings):
+        return 3  # two markers, and a number of up to three digits, which is one token
+
     def enlarged(self, width, height, unit):
-        if min(width, height) >= unit:
-            return width, height
-        scale = max(unit / height, unit / width)
-        return int(width * scale), int(height * scale)
+        return _at_least(unit, width, height)
+
+
+def _at_least(unit, width, height):
+    """The size, enlarged so that no side is shorter than `unit`."""
+    if min(width, height) >= unit:
+        return width, height
+    scale = max(unit / height, unit / width)
+    return int(width * scale), int(height * scale)
+
+
+def _rounded(width, height, unit, least, most, frames=1, counted=1):
+    """(rows, columns) of squares of `unit` pixels: both sides are rounded, and the pixels of all
+    frames are kept between `least` and `most`. counted: the frames that count after rounding."""
+    rows, columns = round(height / unit), round(width / unit)
+    pixels, rounded = frames * height * width, counted * rows * columns * unit**2
+    if rounded > most:
+        shrink = math.sqrt(pixels / most)
+        rows, columns = (max(1, math.floor(s / shrink / unit)) for s in (height, width))
+    elif rounded < least:
+        grow = math.sqrt(least / pixels)
+        rows, columns = (math.ceil(s * grow / unit) for s in (height, width))
+    return rows, columns
 
 
 class Gemma4(Family):
     """Gemma 4: the picture keeps its shape and gets as large as a number of patches allows. They
-    are pooled. The pixels are padded to that number."""
+    are pooled. The pixels are padded to that number. A frame of a video is a picture with fewer
+    patches, and its time as mm:ss is written before it."""
 
     model_types = ("gemma4",)
 
@@ -174,6 +286,9 @@ class Gemma4(Family):
             "patch_size": vision.patch_size,
             "pooling_kernel_size": vision.pooling_kernel_size,
         }
+
+    def video_settings(self, config):
+        return self.settings(config) | {"max_soft_tokens": 70}
 
     def picture(self, config, settings, width, height, alone=True):
         most, pool = settings["max_soft_tokens"], settings["pooling_kernel_size"]
@@ -201,6 +316,23 @@ class Gemma4(Family):
         return {
             "pixel_values": make(shape),
             "image_position_ids": torch.stack(places * batch_size),
+        }
+
+    def video(self, config, settings, num_frames, width, height):
+        one = self.picture(config, settings, width, height)
+        # Digits, colon and a space are 6 tokens, and a space is between two frames.
+        text = num_frames * (one.tokens - one.features + 6) + num_frames - 1
+        why = f"{num_frames} frames of {one.features}, {one.crop[1]} x {one.crop[0]} pixels each"
+        features = num_frames * one.features
+        return video_of(replace(one, why=why), num_frames, features, text, num_frames)
+
+    def video_pixels(self, config, video, batch_size, make):
+        frame = replace(video, patches=video.patches // video.frames)
+        inputs = self.pixels(config, [frame] * video.frames, None, batch_size, make)
+        return {
+            "pixel_values_videos": inputs["pixel_values"],
+            "video_position_ids": inputs["image_position_ids"],
+            "num_frames_per_video": torch.tensor([video.frames] * batch_size),
         }
 
 

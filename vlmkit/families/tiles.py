@@ -1,11 +1,12 @@
 """Families that cut a picture into tiles."""
 
 import math
+from dataclasses import replace
 
 import torch
 
 from vlmkit.errors import SizeError
-from vlmkit.families.base import Family, Picture, grid_of, side_of, whole
+from vlmkit.families.base import Family, Picture, grid_of, image_id, side_of, video_of, whole
 from vlmkit.families.grids import largest
 
 
@@ -46,7 +47,8 @@ class LlavaNext(Family):
 
 class LlavaOnevision(LlavaNext):
     """LLaVA-OneVision (arXiv 2408.03326, section 3.2): as LLaVA-NeXT, but more features than nine
-    tiles have are shrunk, and one of several pictures is not cut."""
+    tiles have are shrunk, and one of several pictures is not cut. A frame of a video is not cut, its
+    features are pooled 2 x 2, and a separator follows the last."""
 
     model_types = ("llava_onevision",)
 
@@ -67,6 +69,14 @@ class LlavaOnevision(LlavaNext):
     def pixels(self, config, pictures, sizes, batch_size, make):
         inputs = super().pixels(config, pictures, sizes, batch_size, make)
         return inputs | {"batch_num_images": torch.tensor([len(pictures)] * batch_size)}
+
+    def video(self, config, settings, num_frames, width, height):
+        pooled = math.ceil(grid_of(config) / 2) ** 2
+        frame = whole(config, pooled, f"{num_frames} frames of {pooled}, and a separator")
+        return video_of(frame, num_frames, num_frames * pooled + 1, 0, runs=1)
+
+    def video_pixels(self, config, video, batch_size, make):
+        return {"pixel_values_videos": make((batch_size, video.frames, 3, *video.crop))}
 
 
 class Idefics2(Family):
@@ -120,11 +130,11 @@ MOST_TILES = 6
 
 
 class Idefics3(Idefics2):
-    """Idefics3 and SmolVLM (arXiv 2504.05299, section 2): the picture is enlarged to `longest_edge`
+    """Idefics3 (arXiv 2408.12637, section 3): the picture is enlarged to `longest_edge`
     and cut into tiles, each with its row and column written before it; the whole picture follows.
     """
 
-    model_types = ("idefics3", "smolvlm")
+    model_types = ("idefics3",)
 
     def settings(self, config):  # four tiles a side
         side = side_of(config.vision_config.image_size)
@@ -156,6 +166,34 @@ class Idefics3(Idefics2):
         tokens = rows * columns * (each + 2) + rows + each + 3
         why = f"{rows} x {columns} tiles of {each} with 2 markers each, {rows} line breaks, {end}"
         return Picture(tokens, each * count, (side, side), count, count * patches, why)
+
+
+class SmolVLM(Idefics3):
+    """SmolVLM (arXiv 2504.05299, section 2): as Idefics3. A frame of a video is resized to one tile;
+    its time is written before it, and a sentence before the first."""
+
+    model_types = ("smolvlm",)
+    videos_apart = False
+    either = "its processor hands over the pixels of both under the same name"
+
+    def video_settings(self, config):
+        return {"max_image_size": {"longest_edge": side_of(config.vision_config.image_size)}}
+
+    def unset_video(self, config):
+        return {"max_image_size": {"longest_edge": 364}}
+
+    def video_id(self, config):
+        return image_id(config)
+
+    def video(self, config, settings, num_frames, width, height):
+        settings = settings | {"do_image_splitting": False}
+        frame = self.picture(config, settings, width, height)
+        each = frame.features
+        frame = replace(frame, why=f"{num_frames} frames of {each}, {frame.crop[0]} pixels a side")
+        # "\nFrame from 00:00:" is 10 tokens. The sentence is 31 for a number of three tokens, such
+        # as "thirty-two", and the end is two line breaks.
+        text = num_frames * (10 + frame.tokens - each) + 31 + 2
+        return video_of(frame, num_frames, num_frames * each, text, num_frames)
 
 
 def _enlarged(width, height, size):
@@ -190,10 +228,11 @@ def _tiles_of(width, height, side):
 class InternVL(Family):
     """InternVL (arXiv 2404.16821, section 3.2): the grid of tiles that is nearest in shape, and the
     whole picture. Of equally near grids it takes the larger one while that is less than twice the
-    picture."""
+    picture. A frame of a video is not cut, and its number is written before it."""
 
     model_types = ("internvl",)
     limits = ("min_patches", "max_patches")
+    videos_apart = False
 
     def settings(self, config):
         return {"crop_to_patches": True, "min_patches": 1, "max_patches": 12}
@@ -209,6 +248,16 @@ class InternVL(Family):
             why = f"the whole picture in {each}, and 2 markers"
         patches = count * grid_of(config) ** 2
         return Picture(count * each + 2, count * each, (side, side), count, patches, why)
+
+    def video_id(self, config):
+        return image_id(config)
+
+    def video(self, config, settings, num_frames, width, height):
+        each = config.image_seq_length
+        frame = whole(config, each, f"{num_frames} frames of {each}")
+        # "Frame12: ", of which each digit is a token, two markers, and a line break between frames.
+        text = sum(5 + len(str(number)) for number in range(1, num_frames + 1)) + num_frames - 1
+        return video_of(frame, num_frames, num_frames * each, text, num_frames)
 
 
 def nearest_shape(width, height, least, most, side):

@@ -1,7 +1,7 @@
 """Processors: they turn pictures and text into a model's tensors."""
 
 from vlmkit.errors import CheckpointError, PlanError, SizeError, brief, did_you_mean
-from vlmkit.families import LIMITS, newer_names, with_limits
+from vlmkit.families import LIMITS, family_of, newer_names, with_limits
 
 ANY_OF = ("processor_config.json", "preprocessor_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -84,15 +84,19 @@ def limits_of(processor):
 
 
 def set_limits(processor, config, limits):
-    """Put `limits` into the processor of the model of `config`: see
-    `vlmkit.families.with_limits`, whose SizeError it raises."""
-    pictures, settings = processor.image_processor, _settings(processor)
-    for name, value in with_limits(config, settings, limits).items():
-        if value != settings.get(name):
-            setattr(pictures, name, type(pictures.size)(**value) if name == "size" else value)
+    """Put `limits` into the processor of the model of `config`, and into its part for videos where
+    that has such limits: see `vlmkit.families.with_limits`, whose SizeError it raises."""
+    parts = ["image_processor"]
+    if family_of(config).limits_videos and getattr(processor, "video_processor", None) is not None:
+        parts.append("video_processor")
+    for part in parts:
+        own, settings = getattr(processor, part), _settings(processor, part)
+        for name, value in with_limits(config, settings, limits).items():
+            if value != settings.get(name):
+                setattr(own, name, type(own.size)(**value) if name == "size" else value)
 
 
-def _settings(processor):
-    pictures = getattr(processor, "image_processor", None)
+def _settings(processor, part="image_processor"):
+    pictures = getattr(processor, part, None)
     found = {} if pictures is None else pictures.to_dict()
     return newer_names({name: value for name, value in found.items() if value is not None})

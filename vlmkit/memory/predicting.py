@@ -28,6 +28,8 @@ OTHER_NAMES = {
     "activation_checkpointing": "gradient_checkpointing",
     "optimizer": "optim",
     "max_new_tokens": "new_tokens",
+    "frames": "num_frames",
+    "videos": "num_frames",
     "device": "allocator",
 }
 """Earlier names of arguments, and names from other libraries -> ours."""
@@ -44,6 +46,7 @@ def predict(
     new_tokens=0,
     images=0,
     image_size=None,
+    num_frames=0,
     batch_size=1,
     training=None,
     gradient_checkpointing=False,
@@ -72,8 +75,11 @@ def predict(
     new_tokens: tokens that have gone through the model after the prompt. Florence-2's decoder,
         which writes apart from the prompt, begins with one token of its own.
     images: pictures in each sample.
-    image_size: (width, height) in pixels, or a list of one for each picture. By default it is the
-        vision encoder's own resolution, or 1024 x 768 if the encoder takes any.
+    image_size: (width, height) in pixels of each picture and frame, or a list of one for each
+        picture and one more for the video. By default it is the vision encoder's own resolution, or
+        1024 x 768 if the encoder takes any.
+    num_frames: frames of a video in each sample, as many as the processor keeps of the film. 0 is
+        no video. It has no sound.
     batch_size: samples.
     training: what is trained, as `vlmkit.adapters.parse` reads it: a dictionary such as
         {"projector": "full", "language_model": vk.LoRA(r=16)}, or "lora" or "full".
@@ -91,7 +97,7 @@ def predict(
         where the model has it), or that of a model `x`. "eager" keeps a matrix of all positions by
         all positions for each head, so its activations are larger.
     limits: min_pixels, max_pixels, size, … as for `vk.load`: they change the visual tokens of a
-        picture.
+        picture and of a video, see `vlmkit.families.with_limits`.
 
     Keys and values, adapters, gradients and optimizer states are exact to the byte too. Activations
     are bounded: they are what the pass needs at its peak beyond all other entries. If the gradients
@@ -105,7 +111,7 @@ def predict(
     _check_training(training, new_tokens, gradient_checkpointing, prepare_kbit)
     check_optimizer(optim)
     check_allocator(allocator)
-    use = (tokens, new_tokens, images, training, allocator)
+    use = (tokens, new_tokens, images, num_frames, training, allocator)
     if plan is None and not any(use) and isinstance(x, (str, Path)) and not loadable(x, revision):
         return stored(x, revision=revision, trust_remote_code=trust_remote_code)
     with without_garbage_collection(), dora.without_data():
@@ -117,7 +123,9 @@ def predict(
             config = copy.deepcopy(config)  # it can be the caller's
             set_attention(config, attn_implementation, trust_remote_code)
         folder = folder_of(x, revision)
-        batch = batch_of(config, folder, tokens, new_tokens, images, image_size, batch_size, limits)
+        batch = batch_of(
+            config, folder, tokens, new_tokens, images, image_size, batch_size, limits, num_frames
+        )
 
         def build():
             # Some buffers follow the dtype that a model is built in: build it as loading will.
@@ -161,20 +169,23 @@ def check_arguments(unknown):
 
 
 @public
-def visual_tokens(x, image_size, *, alone=True, revision=None, trust_remote_code=False, **limits):
+def visual_tokens(
+    x, image_size, *, num_frames=0, alone=True, revision=None, trust_remote_code=False, **limits
+):
     """The Picture that `x` makes of a picture of `image_size` (width, height), as its own processor
     would: `.tokens`, `.patches` and, in words, `.why`.
 
-    x, limits: as for `predict`. alone: whether it is the only picture of its prompt.
+    x, limits: as for `predict`. num_frames: of a video whose frames have this size, or 0. alone:
+        whether it is the only picture of its prompt.
 
     Raises AnatomyError if vlmkit has no rule for the architecture, SizeError and ImageError for
-    sizes that no model takes.
+    sizes that no model takes, and for a video if the model takes none.
     """
     check_arguments(limits)
     config = layout_of(
         x, "bf16", loadable=False, revision=revision, trust_remote_code=trust_remote_code
     ).config
-    return picture_of(config, folder_of(x, revision), image_size, alone, limits)[0]
+    return picture_of(config, folder_of(x, revision), image_size, alone, limits, num_frames)[0]
 
 
 def _check_training(training, new_tokens, gradient_checkpointing, prepare_kbit):
