@@ -132,9 +132,10 @@ def code_of(path, *names):
         part.decorator_list = []
         if isinstance(part, ast.ClassDef):
             methods = (ast.FunctionDef, ast.Assign)
-            part.bases, part.body = [], [p for p in part.body if isinstance(p, methods)]
+            body = [p for p in part.body if isinstance(p, methods)]
+            part.bases, part.body = [], [p for p in body if "valid_kwargs" not in ast.dump(p)]
     known = {**vars(image_utils), "math": math, "torch": torch}
-    known |= {"defaultdict": defaultdict, "lru_cache": lru_cache, "Lfm2VlImageProcessorKwargs": 0}
+    known |= {"defaultdict": defaultdict, "lru_cache": lru_cache}
     flags = __future__.annotations.compiler_flag
     exec(compile(ast.Module(parts, []), path, "exec", flags, dont_inherit=True), known)
     return [known[name] for name in names]

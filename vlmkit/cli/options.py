@@ -37,7 +37,7 @@ Revision = option(str, "Branch, tag or commit of a hub id.", metavar="NAME")
 Json = option(bool, "Print one JSON document and nothing else.", "--json")
 
 
-MinPixels = option(int, "The least pixels of a picture (Qwen-VL, GLM-4V).", metavar="N")
+MinPixels = option(int, "The least pixels of a picture or video (Qwen-VL, GLM-4V).", metavar="N")
 MaxPixels = option(int, "The most pixels of a picture: larger ones are shrunk.", metavar="N")
 
 

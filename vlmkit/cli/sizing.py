@@ -32,6 +32,7 @@ Examples:
   vlmkit memory Qwen/Qwen2.5-VL-7B-Instruct --images 1 --image-size 1024x768 --tokens 512 \\
       --train lora --rank 16 --gradient-checkpointing --budget "24 GB"
   vlmkit memory Qwen/Qwen2.5-VL-7B-Instruct --images 1 --image-size 4032x3024 --max-pixels 1003520
+  vlmkit memory Qwen/Qwen3-VL-2B-Instruct --frames 32 --image-size 640x360 --tokens 100
   vlmkit memory pebble --train projector=full,language_model=lora --tokens 64 --json
   vlmkit memory ./Qwen2.5-VL-7B-Instruct-AWQ
   vlmkit memory ./gemma-3-4b-it-Q4_K_M.gguf       # with the mmproj file beside it
@@ -69,9 +70,12 @@ NewTokens = option(int, "Tokens that are generated.", metavar="N", shown=True)
 Images = option(int, "Images in each prompt.", metavar="N", shown=True)
 ImageSize = option(
     str,
-    "Size of each image in pixels, such as 1024x768. By default the model's own.",
+    "Size of each image and frame in pixels, such as 1024x768. By default the model's own.",
     metavar="WIDTHxHEIGHT",
     parser=_size,
+)
+Frames = option(
+    int, "Frames of a video in each prompt. 0 is no video.", "--frames", metavar="N", shown=True
 )
 BatchSize = option(int, "Prompts at once.", metavar="N", shown=True)
 Train = option(
@@ -97,6 +101,7 @@ def memory(
     model: Model = None,
     plan: PlanText = None,
     images: Images = 0,
+    num_frames: Frames = 0,
     image_size: ImageSize = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
@@ -218,7 +223,10 @@ def fit(
         "language model in int8 and in nf4, by default.",
         metavar="PLAN",
     ) = None,
-    images: Images = 1,
+    images: option(
+        int, "Images in each prompt. By default 1, or 0 with --frames.", metavar="N"
+    ) = None,
+    num_frames: Frames = 0,
     image_size: ImageSize = None,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
@@ -286,9 +294,10 @@ def _largest(options):
             "--model, --figure and several plans are for the table of many models. Leave out MODEL "
             "for that, or give one plan and one card with it."
         )
-    taken = ("tokens", "new_tokens", "images", "image_size", "batch_size", "gradient_checkpointing")
-    use = {name: options[name] for name in taken}
-    use |= {name: options[name] for name in ("rank", "optim") if options[name] is not None}
+    taken = ("tokens", "new_tokens", "num_frames", "image_size", "batch_size")
+    use = {name: options[name] for name in (*taken, "gradient_checkpointing")}
+    given = ("images", "rank", "optim")
+    use |= {name: options[name] for name in given if options[name] is not None}
     if options["train"] not in (None, "lora"):
         use["training"] = _training(options["train"], use.pop("rank", None))
     if options["only"]:
@@ -305,8 +314,10 @@ def _largest(options):
 
 def _use(options):
     """What `vk.memory.predict` needs to know besides a model and a plan."""
-    names = ["images", "image_size", "tokens", "new_tokens", "batch_size", "gradient_checkpointing"]
-    use = {name: options[name] for name in names}
+    names = ["num_frames", "image_size", "tokens", "new_tokens", "batch_size"]
+    use = {name: options[name] for name in (*names, "gradient_checkpointing")}
+    if options["images"] is not None:
+        use["images"] = options["images"]
     use |= limits_of(options["min_pixels"], options["max_pixels"])
     if options["optim"] is not None:
         use["optim"] = options["optim"]

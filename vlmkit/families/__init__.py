@@ -6,15 +6,18 @@
     settings, source = settings_of(config, folder, video=True)
     family.video(config, settings, 16, 640, 360).tokens      # of a video of 16 frames
 
-A family says how a picture and a video become visual tokens, which inputs the model takes, which settings its
-processor usually has, and what is special about running it. The rules follow transformers' own
-processors, which need torchvision or a tokenizer; the tests compare the rules with those that can
-be built without. Without torchvision no video processor can be built, so that the rules for videos
-are compared with the arithmetic in their source and in the processors (`smart_resize`,
-`get_num_of_video_patches`, `replace_video_token`, ...), which runs without it, and with a small
-model of each family, which refuses a wrong number of features. The text among the frames was counted
-with the tokenizers of Qwen and SmolLM2. For GLM-4V and Gemma 4 it is read from the processors' text
-and their tokenizers' rules for digits, and not compared.
+A family says how a picture and a video become visual tokens, which inputs the model takes, which
+settings its processors usually have, and what is special about running it. The rules follow
+transformers' own processors, which need torchvision or a tokenizer; the tests compare the rules
+with those that can be built without.
+
+No video processor can be built without torchvision. The rules for videos are compared with the
+processors' arithmetic, which runs without it (`smart_resize`, `get_num_of_video_patches`), with the
+text that they write (`replace_video_token`), and with a small model of each family, which refuses a
+wrong number of features. With torchvision 0.28, the video processors themselves made the same of
+twenty pairs of frames and sizes, also with `cap_pixels_per_frame`. How many tokens the text among
+the frames is was seen with the tokenizers of Qwen and SmolLM2. For GLM-4V and Gemma 4 it follows
+from their tokenizers' rules for digits, and was not seen.
 """
 
 import json
@@ -73,8 +76,8 @@ def settings_of(config, folder=None, limits=None, video=False):
     `with_limits`, which go before them.
 
     video: whether the settings are the video processor's. They are also read from
-        `video_preprocessor_config.json`. A checkpoint from before that file, such as Qwen2-VL's, has
-        those of the image processor, as transformers does it.
+        `video_preprocessor_config.json`. In a checkpoint from before that file, such as Qwen2-VL's,
+        those of the image processor hold for videos too, as in transformers.
 
     Raises SizeError for a file whose size lacks a limit.
     """
@@ -115,9 +118,9 @@ LIMITS = (
 def with_limits(config, settings, limits):
     """The `settings` of an image processor with `limits`: {name of LIMITS: value}.
 
-    min_pixels, max_pixels: the least and the most pixels of a picture, one of them or both. Those of
-        Qwen-VL and GLM-4V limit videos too: each frame of Qwen2-VL and Qwen2.5-VL, and all frames
-        together of the later ones.
+    min_pixels, max_pixels: the least and the most pixels of a picture, one of them or both. They
+        limit videos too: each frame for Qwen2-VL and Qwen2.5-VL, and all frames together for
+        Qwen3-VL, Qwen3.5 and GLM-4V.
     size: a dictionary with the keys that the processor's own size has, such as {"longest_edge":
         1024}; a key that is left out stays. For Qwen-VL and GLM-4V shortest_edge and longest_edge
         are numbers of pixels too, and for others they are sides.

@@ -1,5 +1,5 @@
-"""What every family shares: the Picture, which can be a video, the class `Family`, and the size of a
-picture.
+"""What every family shares: the Picture, which can be a video, the class `Family`, and the size of
+a picture.
 
 Adding a family is one subclass of `Family`, in `grids` or in `tiles`, and one test.
 """
@@ -27,8 +27,8 @@ class Picture:
     patches: patches that the vision encoder reads, in all tiles.
     attended: states that cross-attention layers read, outside the prompt (Llama 3.2 Vision).
     thumbnail: (height, width) of the last tile, the whole picture, if it is not `crop`.
-    frames: of a video; 0 for a still picture. All tiles or frames of a video count in `count`, which
-        is fewer than `frames` where the encoder reads several frames at once.
+    frames: of a video; 0 for a still picture. `count` is smaller where the encoder reads several
+        frames at once.
     runs: into how many runs the features are split by text, such as the time of each frame.
     why: how the number of tokens comes about, in words.
     """
@@ -139,12 +139,12 @@ class Family:
         if config.model_type in VIDEO_PROCESSOR_MAPPING_NAMES:
             raise AnatomyError(
                 f"vlmkit has no rule yet for how {config.model_type} turns a video into tokens. "
-                "Count them with its processor and add them to tokens, with num_frames=0. There are "
-                f"rules for {', '.join(sorted(those))}."
+                "Count them with its processor and add them to tokens, with num_frames=0. There "
+                f"are rules for {', '.join(sorted(those))}."
             )
         raise SizeError(
-            f"{config.model_type} takes no videos: transformers has no video processor for it. Give "
-            f"the frames as pictures (images). Videos go into {', '.join(sorted(those))}."
+            f"{config.model_type} takes no videos: transformers has no video processor for it. "
+            f"Give the frames as pictures (images). Videos go into {', '.join(sorted(those))}."
         )
 
     def pixels(self, config, pictures, sizes, batch_size, make):
@@ -300,7 +300,7 @@ def whole(config, tokens, why):
 
 
 def video_of(frame, num_frames, features, text, runs):
-    """The Picture of a video whose frames are the Picture `frame` each. text: its tokens of text."""
+    """The Picture of a video whose frames are the Picture `frame` each. text: tokens of text."""
     why = frame.why + (f", with {text} of text among them" if text else "")
     return replace(
         frame, tokens=features + text, features=features, count=num_frames,

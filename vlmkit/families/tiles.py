@@ -47,8 +47,8 @@ class LlavaNext(Family):
 
 class LlavaOnevision(LlavaNext):
     """LLaVA-OneVision (arXiv 2408.03326, section 3.2): as LLaVA-NeXT, but more features than nine
-    tiles have are shrunk, and one of several pictures is not cut. A frame of a video is not cut, its
-    features are pooled 2 x 2, and a separator follows the last."""
+    tiles have are shrunk, and one of several pictures is not cut. A frame of a video is not cut,
+    its features are pooled 2 x 2, and a separator follows the last."""
 
     model_types = ("llava_onevision",)
 
@@ -169,8 +169,8 @@ class Idefics3(Idefics2):
 
 
 class SmolVLM(Idefics3):
-    """SmolVLM (arXiv 2504.05299, section 2): as Idefics3. A frame of a video is resized to one tile;
-    its time is written before it, and a sentence before the first."""
+    """SmolVLM (arXiv 2504.05299, section 2): as Idefics3. A frame of a video is resized to one
+    tile; its time is written before it, and a sentence before the first."""
 
     model_types = ("smolvlm",)
     videos_apart = False

@@ -32,7 +32,7 @@ def fit(
     gpus=tuple(GPUS),
     *,
     tokens=512,
-    images=1,
+    images=None,
     allocator="cuda",
     reserved=RESERVED,
     progress=False,
@@ -43,9 +43,9 @@ def fit(
     models: names, or {label: anything that `vk.memory.predict` takes}.
     plans: anything that `Plan.parse` takes, or {label: that}.
     gpus: names of `vlmkit.catalog.gpus.GPUS`, or sizes such as "12 GB".
-    tokens, images, use: what the model has to do, as `vk.memory.predict` takes it: image_size,
-        batch_size, new_tokens, training, … With tokens=0 and images=0 only the weights have to
-        fit.
+    tokens, images, use: what the model has to do, as `vk.memory.predict` takes it: num_frames,
+        image_size, batch_size, new_tokens, training, … images is 1 by default, or 0 with
+        num_frames. With tokens=0 and images=0 only the weights have to fit.
     allocator: "cuda" counts what PyTorch's caching allocator rounds up to; None leaves it out.
     reserved: a size, taken off every card's memory.
     progress: whether to show a bar.
@@ -60,6 +60,7 @@ def fit(
     import pandas as pd
     from tqdm import tqdm
 
+    images = int(not use.get("num_frames")) if images is None else images
     cards = {_label(gpu): int(_memory_of(gpu)) for gpu in gpus}
     lost = parse_size(reserved)
     pairs = list(product(_labelled(models), _labelled(plans)))

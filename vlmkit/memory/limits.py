@@ -28,12 +28,17 @@ from vlmkit.tables import Table
 from vlmkit.units import GIGABYTE
 
 LOAD, PROMPT, TRAINING = "load", "prompt", "training step"
-STEPS = {"batch_size": 1, "images": 1, "image_size": 64, "tokens": 512, "rank": 16}
+STEPS = {
+    "batch_size": 1, "images": 1, "num_frames": 4, "image_size": 64, "tokens": 512, "rank": 16
+}  # fmt: skip
 """What can grow, and the step of the search. For image_size it is pixels of the longer side.
 For tokens it is less where the context is short."""
-MOST = {"batch_size": 64, "images": 32, "image_size": 2**14, "tokens": 2**20, "rank": 1024}
+MOST = {
+    "batch_size": 64, "images": 32, "num_frames": 768, "image_size": 2**14, "tokens": 2**20,
+    "rank": 1024,
+}  # fmt: skip
 """Where the search ends if the model's context does not end it before."""
-FIRST = {"batch_size": 3, "images": 3, "image_size": 12, "tokens": 8, "rank": 15}
+FIRST = {"batch_size": 3, "images": 3, "num_frames": 4, "image_size": 12, "tokens": 8, "rank": 15}
 """The step that is tried first. Many samples and pictures take time, a long prompt does not."""
 SMALLER = ("int8", "nf4", "nf4-dq")
 """Formats of the language model that a saving may choose, those with the most bytes first."""
@@ -122,15 +127,19 @@ class Largest(Table):
         """A pandas DataFrame: a row for each use, with bytes and Limits."""
         import pandas as pd
 
+        axes = [axis for axis in STEPS if axis != "num_frames" or self._has(axis)]
         rows = {
             use.name: {
                 "needed": use.needed,
                 "left": self.room - use.needed,
-                **{axis: use.limits.get(axis) for axis in STEPS},
+                **{axis: use.limits.get(axis) for axis in axes},
             }
             for use in self.uses
         }
         return pd.DataFrame.from_dict(rows, orient="index")
+
+    def _has(self, argument):
+        return any(argument in use.arguments for use in self.uses)
 
     def to_dict(self):
         """All of it as plain lists and dictionaries, for JSON. Sizes are in bytes."""
@@ -216,8 +225,9 @@ def largest(
     plan=None,
     *,
     tokens=512,
-    images=1,
+    images=None,
     image_size=None,
+    num_frames=0,
     new_tokens=0,
     batch_size=1,
     rank=16,
@@ -236,8 +246,10 @@ def largest(
 
     x, plan, revision, trust_remote_code, allocator, limits: as for `vk.memory.predict`.
     card: a name of `vlmkit.catalog.gpus.GPUS`, or a size such as "12 GB".
-    tokens, images, image_size, batch_size: where the search begins. Each of them grows while the
-        others stay. image_size is one (width, height); it keeps its shape.
+    tokens, images, image_size, num_frames, batch_size: where the search begins. Each of them grows
+        while the others stay. images is 1 by default, or 0 with num_frames. image_size is one
+        (width, height); it keeps its shape. With num_frames the search takes two to five times as
+        long.
     rank: of the LoRA on the language model that a training step trains. training: what is trained
         in place of that, as for `vk.memory.predict`; then the search leaves the rank alone.
     new_tokens: generated after a prompt.
@@ -246,7 +258,7 @@ def largest(
     reserved: a size, taken off the card's memory for CUDA and other programs.
 
     Where a use does not fit, the result names savings with their bytes: gradient checkpointing,
-    double quantization, a smaller batch, fewer pixels, an 8-bit optimizer, fewer bits.
+    double quantization, a smaller batch, fewer frames or pixels, an 8-bit optimizer, fewer bits.
 
     Raises SizeError for an unknown card and for a use that the model has no room for whatever the
     card, and whatever `vk.memory.predict` raises.
@@ -255,8 +267,12 @@ def largest(
     room = room_on(card, reserved)
     model = _Model(x, plan, revision, trust_remote_code, allocator, limits, room)
     first = {"batch_size": batch_size, "tokens": tokens}
-    if images or image_size is not None:
-        first |= {"images": max(1, images), "image_size": model.size_of(images, image_size)}
+    images = int(not num_frames) if images is None else images
+    if images or num_frames or image_size is not None:
+        images = images or int(not num_frames)
+        first["image_size"] = model.size_of(images, image_size, num_frames)
+        seen = {"images": images, "num_frames": num_frames}
+        first |= {name: number for name, number in seen.items() if number}
     what = {LANGUAGE: LoRA(r=rank)} if training is None else training
     step = {"training": what, "gradient_checkpointing": gradient_checkpointing, "optim": optim}
     more = {"new_tokens": new_tokens} if new_tokens else {}
@@ -307,12 +323,13 @@ class _Model:
 
     def batch(self, arguments):
         """The Batch of a use. Raises SizeError or ImageError if the model cannot take it."""
-        names = ("tokens", "new_tokens", "images", "image_size", "batch_size")
+        names = ("tokens", "new_tokens", "images", "num_frames", "image_size", "batch_size")
         given = {name: arguments[name] for name in names if name in arguments}
         return batch_of(self.config, self.folder, **given, limits=self.limits)
 
-    def size_of(self, images, image_size):
-        sizes = set(batch_of(self.config, None, images=images, image_size=image_size).sizes)
+    def size_of(self, images, image_size, num_frames):
+        asked = {"images": images, "image_size": image_size, "num_frames": num_frames}
+        sizes = set(batch_of(self.config, self.folder, **asked, limits=self.limits).sizes)
         if len(sizes) > 1:
             raise SizeError(
                 f"image_size has {len(sizes)} different sizes. The search needs one (width, "
@@ -411,11 +428,13 @@ class _Model:
             yield "double quantization", {"plan": plan.with_format(LANGUAGE, "nf4-dq")}
         if arguments.get("batch_size", 1) > 1:
             yield "a batch of 1", {"batch_size": 1}
-        family = family_of(self.config)
-        if arguments.get("images") and not family.one_size:
+        family, frames = family_of(self.config), arguments.get("num_frames", 0)
+        if frames > 2:
+            yield f"half the frames (num_frames={frames // 2})", {"num_frames": frames // 2}
+        if "image_size" in arguments and not family.one_size:
             width, height = (max(1, side // 2) for side in arguments["image_size"])
             few = {"image_size": (width, height)}
-            if "max_pixels" in family.limits and not self.limits:
+            if "max_pixels" in family.limits and not self.limits and not frames:
                 few = {"max_pixels": width * height}
             yield f"a quarter of the pixels ({_in_words(few)})", few
         if "training" in arguments and not arguments["optim"].startswith("paged"):
