@@ -4,8 +4,9 @@
     vk.memory.predict("meta-llama/Llama-3.2-11B-Vision-Instruct", plan)
 
 Anatomy and prediction need only a config. Each folder here has the name of a model's id on the hub
-and holds the config.json that the model's owner published and, where it was found, the
-preprocessor_config.json. Both are as in public copies. `models.csv` has a line for each:
+and holds the config.json that the model's owner published and, where they were found, the
+preprocessor_config.json and the video_preprocessor_config.json. They are as in public copies.
+`models.csv` has a line for each:
 
 - parameters: in the published weights; tied weights count once. It is empty where the number was
   not found.
