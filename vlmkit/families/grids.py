@@ -69,7 +69,7 @@ class Florence2(Family):
     the text."""
 
     model_types = ("florence2",)
-    one_size, casts = True, False
+    one_size = True
 
     def settings(self, config):
         return {"size": {"height": 768, "width": 768}}

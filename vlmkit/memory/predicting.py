@@ -100,8 +100,10 @@ def predict(
         picture and of a video, see `vlmkit.families.with_limits`.
 
     Keys and values, adapters, gradients and optimizer states are exact to the byte too. Activations
-    are bounded: they are what the pass needs at its peak beyond all other entries. If the gradients
-    do not exist yet at that moment, activations may use their room, which counts as the gradients'.
+    are bounded: they are what the pass needs at its peak beyond all other entries, without what
+    PyTorch's kernels take for themselves on some CPUs (see `vlmkit.memory.tracker`). If the
+    gradients do not exist yet at that moment, activations may use their room, which counts as the
+    gradients'.
 
     Raises CheckpointError, AnatomyError and PlanError as `vk.load` does; SizeError and ImageError
     for sizes that are impossible or do not fit the model; SizeError for an unknown argument;

@@ -16,8 +16,10 @@ on pixels counts as true everywhere, which is right for pictures that are not bl
 A storage is live from the operation that makes it until the last tensor that uses it is gone, in
 the order in which Python and autograd drop tensors. The allocator of the real run sees the same.
 Memory that a kernel allocates inside itself is counted for bitsandbytes' kernels, which
-`vlmkit.memory.kernels` writes out. It is not counted for PyTorch's own, where it is small (oneDNN
-packs weights in pieces of 0.25 MB).
+`vlmkit.memory.kernels` writes out, and for arithmetic between two dtypes on a CPU, which copies one
+of them. It is not counted for PyTorch's other kernels. Most take little, but on a CPU with AMX
+oneDNN's convolutions copy what they read and attention packs keys and values, which was up to 14%
+of the peak of small models. Kernels for a GPU do neither.
 """
 
 import weakref
@@ -47,6 +49,8 @@ SLOW = (
 )
 """Operators whose shapes PyTorch works out slowly, in Python. They are remembered: Qwen2.5-VL calls
 attention once for each window of each picture."""
+ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+"""Operators that copy an argument of another dtype to that of the result. On a GPU they do not."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype))
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -201,7 +205,7 @@ class AllocationTracker(TorchDispatchMode):
 
     def __init__(self, device=None):
         super().__init__()
-        self.kernels = KERNELS[device]
+        self.kernels, self.copies = KERNELS[device], device is None
         self.live = self.peak = 0
         self.parts, self.by_component = {}, {}
         self.component = None
@@ -282,6 +286,16 @@ class AllocationTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = self._run(function, args, kwargs or {})
+        if self.copies and function in ARITHMETIC:
+            copied = sum(
+                tensor.numel() * result.element_size()
+                for tensor in args[:2]
+                if isinstance(tensor, torch.Tensor) and tensor.dtype != result.dtype
+            )
+            if copied:
+                self._see(storage_of(result))
+                self._add(copied, self.component)
+                self._add(-copied, self.component)
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, torch.Tensor):
                 self._see(storage_of(tensor))
