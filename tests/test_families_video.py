@@ -213,12 +213,12 @@ PEAKS = [(name, kind) for name in TINY[:-2] for kind in ("prompt", "LoRA, checkp
     ],
 )
 def test_the_peak_with_a_video(name, kind, tmp_path):
-    """Within 2%: attention of each frame alone, windows, and the features of all frames."""
+    """Within 4%: attention of each frame alone, windows, and the features of all frames."""
     folder, batch = medium.save(name, tmp_path), {"tokens": 100, "num_frames": 9, "batch_size": 2}
     run = a_pass(folder, *PASSES[kind], **batch, image_size=(64, 48))
     run()
     found = predicted(folder, *PASSES[kind], **batch, image_size=(64, 48))
-    assert abs(found / peak_of(run) - 1) < 0.02
+    assert abs(found / peak_of(run) - 1) < 0.04
 
 
 def test_what_takes_no_video_says_so():
