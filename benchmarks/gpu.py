@@ -40,6 +40,7 @@ import torch
 
 import vlmkit as vk
 from vlmkit.anatomy import on_meta
+from vlmkit.backend.caching import cache_of, with_cache
 from vlmkit.backend.quiet import quiet
 from vlmkit.formats import torch_dtype
 from vlmkit.layout import layout_of
@@ -215,7 +216,7 @@ def passes(model, folder, plan, count, device):
     @torch.no_grad()
     def prompt():
         kept.clear()
-        kept["cache"] = model(**inputs, use_cache=True, **last).past_key_values
+        kept["cache"] = cache_of(model(**inputs, use_cache=True, **last))
 
     prompt()  # cuBLAS takes its workspace in the first
     kept.clear()
@@ -225,7 +226,7 @@ def passes(model, folder, plan, count, device):
 
     @torch.no_grad()
     def token():
-        model(**one, past_key_values=kept["cache"], use_cache=True)
+        model(**one, **with_cache(kept["cache"]), use_cache=True)
 
     decode = measure_peak(token) + after_prompt
     growing = [e for e in predicted.cache if e.component != "cross_attention"]

@@ -14,10 +14,12 @@ from measuring import peak_of
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, DynamicCache
 
 from vlmkit.anatomy import on_meta
+from vlmkit.backend.caching import with_cache
+from vlmkit.backend.llama4 import complete_outputs
 from vlmkit.errors import AnatomyError, SizeError
 from vlmkit.families import family_of, writes_apart
 from vlmkit.layout import layout_of
-from vlmkit.memory import measure, predict
+from vlmkit.memory import cache_of, measure, predict
 from vlmkit.memory.batch import batch_of
 from vlmkit.memory.ledger import CACHE
 from vlmkit.memory.steps import dry_passes
@@ -46,7 +48,9 @@ def held(ledger):
 
 def model_of(config):
     torch.manual_seed(0)
-    return AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
+    complete_outputs(model)
+    return model
 
 
 def run_of(model, **asked):
@@ -63,10 +67,10 @@ def run_of(model, **asked):
 
     @torch.no_grad()
     def prompt():
-        cache = model(**tensors, use_cache=True, **more).past_key_values
+        cache = cache_of(model(**tensors, use_cache=True, **more))
         if cache is None:  # `generate` always gives one
             cache = DynamicCache(config=config)
-            model(**tensors, past_key_values=cache, **more)
+            model(**tensors, **with_cache(cache), **more)
         return cache
 
     return tensors, prompt
@@ -79,7 +83,7 @@ def check_cache(config, new_tokens=20, **asked):
     many = {"max_new_tokens": new_tokens + 1, "min_new_tokens": new_tokens + 1}  # one is not fed
     out = model.generate(**tensors, **many, do_sample=False, return_dict_in_generate=True)
     predicted = predict(config, "bf16", new_tokens=new_tokens, **asked)
-    assert held(predicted) == held(measure(model, cache=out.past_key_values))
+    assert held(predicted) == held(measure(model, cache=cache_of(out)))
     return model
 
 
@@ -250,11 +254,11 @@ def test_blip_2_without_a_picture_is_its_language_model():
     model = model_of(config)
     ids = torch.ones(2, 30, dtype=torch.long)
     with torch.no_grad():
-        cache = model.language_model(ids, use_cache=True).past_key_values
+        cache = cache_of(model.language_model(ids, use_cache=True))
         predicted = predict(config, "bf16", tokens=30, batch_size=2)
         assert held(predicted) == held(measure(model, cache=cache))
         for _ in range(5):
-            model.language_model(ids[:, :1], past_key_values=cache)
+            model.language_model(ids[:, :1], **with_cache(cache))
     predicted = predict(config, "bf16", tokens=30, batch_size=2, new_tokens=5)
     assert held(predicted) == held(measure(model, cache=cache))
     with pytest.raises(SizeError, match="give images"):

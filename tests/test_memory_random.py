@@ -13,7 +13,7 @@ import vlmkit as vk
 from vlmkit.finetuning import adapted
 from vlmkit.formats import FORMATS, torch_dtype
 from vlmkit.layout import layout_of
-from vlmkit.memory import compare, measure, predict
+from vlmkit.memory import cache_of, compare, measure, predict
 
 MODELS, MANY, SOME = 300, 20, 10
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,7 +119,7 @@ def check_weights(model):
     model = made(config, plan)
     ids = torch.full((batch, tokens), 20)
     with torch.no_grad():
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=ids, use_cache=True))
     same(predicted, measure(model, cache=cache), without=("input", "activation"))
 
 

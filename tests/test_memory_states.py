@@ -9,7 +9,7 @@ from families import FAMILIES, inputs
 
 import vlmkit as vk
 from vlmkit.finetuning import add_adapters
-from vlmkit.memory import Ledger, compare, measure, predict
+from vlmkit.memory import Ledger, cache_of, compare, measure, predict
 from vlmkit.memory.batch import batch_of
 from vlmkit.memory.ledger import CACHE
 
@@ -77,7 +77,7 @@ def test_between_two_steps(name, way, family):
     no_difference(predicted, measure(model, stepper))
 
 
-def cache_of(ledger):
+def only_cache(ledger):
     return Ledger("", tuple(entry for entry in ledger.entries if entry.kind == CACHE))
 
 
@@ -90,11 +90,13 @@ def test_keys_and_values(name, family):
     tensors = batch_of(model.config, folder, **asked).inputs(torch.randn)
     with torch.no_grad():
         output = model(**tensors, use_cache=True)
-    cache = getattr(output, "language_model_outputs", output).past_key_values
-    no_difference(cache_of(predict(folder, "bf16", **asked)), cache_of(measure(model, cache=cache)))
-    more = {"max_new_tokens": 21, "min_new_tokens": 21, "do_sample": False}  # the last is not fed
-    cache = model.generate(**tensors, **more, return_dict_in_generate=True).past_key_values
+    cache = cache_of(output)
     no_difference(
-        cache_of(predict(folder, "bf16", new_tokens=20, **asked)),
-        cache_of(measure(model, cache=cache)),
+        only_cache(predict(folder, "bf16", **asked)), only_cache(measure(model, cache=cache))
+    )
+    more = {"max_new_tokens": 21, "min_new_tokens": 21, "do_sample": False}  # the last is not fed
+    cache = cache_of(model.generate(**tensors, **more, return_dict_in_generate=True))
+    no_difference(
+        only_cache(predict(folder, "bf16", new_tokens=20, **asked)),
+        only_cache(measure(model, cache=cache)),
     )

@@ -85,7 +85,11 @@ RULES = {
 }
 
 OWN_RULES = {
-    "chameleon": {  # pixels become tokens of the vocabulary: no projector
+    "apertus1p5": {  # pixels become tokens of the vocabulary, and sounds do: no projector
+        "vision_tokenizer": VISION,
+        "audio_tokenizer": OTHER,
+    },
+    "chameleon": {  # the same with pixels
         "vqmodel": VISION,
         "embed_tokens": LANGUAGE,
         "layers": LANGUAGE,

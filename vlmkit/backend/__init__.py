@@ -4,10 +4,12 @@ A workaround says since which release it is needed, until when, and why. The old
 are transformers 5.21, bitsandbytes 0.50 and peft 0.19.
 
 boundaries.py      casts between components of different float formats
+caching.py         the cache of a forward pass, under both of its names in transformers
 checkpointing.py   gradient checkpointing, under both of its names in transformers
 converting.py      what transformers quantizes, and how it is told to quantize something else
 cpu.py             guards against bitsandbytes' bugs, on a CPU above all
 dora.py            DoRA on int8 layers of a CPU, and on weights without data
+llama4.py          a field that is missing in the output of Llama 4
 mixed.py           several quantized formats in one model
 optimizers.py      optimizers by name
 passes.py          attention, precision and checks of a model's passes while it is trained

@@ -15,6 +15,7 @@ import warnings
 from vlmkit.anatomy import one_at_a_time
 from vlmkit.backend.boundaries import join_dtypes
 from vlmkit.backend.cpu import guard_against_cpu_traps
+from vlmkit.backend.llama4 import complete_outputs
 from vlmkit.backend.quiet import is_watched, quiet, without_garbage_collection
 from vlmkit.checkpoints import find, require_generation_config, weight_files
 from vlmkit.errors import PlanError, public
@@ -120,6 +121,7 @@ def load(
             model = load_weights(folder, layout, places, trust_remote_code)
             check_placed(model)
             guard_against_cpu_traps(model)
+            complete_outputs(model)
             join_dtypes(model, layout)
             audit_layout(model, layout)
             model = with_adapters(folder, model)

@@ -7,6 +7,7 @@ vk.memory.compare(predicted, measured)
 vk.memory.stored(folder)              # what lies in weight files, whatever quantized them
 """
 
+from vlmkit.backend.caching import cache_of
 from vlmkit.memory.ledger import BOUNDED, BUFFER, STATE, Ledger, compare
 from vlmkit.memory.limits import largest
 from vlmkit.memory.measuring import measure, measure_peak, storages_of
@@ -21,6 +22,7 @@ __all__ = [
     "STATE",
     "Ledger",
     "Size",
+    "cache_of",
     "compare",
     "largest",
     "measure",

@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from vlmkit.anatomy import component_finder, unwrapped, vision_dtype
 from vlmkit.architectures import LANGUAGE
+from vlmkit.backend.caching import cache_of, with_cache
 from vlmkit.errors import AnatomyError, SizeError, brief
 from vlmkit.families import family_of, writes_apart
 from vlmkit.memory.cache import places_of
@@ -68,7 +69,7 @@ class DryRun:
             last["decoder_input_ids"] = torch.zeros(len(inputs["input_ids"]), 1, dtype=torch.long)
         cache, peak = self._forward(model, **inputs, use_cache=True, **last)
         if cache is None:  # as for Granite 4 Vision, which is always given one by `generate`
-            last["past_key_values"] = DynamicCache(config=self.config)
+            last |= with_cache(DynamicCache(config=self.config))
             cache, peak = self._forward(model, **inputs, use_cache=True, **last)
         return cache, peak
 
@@ -87,18 +88,15 @@ class DryRun:
             axes = len(rope.get("mrope_section", "thw"))
             inputs["position_ids"] = torch.zeros(axes, batch_size, 1, dtype=torch.long)
         model = family.decoder(self.model)
-        return self._forward(model, **inputs, past_key_values=cache, use_cache=True)
+        return self._forward(model, **inputs, **with_cache(cache), use_cache=True)
 
     def _forward(self, model, **inputs):
         self.model.eval()
         self._restart()
         with self.tracker, torch.no_grad():
             output = self._run(model, inputs)
-        # BLIP-2 returns the output of its language model inside its own.
-        output = getattr(output, "language_model_outputs", output)
         self.encoded = getattr(output, "encoder_last_hidden_state", None)
-        cache = output.past_key_values
-        return cache, _named(self.tracker.by_component)
+        return cache_of(output), _named(self.tracker.by_component)
 
     def _restart(self):
         if self.skipped:

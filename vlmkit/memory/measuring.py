@@ -13,7 +13,7 @@ def measure(model, optimizer=None, cache=None):
 
     model: any transformers VLM, also inside PEFT's wrapper.
     optimizer: a torch or bitsandbytes optimizer of its parameters, for the optimizer's states.
-    cache: the `past_key_values` of a forward pass, for its keys and values.
+    cache: of a forward pass (`vk.memory.cache_of`), for its keys and values.
     """
     storages = Storages()
     entries = [*_weights(model, storages)]

@@ -9,6 +9,7 @@ from math import ceil
 from vlmkit.anatomy import component_finder
 from vlmkit.backend.boundaries import join_dtypes
 from vlmkit.backend.cpu import guard_against_cpu_traps
+from vlmkit.backend.llama4 import complete_outputs
 from vlmkit.formats import BLOCK, FORMATS, NESTED_BLOCK, torch_dtype
 from vlmkit.memory.ledger import BUFFER, STATE
 from vlmkit.rows import Row
@@ -55,6 +56,7 @@ def as_loaded(model, layout):
     model.is_loaded_in_8bit = "int8" in formats  # what peft looks at
     model.is_loaded_in_4bit = bool(formats - {"int8"})
     guard_against_cpu_traps(model)
+    complete_outputs(model)
     join_dtypes(model, layout)
     return model
 
