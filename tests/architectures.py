@@ -190,7 +190,27 @@ def _sparse(config):
     text.layer_types = ["full_attention", "minimax_m3_sparse"] * (text.num_hidden_layers // 2)
 
 
+def _tokens_of_pictures_and_sounds(config):
+    config.vision_config.codebook_size = config.audio_config.codebook_size = MOST // 4
+    config.image_token_offset, config.audio_token_offset = MOST // 2, MOST // 4 * 3
+
+
+def _fitting_ends(config):
+    config.vision_config.text_hidden_size = config.text_config.hidden_size
+    config.text_config.unpadded_vocab_size = MOST - 8
+
+
+def _loop(config):
+    _fitting_ends(config)
+    text = config.text_config
+    text.n_layers_per_attn_res_block = text.loop_layer_index_start = 2
+    text.loop_layer_index_end = 4
+
+
 SMALLER = {
+    "apertus1p5": _tokens_of_pictures_and_sounds,
+    "inkling2": _fitting_ends,
+    "inkling2_loop": _loop,
     "deepseek_ocr2": _chosen,
     "minimax_m3_vl": _sparse,
     "qwen4_exp": _wide_indexer,

@@ -65,7 +65,7 @@ def test_context_rope_and_norm_are_what_was_published(name, context, theta, epsi
 
 
 def test_what_transformers_cannot_run_as_published():
-    """GLM-4.1V's share of rotated dimensions gets lost in transformers 5.23. If this fails, it is
+    """GLM-4.1V's share of rotated dimensions gets lost in transformers 5.24. If this fails, it is
     mended there: take the sentence out of models.csv."""
     with pytest.raises(AnatomyError, match="split_with_sizes"):
         vk.memory.predict("zai-org/GLM-4.1V-9B-Thinking", tokens=10)

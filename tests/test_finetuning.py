@@ -183,7 +183,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, way, loaded):
     assert len(calls) == 1
     if way == "older name":
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 has a newer one
+            warnings.simplefilter("ignore", FutureWarning)  # transformers has a newer one
             model.gradient_checkpointing_enable()
     else:
         checkpointing.enable(model, **{"use_reentrant": True} if way == "reentrant" else {})

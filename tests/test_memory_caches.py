@@ -37,7 +37,6 @@ NOT_RUN = {
 """Why the prediction refuses a prompt of text, as the model itself does."""
 ELSEWHERE = {
     "blip-2": "its own forward pass needs a picture: see the test of its language model below",
-    "inkling2": "its router takes float32 only, and a new model in bfloat16 does not keep that",
 }
 QUICK = ("lfm3_vl", "unlimited_ocr")
 

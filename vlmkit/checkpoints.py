@@ -257,7 +257,7 @@ _LOADERS = {
     "gguf": "llama.cpp, Ollama and LM Studio",
 }
 """What loads weights that vlmkit does not load, by transformers' name of the method. What
-transformers needs is from its checks (transformers 5.23, quantizers/). The other programs are
+transformers needs is from its checks (transformers 5.24, quantizers/). The other programs are
 common knowledge. Nothing of it was tried."""
 
 

@@ -20,7 +20,7 @@ from vlmkit.units import GIGABYTE
 
 PACKAGES = {  # name: (oldest version tried, version tested with)
     "torch": ("2.13", "2.13.0"),
-    "transformers": ("5.21", "5.23.0"),
+    "transformers": ("5.21", "5.24.0"),
     "bitsandbytes": ("0.50", "0.50.2"),
     "accelerate": ("1.12", "1.15.0"),
     "peft": ("0.19", "0.21.2"),

@@ -267,7 +267,7 @@ class Method:
         return config.get(self.key) if self.key else None
 
 
-_T = "transformers 5.23"
+_T = "transformers 5.24"
 METHODS = {
     method.name: method
     for method in (

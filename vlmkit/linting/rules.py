@@ -200,7 +200,7 @@ RULES = (
     Rule(
         "error: cannot-load",
         _cannot_load,
-        "transformers 5.23 cannot quantize with HQQ while it loads a model: it raises "
+        "transformers 5.24 cannot quantize with HQQ while it loads a model: it raises "
         "NotImplementedError. The other findings say what the list would keep.",
         "Use another method, or quantize the loaded model with the package hqq.",
     ),
