@@ -242,7 +242,7 @@ def test_the_first_token_after_a_prompt_that_is_longer_than_the_window(length):
     passes = dry_passes(on_meta(config, torch.bfloat16), layout_of(config, "bf16"), batch)
     assert before < sum(passes.decode.values()) < 1.1 * before
     with torch.no_grad():
-        model(torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
+        model(torch.ones(2, 1, dtype=torch.long), **with_cache(cache))
     after = sum(held(measure(model, cache=cache)).values())
     assert sum(entry.bytes for entry in passes.cache) == after < before / 5
 
