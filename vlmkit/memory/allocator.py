@@ -50,6 +50,12 @@ class Block:
         self.before, self.after, self.free = before, after, False
 
 
+def _free_block(block):
+    new = Block(block.size, block.small, block.place)
+    new.free = True
+    return new
+
+
 class CachingAllocator:
     """The allocator, without memory behind it.
 
@@ -94,6 +100,16 @@ class CachingAllocator:
                 block.after.before = block
         self._offer(block)
 
+    def copy(self):
+        """A CachingAllocator with the same memory, that the blocks given so far are never released
+        to."""
+        new = CachingAllocator()
+        new.reserved, new.allocated, new.peak = self.reserved, self.allocated, self.peak
+        new._places = count(next(self._places), 2**50)
+        for small, free in self._free.items():
+            new._free[small] = [(b.size, place, _free_block(b)) for _, place, b in free]
+        return new
+
     def _segment(self, size, small):
         if small:
             segment = SMALL_SEGMENT
@@ -129,15 +145,15 @@ def check_allocator(name):
         raise SizeError(f"{name!r} is not an allocator that vlmkit knows. Use 'cuda' or None.")
 
 
-def overhead(layout, weights, more=()):
+def overhead(load, weights, more=()):
     """Entries of what the allocator adds: the rounding of blocks, by component, and what is
     reserved and not in use.
 
-    layout: of the model that is loaded. weights: entries of what it then holds. more: entries of
-        what it needs in addition when it runs or is trained.
+    load: a CachingAllocator after a load, and what `loaded` returned for it; they stay as they are.
+    weights: entries of what the model then holds. more: entries of what it needs in addition when
+        it runs or is trained.
     """
-    cuda = CachingAllocator()
-    given = loaded(cuda, layout)
+    cuda, given = load[0].copy(), dict(load[1])
     buffers = [entry for entry in weights if entry.kind == BUFFER]
     for entry in (*buffers, *more):
         block = cuda.allocate(entry.bytes) if entry.bytes else None

@@ -34,6 +34,22 @@ class DryRun:
         self.tracker.watch(model)
         if last is ALL:
             self.tracker.empty(model)
+        places = [place for part in model.modules() for place in (vars(part), part._buffers)]
+        self.before = [(place, dict(place)) for place in places]
+        self.listens = False
+
+    def reset(self):
+        """Make everything as it was before the first run, so that the next run is like it."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        for now, before in self.before:
+            for key, value in list(now.items()):
+                if isinstance(value, torch.Tensor) and self.tracker.made(value):
+                    del now[key]
+                    now.update({key: before[key]} if key in before else {})
+        if self.skipped:
+            self.skipped.restart()
+        self.tracker.forget()
 
     @property
     def complete(self):
@@ -128,11 +144,13 @@ class DryRun:
             raise SizeError(
                 f"{self.config.model_type} takes no training step without a picture: give images."
             )
-        component_of = component_finder(self.model)
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                owner = "gradient", component_of(name)
-                parameter.register_post_accumulate_grad_hook(self._labelling(owner))
+        if not self.listens:
+            component_of = component_finder(self.model)
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    owner = "gradient", component_of(name)
+                    parameter.register_post_accumulate_grad_hook(self._labelling(owner))
+            self.listens = True
         self.model.train()
         self._restart()
         with self.tracker:

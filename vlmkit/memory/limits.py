@@ -17,10 +17,9 @@ from vlmkit.backend.quiet import quiet
 from vlmkit.catalog.gpus import RESERVED
 from vlmkit.errors import AnatomyError, ImageError, SizeError, did_you_mean, public, shown
 from vlmkit.families import family_of
-from vlmkit.layout import layout_of
 from vlmkit.memory.batch import batch_of
 from vlmkit.memory.fitting import room_on
-from vlmkit.memory.predicting import check_arguments, folder_of, predict
+from vlmkit.memory.predicting import Predictor, check_arguments, folder_of
 from vlmkit.memory.training_state import TORCH
 from vlmkit.plan import Plan
 from vlmkit.rows import LINEAR
@@ -300,9 +299,8 @@ class _Model:
 
     def __init__(self, x, plan, revision, trust_remote_code, allocator, limits, room):
         self.x, self.plan, self.room, self.limits = x, plan, room, limits
-        self.hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-        self.allocator, self.known = allocator, {}
-        layout = layout_of(x, plan, loadable=False, **self.hub)
+        self.more, self.models, self.known = (revision, trust_remote_code, allocator), {}, {}
+        layout = self.under(plan).layout
         self.config = layout.config
         self.widest = max(
             max(row.shape) for row in layout.rows if (row.component, row.kind) == (LANGUAGE, LINEAR)
@@ -314,12 +312,19 @@ class _Model:
 
     def need(self, arguments):
         """Bytes of a use."""
-        given = {"plan": self.plan, "allocator": self.allocator, **self.limits, **arguments}
-        key = repr(sorted(given.items(), key=lambda item: item[0]))
+        key = repr(sorted(arguments.items(), key=lambda item: item[0]))
         if key not in self.known:
-            with quiet():
-                self.known[key] = predict(self.x, **self.hub, **given).total
+            given = self.limits | arguments
+            model = self.under(given.pop("plan", self.plan))
+            self.known[key] = model.ledger(**given).total
         return self.known[key]
+
+    def under(self, plan):
+        """The Predictor under a plan."""
+        if str(plan) not in self.models:
+            revision, trust_remote_code, allocator = self.more
+            self.models[str(plan)] = Predictor(self.x, plan, revision, trust_remote_code, allocator)
+        return self.models[str(plan)]
 
     def batch(self, arguments):
         """The Batch of a use. Raises SizeError or ImageError if the model cannot take it."""

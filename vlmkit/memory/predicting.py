@@ -1,6 +1,7 @@
 """Predicting: the ledger of a model, a prompt and a training step that do not exist yet."""
 
 import copy
+from functools import cached_property
 from pathlib import Path
 
 from vlmkit.adapters import as_stored, parse
@@ -14,7 +15,7 @@ from vlmkit.families import LIMITS
 from vlmkit.formats import torch_dtype
 from vlmkit.layout import layout_of
 from vlmkit.loading.placing import set_attention
-from vlmkit.memory.allocator import check_allocator, overhead
+from vlmkit.memory.allocator import CachingAllocator, check_allocator, loaded, overhead
 from vlmkit.memory.batch import batch_of, picture_of, smallest
 from vlmkit.memory.ledger import Ledger
 from vlmkit.memory.parameters import predicted_weights
@@ -116,48 +117,93 @@ def predict(
     use = (tokens, new_tokens, images, num_frames, training, allocator)
     if plan is None and not any(use) and isinstance(x, (str, Path)) and not loadable(x, revision):
         return stored(x, revision=revision, trust_remote_code=trust_remote_code)
-    with without_garbage_collection(), dora.without_data():
-        layout = layout_of(
-            x, plan, loadable=False, revision=revision, trust_remote_code=trust_remote_code
-        )
-        config = layout.config
-        if attn_implementation is not None:
-            config = copy.deepcopy(config)  # it can be the caller's
-            set_attention(config, attn_implementation, trust_remote_code)
-        folder = folder_of(x, revision)
-        batch = batch_of(
-            config, folder, tokens, new_tokens, images, image_size, batch_size, limits, num_frames
-        )
+    model = Predictor(x, plan, revision, trust_remote_code, allocator, attn_implementation)
+    return model.ledger(
+        tokens=tokens, new_tokens=new_tokens, images=images, image_size=image_size,
+        batch_size=batch_size, training=training, gradient_checkpointing=gradient_checkpointing,
+        optim=optim, prepare_kbit=prepare_kbit, num_frames=num_frames, **limits,
+    )  # fmt: skip
 
-        def build():
-            # Some buffers follow the dtype that a model is built in: build it as loading will.
-            return on_meta(config, torch_dtype(layout.load_dtype), trust_remote_code)
 
-        model = build()
-        title = f"predicted for {type(model).__name__}"
-        weights = list(predicted_weights(model, layout))
-        more, adapters = ([], []), None
-        if training is None:
-            adapters = _adapters_of(x, revision)
-        if training is not None:
-            from vlmkit.memory.steps import Training, training_step
+class Predictor:
+    """The predictions for one model under one plan, which share what it is made of. Arguments: as
+    for `predict`, without its checks."""
 
-            how = Training(training, gradient_checkpointing, optim, prepare_kbit)
-            seen = batch or smallest(config, folder, limits)
-            more = training_step(
-                model, build, layout, seen, how, whole=bool(batch), device=allocator
+    def __init__(self, x, plan, revision, trust_remote_code, allocator, attn_implementation=None):
+        self.x, self.revision, self.allocator = x, revision, allocator
+        self.trust_remote_code = trust_remote_code
+        with without_garbage_collection():
+            self.layout = layout_of(
+                x, plan, loadable=False, revision=revision, trust_remote_code=trust_remote_code
             )
-        elif batch:
-            from vlmkit.memory.steps import prompt
+            self.config = self.layout.config
+            if attn_implementation is not None:
+                self.config = copy.deepcopy(self.config)  # it can be the caller's
+                set_attention(self.config, attn_implementation, trust_remote_code)
+            self.folder = folder_of(x, revision)
 
-            more = prompt(model, layout, batch, device=allocator, adapters=adapters)
-        if adapters is not None:
-            adapted = as_stored(build(), adapters)
-            more[0].extend(adapter_entries(adapted, component_finder(adapted)))
-    entries = weights + more[0]
-    if allocator is not None:
-        entries += overhead(layout, weights, more[0])
-    return Ledger(title, tuple(entries), (*batch.notes, *more[1]))
+    def build(self):
+        """The model on the meta device. Some buffers follow the dtype that it is built in: it is
+        built as loading will."""
+        dtype = torch_dtype(self.layout.load_dtype)
+        return on_meta(self.config, dtype, self.trust_remote_code)
+
+    @cached_property
+    def weights(self):
+        """(title, entries of the weights)."""
+        model = self.build()
+        entries = tuple(predicted_weights(model, self.layout))
+        return f"predicted for {type(model).__name__}", entries
+
+    @cached_property
+    def adapters(self):
+        """Entries of the checkpoint's adapters."""
+        folder = _adapters_of(self.x, self.revision)
+        if folder is None:
+            return ()
+        model = as_stored(self.build(), folder)
+        return tuple(adapter_entries(model, component_finder(model)))
+
+    @cached_property
+    def runs(self):
+        from vlmkit.memory.steps import DryRuns
+
+        return DryRuns(self.build, self.layout, self.allocator, _adapters_of(self.x, self.revision))
+
+    @cached_property
+    def load(self):
+        """(the allocator after a load, bytes of its blocks by component)."""
+        cuda = CachingAllocator()
+        return cuda, loaded(cuda, self.layout)
+
+    def batch(self, *use):
+        """The Batch of a use. See `vlmkit.memory.batch.batch_of`."""
+        return batch_of(self.config, self.folder, *use)
+
+    def ledger(
+        self, *, tokens=0, new_tokens=0, images=0, image_size=None, batch_size=1, training=None,
+        gradient_checkpointing=False, optim="adamw_torch_fused", prepare_kbit=False, num_frames=0,
+        **limits,
+    ):  # fmt: skip
+        """The Ledger of a use."""
+        with without_garbage_collection(), dora.without_data():
+            batch = self.batch(
+                tokens, new_tokens, images, image_size, batch_size, limits, num_frames
+            )
+            title, weights = self.weights
+            entries, notes = (), ()
+            if training is not None:
+                from vlmkit.memory.steps import Training
+
+                how = Training(training, gradient_checkpointing, optim, prepare_kbit)
+                seen = batch or smallest(self.config, self.folder, limits)
+                entries, notes = self.runs.training_step(seen, how, whole=bool(batch))
+            else:
+                if batch:
+                    entries, notes = self.runs.prompt(batch)
+                entries = [*entries, *self.adapters]
+            more = [] if self.allocator is None else overhead(self.load, weights, entries)
+        return Ledger(title, (*weights, *entries, *more), (*batch.notes, *notes))
 
 
 def check_arguments(unknown):

@@ -50,88 +50,106 @@ class Passes:
     decode: dict
 
 
-def dry_passes(model, layout, batch, device=None, adapters=None):
-    """The Passes of a prompt. model: on the meta device; it is used up. device: see `DryRun`.
-    adapters: the folder of the checkpoint's adapters, or None."""
-    model = as_loaded(model, layout)
-    run = DryRun(model if adapters is None else as_stored(model, adapters), device=device)
-    inputs = run.inputs(batch)
-    cache, prefill = run.prefill(inputs)
-    decode = {}
-    if batch.new_tokens:
-        more = batch.new_tokens - 1
-        stretch(cache, run.places, more, run.tracker)
-        cache, decode = run.decode(cache, batch.size, batch.length + more)
-    return Passes(inputs, tuple(predicted_cache(cache, run.places)), prefill, decode)
+class DryRuns:
+    """The dry runs of a model. What one needs is made once, and kept for the next that needs it.
 
-
-@quiet()
-def prompt(model, layout, batch, device=None, adapters=None):
-    """(entries, notes) of a prompt, and of the tokens that follow it: inputs, keys and values, and
-    activations. model, device, adapters: as for `dry_passes`."""
-    passes = dry_passes(model, layout, batch, device, adapters)
-    total = sum(entry.bytes for entry in passes.cache)
-    beside = {}
-    for entry in passes.cache:
-        beside[entry.component] = beside.get(entry.component, 0) + entry.bytes
-    peak = max(passes.prefill, passes.decode, key=lambda live: sum(live.values()))
-    need = max(0, sum(peak.values()) - total)
-    entries = [
-        *_input_entries(passes.inputs),
-        *passes.cache,
-        *_activations(peak, beside, need, "the forward pass"),
-    ]
-    return entries, []
-
-
-@quiet()
-def training_step(model, build, layout, batch, how, whole=True, device=None):
-    """(entries, notes) of a training step: adapters, upcasts, gradients and optimizer states and,
-    if `whole`, its inputs and activations.
-
-    model: on the meta device; it is used up. build: a function that makes another like it.
-    device: see `DryRun`.
+    build: a function that makes the model on the meta device. device: see `DryRun`.
+    adapters: the folder of the checkpoint's adapters, or None; a training step is that of a model
+        without them.
     """
-    for last in LAST_LAYERS:
-        before = {}
-        model = as_loaded(model or build(), layout)
-        if how.prepare_kbit:
-            before = prepare_kbit(model)
-        component_of = component_finder(model)
-        upcasts = list(upcast_entries(model, before, component_of))
-        model = adapted(model, how.what)
-        if how.gradient_checkpointing:
-            checkpointing.enable(model)
-            if how.prepare_kbit:  # peft's own function leaves the hook where it is
-                model.enable_input_require_grads()
-        run = DryRun(model, last, device)
+
+    def __init__(self, build, layout, device=None, adapters=None):
+        self.build, self.layout, self.device, self.adapters = build, layout, device, adapters
+        self.of_prompts, self.how, self.of_training = None, None, {}
+
+    def passes(self, batch):
+        """The Passes of a prompt."""
+        if self.of_prompts is None:
+            model = as_loaded(self.build(), self.layout)
+            model = model if self.adapters is None else as_stored(model, self.adapters)
+            self.of_prompts = DryRun(model, device=self.device)
+        run = self.of_prompts
+        run.reset()
         inputs = run.inputs(batch)
-        learnt, peak, left = run.train(inputs, inputs["input_ids"])
-        if run.complete:
-            break
-        model = None
-    component_of = component_finder(model)
-    parameters = {
-        name: (p.numel(), p.element_size())
-        for name, p in model.named_parameters()
-        if name in learnt
-    }
-    gradients = list(gradient_entries(learnt, component_of))
-    entries = [
-        *adapter_entries(model, component_of),
-        *upcasts,
-        *gradients,
-        *optimizer_entries(how.optim, parameters, component_of),
-    ]
-    if whole:
-        entries += _input_entries(inputs)
-        stepping = left + step_bytes(how.optim, parameters)
-        entries += _step_activations(peak, stepping, gradients, parameters, component_of)
-    notes = list(_without_gradient(model, learnt))
-    paged = paged_bytes(how.optim, parameters)
-    if paged:
-        notes.append(f"{paged / MEGABYTE:,.1f} MB of the optimizer's states are paged.")
-    return entries, notes
+        cache, prefill = run.prefill(inputs)
+        decode = {}
+        if batch.new_tokens:
+            more = batch.new_tokens - 1
+            stretch(cache, run.places, more, run.tracker)
+            cache, decode = run.decode(cache, batch.size, batch.length + more)
+        return Passes(inputs, tuple(predicted_cache(cache, run.places)), prefill, decode)
+
+    @quiet()
+    def prompt(self, batch):
+        """(entries, notes) of a prompt, and of the tokens that follow it: inputs, keys and values,
+        and activations."""
+        passes = self.passes(batch)
+        total = sum(entry.bytes for entry in passes.cache)
+        beside = {}
+        for entry in passes.cache:
+            beside[entry.component] = beside.get(entry.component, 0) + entry.bytes
+        peak = max(passes.prefill, passes.decode, key=lambda live: sum(live.values()))
+        need = max(0, sum(peak.values()) - total)
+        entries = [
+            *_input_entries(passes.inputs),
+            *passes.cache,
+            *_activations(peak, beside, need, "the forward pass"),
+        ]
+        return entries, []
+
+    @quiet()
+    def training_step(self, batch, how, whole=True):
+        """(entries, notes) of a training step: adapters, upcasts, gradients and optimizer states
+        and, if `whole`, its inputs and activations. how: a Training."""
+        for run, upcasts in self._adapted(how):
+            run.reset()
+            inputs = run.inputs(batch)
+            learnt, peak, left = run.train(inputs, inputs["input_ids"])
+            if run.complete:
+                break
+        model = run.model
+        component_of = component_finder(model)
+        parameters = {
+            name: (p.numel(), p.element_size())
+            for name, p in model.named_parameters()
+            if name in learnt
+        }
+        gradients = list(gradient_entries(learnt, component_of))
+        entries = [
+            *adapter_entries(model, component_of),
+            *upcasts,
+            *gradients,
+            *optimizer_entries(how.optim, parameters, component_of),
+        ]
+        if whole:
+            entries += _input_entries(inputs)
+            stepping = left + step_bytes(how.optim, parameters)
+            entries += _step_activations(peak, stepping, gradients, parameters, component_of)
+        notes = list(_without_gradient(model, learnt))
+        paged = paged_bytes(how.optim, parameters)
+        if paged:
+            notes.append(f"{paged / MEGABYTE:,.1f} MB of the optimizer's states are paged.")
+        return entries, notes
+
+    def _adapted(self, how):
+        """(DryRun, entries of upcasts) for each of LAST_LAYERS, from the one that sufficed last."""
+        if how != self.how:
+            self.how, self.of_training = how, {}
+        for last in LAST_LAYERS[max(0, len(self.of_training) - 1) :]:
+            if last not in self.of_training:
+                before = {}
+                model = as_loaded(self.build(), self.layout)
+                if how.prepare_kbit:
+                    before = prepare_kbit(model)
+                upcasts = list(upcast_entries(model, before, component_finder(model)))
+                model = adapted(model, how.what)
+                if how.gradient_checkpointing:
+                    checkpointing.enable(model)
+                    if how.prepare_kbit:  # peft's own function leaves the hook where it is
+                        model.enable_input_require_grads()
+                self.of_training = {place: None for place in self.of_training}  # frees the last
+                self.of_training[last] = DryRun(model, last, self.device), upcasts
+            yield self.of_training[last]
 
 
 def _input_entries(inputs):

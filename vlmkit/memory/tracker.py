@@ -215,6 +215,18 @@ class AllocationTracker(TorchDispatchMode):
         """Begin a new measurement: the peak is what is live now."""
         self.peak, self.by_component = self.live, dict(self.parts)
 
+    def forget(self):
+        """Begin anew: what is live counts no longer. What was there before the run still is."""
+        known = self._known.items()
+        self._known = {key: kept for key, kept in known if type(kept) is not weakref.ref}
+        self._owner, self.parts, self.live = {}, {}, 0
+        self.component = None
+        self.restart()
+
+    def made(self, tensor):
+        """Whether `tensor` was made in the run and is live."""
+        return id(storage_of(tensor)) in self._owner
+
     def now(self):
         """Bytes that are live, by component."""
         return dict(self.parts)
