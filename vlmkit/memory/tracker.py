@@ -46,9 +46,22 @@ SLOW = (
     aten.addmm.default,
     aten.pow.Tensor_Scalar,
     aten.mean.dim,
+    aten.linear.default,
+    aten.cat.default,
+    aten.stack.default,
+    aten.mm.default,
+    aten.neg.default,
+    aten.mul.Scalar,
+    aten.div.Scalar,
+    aten.ne.Scalar,
+    aten.rsqrt.default,
+    aten.empty_like.default,
+    aten.sum.dim_IntList,
+    aten.slice_backward.default,
+    aten._to_copy.default,
 )
-"""Operators whose shapes PyTorch works out slowly, in Python. They are remembered: Qwen2.5-VL calls
-attention once for each window of each picture."""
+"""Operators whose shapes PyTorch works out slowly, in Python. They are remembered. None of them
+returns a view."""
 ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 """Operators that copy an argument of another dtype to that of the result. On a GPU they do not."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -191,7 +204,7 @@ def _description(value):
     its type, since 1 == 1.0, and itself."""
     if isinstance(value, torch.Tensor):
         return value.size(), value.stride(), value.dtype
-    return type(value), tuple(value) if isinstance(value, list) else value
+    return type(value), tuple(map(_description, value)) if isinstance(value, list) else value
 
 
 class AllocationTracker(TorchDispatchMode):
