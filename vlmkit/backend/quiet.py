@@ -26,9 +26,10 @@ def quiet(bars=False):
 
 @contextlib.contextmanager
 def _quiet(bars):
-    from transformers.utils import logging as transformers_logging
+    with without_garbage_collection():
+        from transformers.utils import logging as transformers_logging
 
-    _import_bitsandbytes()
+        _import_bitsandbytes()
     verbosity = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

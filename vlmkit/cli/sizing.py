@@ -52,8 +52,9 @@ Examples:
   vlmkit fit --model Qwen/Qwen2.5-VL-7B-Instruct --card T4 --card "12 GB" --plan nf4
   vlmkit fit --tokens 2048 --images 4 --image-size 1024x768 --figure what_fits.png
 
-A GB is 10^9 bytes, of a card too: a card that is sold with 24 GB is counted with 24 x 10^9, and has
-a little more. A model can use that less --reserve, an assumption. Every number is predicted.
+A card of the catalog has the memory that nvidia-smi shows for it. A size is what it says: "24 GB" is
+24 x 10^9 bytes, "24 GiB" is 24 x 2^30. A model can use that less --reserve, an assumption. Every
+number is predicted.
 """
 
 
@@ -353,12 +354,11 @@ def _ledger_as_text(ledger):
 
 
 def _fit_as_text(table, reserve):
-    from vlmkit.memory.fitting import summary
-    from vlmkit.units import GIGABYTE
+    from vlmkit.memory.fitting import in_gigabytes, summary
 
     cards = {}
     for gpu, size in sorted(zip(table["gpu"], table["memory"], strict=True), key=lambda g: g[1]):
-        cards.setdefault(f"{size / GIGABYTE:g} GB", {})[gpu] = True
+        cards.setdefault(f"{in_gigabytes(size)} GB", {})[gpu] = True
     legend = "\n".join(f"{size:>7}  {', '.join(names)}" for size, names in cards.items())
     return (
         "GB needed (1 GB = 10^9 bytes), and GB left on a card of each size, or - if the model does "

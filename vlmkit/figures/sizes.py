@@ -1,6 +1,7 @@
 """What a model is made of and what it takes: parameters, bytes, seconds, cards that it fits on."""
 
 from vlmkit import COMPONENTS
+from vlmkit.catalog.gpus import GPUS
 from vlmkit.figures import style
 from vlmkit.units import GIGABYTE, MEGABYTE
 
@@ -95,7 +96,8 @@ def what_fits(table, sizes=(8, 16, 24, 80), ax=None):
     each plan. A dashed line is the usable memory of a card: what is left of it fits.
 
     table: from `vlmkit.memory.fitting.fit`.
-    sizes: nominal memory in GB of the cards to show, if the table has them.
+    sizes: the GB that the cards to show are sold with, if the table has such cards. Of cards that
+        are sold with as much, the smallest is shown.
 
     The model that needs least is on top.
     """
@@ -103,8 +105,11 @@ def what_fits(table, sizes=(8, 16, 24, 80), ax=None):
     needed = table.pivot_table("needed", "model", "plan", "first").astype(float) / GIGABYTE
     needed = needed[list(dict.fromkeys(table["plan"]))]
     needed = needed.loc[needed.max(axis=1).sort_values(kind="stable").index]
-    cards = table[table["memory"].isin([size * GIGABYTE for size in sizes])]
-    ends = dict(zip(cards["memory"] / GIGABYTE, cards["usable"] / GIGABYTE, strict=True))
+    ends = {}
+    for row in table.sort_values("memory").itertuples():
+        sold = GPUS[row.gpu].gigabytes if row.gpu in GPUS else row.memory / GIGABYTE
+        if sold in sizes:
+            ends.setdefault(sold, row.usable / GIGABYTE)
     ax = style.axes_of(ax, 8, 1.4 + 0.33 * len(needed))
     for y, values in enumerate(needed.to_numpy()):
         ax.plot([values.min(), values.max()], [y, y], color=style.GRAY, linewidth=1.5, zorder=1)

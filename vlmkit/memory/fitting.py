@@ -116,6 +116,11 @@ def _memory_of(gpu):
         ) from error
 
 
+def in_gigabytes(size):
+    """Bytes of a card as a text: 8, 24.5."""
+    return f"{round(size / GIGABYTE, 1):g}"
+
+
 def summary(table):
     """The table of `fit` as text: a DataFrame with a row for each model and plan.
 
@@ -135,7 +140,7 @@ def summary(table):
         }
         for card in own.sort_values("memory").itertuples():
             left = f"{card.headroom / GIGABYTE:.1f}" if card.fits else "-"
-            row[f"{card.memory / GIGABYTE:g}"] = left
+            row.setdefault(in_gigabytes(card.memory), left)  # of cards about alike, the smaller
     wide = pd.DataFrame.from_dict(rows, orient="index")
     wide.index = pd.MultiIndex.from_tuples(wide.index, names=["model", "plan"])
     return wide

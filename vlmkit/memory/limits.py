@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from vlmkit.adapters import LoRA
 from vlmkit.architectures import LANGUAGE
 from vlmkit.backend.quiet import quiet
-from vlmkit.catalog.gpus import RESERVED
+from vlmkit.catalog.gpus import GPUS, RESERVED
 from vlmkit.errors import AnatomyError, ImageError, SizeError, did_you_mean, public, shown
 from vlmkit.families import family_of
 from vlmkit.memory.batch import batch_of
@@ -174,8 +174,9 @@ class Largest(Table):
         return f"{self.model} on {self.card}: {self.room / GIGABYTE:.2f} GB can be used"
 
     def _remarks(self):
+        has = f" nvidia-smi shows {GPUS[self.card].mebibytes:,} MiB;" if self.card in GPUS else ""
         yield (
-            f"1 GB = 10^9 bytes. {self.reserved} of the card is left to CUDA and other programs."
+            f"1 GB = 10^9 bytes.{has} {self.reserved} of the card is left to CUDA and other programs."
         )
         for use in self.uses:
             if use.arguments and " + " not in use.name:
@@ -218,6 +219,7 @@ def _in_words(arguments):
 
 
 @public
+@quiet()
 def largest(
     x,
     card,
