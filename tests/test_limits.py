@@ -5,8 +5,9 @@ import random
 import pytest
 
 import vlmkit as vk
-from vlmkit.errors import SizeError
+from vlmkit.errors import AnatomyError, SizeError
 from vlmkit.memory.limits import LOAD, NOISE, PROMPT, STEPS, TRAINING, _search
+from vlmkit.memory.predicting import Predictor
 
 SMOL, QWEN = "HuggingFaceTB/SmolVLM-256M-Instruct", "Qwen/Qwen2-VL-2B-Instruct"
 
@@ -134,3 +135,23 @@ def test_limits_of_a_training_step(name, card, axes):
 def test_limits_of_a_prompt_with_pictures():
     found = vk.memory.largest(QWEN, "3.7 GB", image_size=(448, 448), uses=[PROMPT])
     check(QWEN, found, PROMPT, ["batch_size", "images", "image_size", "tokens"])
+
+
+@pytest.mark.parametrize(
+    "name", ["pebble", *(pytest.param(n, marks=pytest.mark.slow) for n in vk.catalog.NAMES)]
+)
+def test_one_dry_run_after_another_finds_the_same(name):
+    """What a search reuses leaves no trace: every prediction is that of a model made for it."""
+    model = Predictor(name, None, None, False, "cuda")
+    lora = {"training": {"language_model": vk.LoRA(r=4)}}
+    ways = {}, {"new_tokens": 3}, lora, lora | {"gradient_checkpointing": True}
+    for tokens, size in ((40, 1), (20, 3), (40, 1)):
+        for way in ways:
+            use = {"tokens": tokens, "batch_size": size, "images": 1} | way
+            try:
+                expected = vk.memory.predict(name, allocator="cuda", **use)
+            except AnatomyError:
+                pytest.skip("cannot be predicted")
+            found = model.ledger(**use)
+            assert found.by_kind == expected.by_kind, use
+            assert found.by_component == expected.by_component, use

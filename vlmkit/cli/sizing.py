@@ -48,6 +48,7 @@ Examples:
 \b
   vlmkit fit Qwen/Qwen2.5-VL-7B-Instruct --card "RTX 4090"
   vlmkit fit Qwen/Qwen2.5-VL-7B-Instruct --card "12 GB" --only prompt --image-size 1024x768
+  vlmkit fit Qwen/Qwen2.5-VL-7B-Instruct --card L40S --serve --max-model-len 8192
   vlmkit fit
   vlmkit fit --model Qwen/Qwen2.5-VL-7B-Instruct --card T4 --card "12 GB" --plan nf4
   vlmkit fit --tokens 2048 --images 4 --image-size 1024x768 --figure what_fits.png
@@ -249,6 +250,22 @@ def fit(
         "With MODEL: load, prompt or training, which takes longest; may be repeated.",
         metavar="USE",
     ) = None,
+    serve: option(
+        bool,
+        "With MODEL: what vLLM would keep for weights, pictures and its cache, and how many requests "
+        "fit, by its published rules; in bf16 without --plan.",
+        "--serve",
+    ) = False,
+    gpu_memory_utilization: option(
+        float, "With --serve: the share of the card that vLLM takes.", metavar="SHARE", shown=True
+    ) = 0.92,
+    max_model_len: option(
+        int, "With --serve: tokens of the longest request. The model's context by default.",
+        metavar="N",
+    ) = None,
+    max_num_batched_tokens: option(
+        int, "With --serve: tokens of one step. 2048 by default, 8192 from 70 GiB on.", metavar="N"
+    ) = None,
     figure: option(Path, "Also draw the table, as .png, .svg or .pdf.", metavar="FILE") = None,
     json: Json = False,
 ):
@@ -295,6 +312,20 @@ def _largest(options):
             "--model, --figure and several plans are for the table of many models. Leave out MODEL "
             "for that, or give one plan and one card with it."
         )
+    limits = limits_of(options["min_pixels"], options["max_pixels"])
+    if options["serve"]:
+        if options["num_frames"]:
+            raise typer.BadParameter("--serve counts pictures, not videos: leave out the frames.")
+        taken = (
+            "gpu_memory_utilization", "max_model_len", "max_num_batched_tokens", "images",
+            "image_size",
+        )  # fmt: skip
+        found = vk.memory.serving(
+            options["name"], cards[0], *plans, reserved=options["reserve"], **limits,
+            **{name: options[name] for name in taken if options[name] is not None},
+        )  # fmt: skip
+        print_json(found.to_dict()) if options["json"] else print(found)
+        return int(found.requests < 1)
     taken = ("tokens", "new_tokens", "num_frames", "image_size", "batch_size")
     use = {name: options[name] for name in (*taken, "gradient_checkpointing")}
     given = ("images", "rank", "optim")
@@ -305,7 +336,7 @@ def _largest(options):
         use["uses"] = ["training step" if what == "training" else what for what in options["only"]]
     found = vk.memory.largest(
         options["name"], cards[0], plans[0] if plans else None, reserved=options["reserve"],
-        **use, **limits_of(options["min_pixels"], options["max_pixels"]),
+        **use, **limits,
     )  # fmt: skip
     if options["json"]:
         print_json(found.to_dict())

@@ -2,6 +2,7 @@
 
 vk.memory.predict("pebble", plan)     # a Ledger, without reading a weight
 vk.memory.largest("pebble", "8 GB")   # the most that fits on a card
+vk.memory.serving(name, "L40S")       # what vLLM would have left for its cache there
 vk.memory.measure(model)              # a Ledger of what the model really holds
 vk.memory.compare(predicted, measured)
 vk.memory.stored(folder)              # what lies in weight files, whatever quantized them
@@ -12,6 +13,7 @@ from vlmkit.memory.ledger import BOUNDED, BUFFER, STATE, Ledger, compare
 from vlmkit.memory.limits import largest
 from vlmkit.memory.measuring import measure, measure_peak, storages_of
 from vlmkit.memory.predicting import predict, visual_tokens
+from vlmkit.memory.serving import serving
 from vlmkit.memory.stored import stored
 from vlmkit.units import MEGABYTE, Size, parse_size
 
@@ -29,6 +31,7 @@ __all__ = [
     "measure_peak",
     "parse_size",
     "predict",
+    "serving",
     "storages_of",
     "stored",
     "visual_tokens",

@@ -61,7 +61,7 @@ def fit(
     from tqdm import tqdm
 
     images = int(not use.get("num_frames")) if images is None else images
-    cards = {_label(gpu): int(_memory_of(gpu)) for gpu in gpus}
+    cards = {_label(gpu): int(memory_of(gpu)) for gpu in gpus}
     lost = parse_size(reserved)
     pairs = list(product(_labelled(models), _labelled(plans)))
     rows, errors = [], []
@@ -98,13 +98,14 @@ def room_on(card, reserved=RESERVED):
 
     Raises SizeError for an unknown card, and if nothing is left.
     """
-    room = int(_memory_of(card)) - parse_size(reserved)
+    room = int(memory_of(card)) - parse_size(reserved)
     if room <= 0:
         raise SizeError(f"{card} has no more memory than the {reserved} that is reserved.")
     return room
 
 
-def _memory_of(gpu):
+def memory_of(gpu):
+    """Bytes of a card, or of a size such as "12 GB". Raises SizeError for anything else."""
     if isinstance(gpu, str) and gpu in GPUS:
         return GPUS[gpu].bytes
     try:
