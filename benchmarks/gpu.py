@@ -46,7 +46,7 @@ from vlmkit.formats import torch_dtype
 from vlmkit.layout import layout_of
 from vlmkit.memory.batch import batch_of
 from vlmkit.memory.measuring import measure_peak
-from vlmkit.memory.steps import dry_passes
+from vlmkit.memory.steps import DryRuns
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = (
@@ -207,8 +207,12 @@ def passes(model, folder, plan, count, device):
     except vk.errors.SizeError:  # so many pictures have no room in one prompt of this model
         sizes |= {"images": 1, "batch": count}
     batch = batch_of(config, folder, **_asked(sizes), new_tokens=1)
-    blank = on_meta(config, torch_dtype(layout.load_dtype))
-    predicted = dry_passes(blank, layout, batch, None if device == "cpu" else "cuda")
+    runs = DryRuns(
+        lambda: on_meta(config, torch_dtype(layout.load_dtype)),
+        layout,
+        None if device == "cpu" else "cuda",
+    )
+    predicted = runs.passes(batch)
     inputs = setups.inputs(model, batch)
     last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     kept = {}

@@ -144,8 +144,8 @@ def test_one_dry_run_after_another_finds_the_same(name):
     """What a search reuses leaves no trace: every prediction is that of a model made for it."""
     model = Predictor(name, None, None, False, "cuda")
     lora = {"training": {"language_model": vk.LoRA(r=4)}}
-    ways = {}, {"new_tokens": 3}, lora, lora | {"gradient_checkpointing": True}
-    for tokens, size in ((40, 1), (20, 3), (40, 1)):
+    ways = {"new_tokens": 3}, lora | {"gradient_checkpointing": True}
+    for tokens, size in ((40, 3), (20, 1)):
         for way in ways:
             use = {"tokens": tokens, "batch_size": size, "images": 1} | way
             try:

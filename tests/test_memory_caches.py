@@ -22,7 +22,7 @@ from vlmkit.layout import layout_of
 from vlmkit.memory import cache_of, measure, predict
 from vlmkit.memory.batch import batch_of
 from vlmkit.memory.ledger import CACHE
-from vlmkit.memory.steps import dry_passes
+from vlmkit.memory.steps import DryRuns
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -239,7 +239,9 @@ def test_the_first_token_after_a_prompt_that_is_longer_than_the_window(length):
     cache = run_of(model, tokens=length, batch_size=2)[1]()
     before = sum(held(measure(model, cache=cache)).values())
     batch = batch_of(config, None, tokens=length, batch_size=2, new_tokens=1)
-    passes = dry_passes(on_meta(config, torch.bfloat16), layout_of(config, "bf16"), batch)
+    passes = DryRuns(lambda: on_meta(config, torch.bfloat16), layout_of(config, "bf16")).passes(
+        batch
+    )
     assert before < sum(passes.decode.values()) < 1.1 * before
     with torch.no_grad():
         model(torch.ones(2, 1, dtype=torch.long), **with_cache(cache))

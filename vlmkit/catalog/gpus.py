@@ -20,9 +20,9 @@ context. If you know what PyTorch says about your card, give that in place of it
 from dataclasses import dataclass
 
 RESERVED = "1 GB"
-"""Memory of a card that a model cannot have, by assumption: what the driver keeps, the CUDA context,
-the code and workspaces of its libraries, and the desktop. Everything that compares a model with a
-card takes it off."""
+"""Memory of a card that a model cannot have, by assumption: what the driver keeps, the context of
+CUDA, the code and workspaces of its libraries, and the desktop. Everything that compares a model
+with a card takes it off."""
 
 _LIST = "https://github.com/modal-labs/modal-client/pull/2797"
 _SEEN = "outputs of nvidia-smi in public repositories"

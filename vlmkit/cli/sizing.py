@@ -53,8 +53,8 @@ Examples:
   vlmkit fit --model Qwen/Qwen2.5-VL-7B-Instruct --card T4 --card "12 GB" --plan nf4
   vlmkit fit --tokens 2048 --images 4 --image-size 1024x768 --figure what_fits.png
 
-A card of the catalog has the memory that nvidia-smi shows for it. A size is what it says: "24 GB" is
-24 x 10^9 bytes, "24 GiB" is 24 x 2^30. A model can use that less --reserve, an assumption. Every
+A card of the catalog has the memory that nvidia-smi shows for it. A size is what it says: "24 GB"
+is 24 x 10^9 bytes, "24 GiB" is 24 x 2^30. A model can use that less --reserve, an assumption. Every
 number is predicted.
 """
 
@@ -252,15 +252,16 @@ def fit(
     ) = None,
     serve: option(
         bool,
-        "With MODEL: what vLLM would keep for weights, pictures and its cache, and how many requests "
-        "fit, by its published rules; in bf16 without --plan.",
+        "With MODEL: what vLLM would keep for weights, pictures and its cache, and how many "
+        "requests fit, by its published rules; in bf16 without --plan.",
         "--serve",
     ) = False,
     gpu_memory_utilization: option(
         float, "With --serve: the share of the card that vLLM takes.", metavar="SHARE", shown=True
     ) = 0.92,
     max_model_len: option(
-        int, "With --serve: tokens of the longest request. The model's context by default.",
+        int,
+        "With --serve: tokens of the longest request. The model's context by default.",
         metavar="N",
     ) = None,
     max_num_batched_tokens: option(

@@ -175,9 +175,8 @@ class Largest(Table):
 
     def _remarks(self):
         has = f" nvidia-smi shows {GPUS[self.card].mebibytes:,} MiB;" if self.card in GPUS else ""
-        yield (
-            f"1 GB = 10^9 bytes.{has} {self.reserved} of the card is left to CUDA and other programs."
-        )
+        left = f"{self.reserved} of the card is left to CUDA and other programs."
+        yield f"1 GB = 10^9 bytes.{has} {left}"
         for use in self.uses:
             if use.arguments and " + " not in use.name:
                 yield f"{use.name}: {_in_words(use.arguments)}."

@@ -45,6 +45,8 @@ BATCHED, BATCHED_ON_LARGE, LARGE = 2048, 8192, 70 * 2**30
 """Tokens of a step by default, on a card of less than LARGE bytes and on others."""
 HALF = 2
 """Bytes of a number that the vision encoder puts out."""
+BESIDE = "sliding window tensor", "cumulative length"
+"""What transformers' caches hold beside keys and values, and vLLM's do not."""
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
@@ -147,8 +149,10 @@ def serving(
     x, plan, revision, trust_remote_code, limits: as for `vk.memory.predict`. card, reserved: as for
         `vk.memory.largest`.
     gpu_memory_utilization: the share of the card that vLLM takes.
-    max_model_len: tokens of the longest request, pictures included. By default the model's context.
-    max_num_batched_tokens: tokens of one step. By default 2048, or 8192 on a card of 70 GiB or more.
+    max_model_len: tokens of the longest request, pictures included. By default the model's
+        context.
+    max_num_batched_tokens: tokens of one step. By default 2048, or 8192 on a card of 70 GiB or
+        more.
     images, image_size: the largest prompt's pictures, and the largest picture's (width, height).
 
     Raises SizeError for numbers that cannot be, AnatomyError for layers whose cache has no rule
@@ -198,6 +202,8 @@ def _layers(model):
     kept = {}
     for entry in model.runs.passes(Batch(model.config, tokens=tokens)).cache:
         what, _, layer = entry.name.partition(" of layer ")
+        if what in BESIDE:
+            continue
         if entry.component != LANGUAGE or what not in ("keys", "values") or not layer:
             raise AnatomyError(
                 f"{model.config.model_type} keeps {entry.name} in its cache, for which vlmkit has "
@@ -224,7 +230,7 @@ def _blocks(layers, length, batched):
     page = BLOCK * max(size for _, _, size in layers)
     blocks = 0
     for (kind, window, size), count in layers.items():
-        if page % size:
+        if page % (BLOCK * size):
             raise AnatomyError(
                 f"the pages of its layers, {page:,} and {BLOCK * size:,} bytes, are no multiples "
                 "of each other: vlmkit has no rule of vLLM's for that."

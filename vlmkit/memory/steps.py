@@ -101,7 +101,7 @@ class DryRuns:
     def training_step(self, batch, how, whole=True):
         """(entries, notes) of a training step: adapters, upcasts, gradients and optimizer states
         and, if `whole`, its inputs and activations. how: a Training."""
-        for run, upcasts in self._adapted(how):
+        for run, upcasts in self._adapted(how):  # noqa: B007 (of the last)
             run.reset()
             inputs = run.inputs(batch)
             learnt, peak, left = run.train(inputs, inputs["input_ids"])
@@ -147,7 +147,7 @@ class DryRuns:
                     checkpointing.enable(model)
                     if how.prepare_kbit:  # peft's own function leaves the hook where it is
                         model.enable_input_require_grads()
-                self.of_training = {place: None for place in self.of_training}  # frees the last
+                self.of_training = dict.fromkeys(self.of_training)  # frees the last
                 self.of_training[last] = DryRun(model, last, self.device), upcasts
             yield self.of_training[last]
 
