@@ -77,7 +77,7 @@ class _Stack:
         # Attention to one window after another, in kernels that keep no matrix of scores, keeps as
         # much as attention to all at once.
         self.merges = all(
-            part.config._attn_implementation == "sdpa"
+            getattr(part.config, "_attn_implementation", "sdpa") == "sdpa"
             for part in layers.modules() if hasattr(part, "config")
         )  # fmt: skip
         self.restart()
