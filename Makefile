@@ -20,7 +20,7 @@ nbval := --nbval --nbval-current-env --nbval-cell-timeout=1800 notebooks
 as_root := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab site times browser test test-all test-oldest test-newest lint format benchmark-pebble benchmark-cobble benchmark-recipe benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity benchmark-damage benchmark-budgets benchmark-finetuning benchmark-domains benchmark-stages benchmark-gpu benchmark-several-gpus benchmark-class benchmark-skip-lists solutions clean
+.PHONY: help setup lab site times browser test test-all test-oldest test-newest lint format benchmark-pebble benchmark-cobble benchmark-recipe benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity benchmark-damage benchmark-budgets benchmark-finetuning benchmark-domains benchmark-stages benchmark-gpu benchmark-several-gpus benchmark-class benchmark-skip-lists benchmark-quantizers solutions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-22s %s\n", $$1, $$2}'
@@ -107,6 +107,9 @@ benchmark-several-gpus: setup ## the same training on one GPU, on two, and split
 
 benchmark-skip-lists: setup ## record what published skip lists protect in the catalog's models
 	$(quietly) $(python) benchmarks/skip_lists.py $(BENCHMARK_ARGS)
+
+benchmark-quantizers: setup ## record what tools say about checkpoints of eight quantizers, and the truth
+	$(quietly) $(python) benchmarks/quantizers.py $(BENCHMARK_ARGS)
 
 benchmark-finetuning: setup ## training steps per second, of a bare loop and an untuned Trainer too
 	$(quietly) $(python) benchmarks/finetuning.py $(BENCHMARK_ARGS)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from architectures import MODEL_TYPES, NOT_BUILT, config_of
 from chapters import cell
+from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, Blip2Config, LlamaConfig
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.models.mllama.image_processing_pil_mllama import get_optimal_tiled_canvas
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import vlmkit as vk
@@ -49,14 +50,16 @@ def test_token_formulas_agree_with_transformers(notebook):
     smol = Idefics3ImageProcessorPil(
         size={"longest_edge": 2048}, max_image_size={"longest_edge": 512}
     )
+    mllama = MllamaImageProcessorPil(size={"height": 560, "width": 560}, max_image_tiles=4)
     for side, row in scope["tokens"].iterrows():
         assert row["fixed grid (LLaVA-1.5)"] == 24 * 24
         assert row["tiles (SmolVLM-256M)"] == smol.get_number_of_image_patches(side, side)[0] * tile
         height, width = smart_resize(side, side, factor=28, max_pixels=28 * 28 * 16384)
         assert row["dynamic (Qwen2-VL)"] == height // 28 * width // 28
-        height, width = get_optimal_tiled_canvas(side, side, max_image_tiles=4, tile_size=560)
-        tiles = (height // 560) * (width // 560)
-        assert row["cross-attention (Llama 3.2)"] == tiles * (40 * 40 + 1)
+        seen = mllama(Image.new("RGB", (side, side)), return_tensors="pt")["pixel_values"]
+        assert row["cross-attention (Llama 3.2)"] == seen.shape[2] * (40 * 40 + 1)  # with padding
+        counted = vk.memory.visual_tokens(LLAMA, (side, side)).attended
+        assert row["cross-attention (Llama 3.2)"] == counted
         assert row["queries (BLIP-2)"] == Blip2Config().num_query_tokens
 
 

@@ -215,3 +215,45 @@ def test_a_hub_id_that_is_half_in_the_cache(llava, offline):
     assert vk.memory.predict("owner/name").total == vk.memory.predict(llava).total
     with pytest.raises(CheckpointError, match="owner/name|no model.safetensors"):
         vk.load("owner/name")
+
+
+LIES = {
+    "no text_config": (lambda c: c.pop("text_config"), "lacks weights"),
+    "a layer too many": (lambda c: c["text_config"].update(num_hidden_layers=3), "lacks weights"),
+    "a layer too few": (lambda c: c["text_config"].update(num_hidden_layers=1), "has no place for"),
+    "wider": (lambda c: c["text_config"].update(intermediate_size=384), "another shape"),
+    "vocabulary": (lambda c: c["text_config"].update(vocab_size=10**6), "another shape"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_config_that_lies_is_said_wherever_it_is_read(lie, llava, copy):
+    """Without this, the numbers are those of a model that the folder does not hold."""
+    change, says = LIES[lie]
+    folder = edited(copy(llava), change)
+    for look in (vk.memory.predict, vk.anatomy, vk.memory.stored):
+        assert any(says in note and "belong together" in note for note in look(folder).notes)
+        assert says in " ".join(str(look(folder)).split())
+    with pytest.raises(CheckpointError, match=says):
+        vk.load(folder)
+
+
+def test_a_config_that_says_quantized_and_weights_that_are_not(llava, copy):
+    said = {"quant_method": "awq", "bits": 4}
+    folder = edited(copy(llava), lambda c: c.update(quantization_config=said))
+    for look in (vk.memory.predict, vk.anatomy, vk.memory.stored):
+        assert any("in the weight files none is" in note for note in look(folder).notes)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "mllama", "smolvlm", "qwen3_vl_moe"])
+def test_a_config_that_is_true_gets_no_note(name, family, tmp_path):
+    """Nor does a folder of which only config.json is here, or a quantized one."""
+    folder = family(name)
+    assert vk.memory.predict(folder).notes == vk.anatomy(folder).notes == ()
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(folder / "config.json", alone)
+    assert vk.memory.predict(alone).notes == vk.anatomy(alone).notes == ()
+    model = vk.load(folder, "nf4", processor=False)[0]
+    saved = vk.save(model, None, tmp_path / "saved")
+    assert vk.memory.predict(saved).notes == vk.anatomy(saved).notes == ()

@@ -20,7 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import vlmkit as vk
 from vlmkit.errors import SizeError
-from vlmkit.families import family_of, newer_names
+from vlmkit.families import family_of, newer_names, settings_of
 from vlmkit.families.tiles import canvas
 
 SIZES = [
@@ -241,3 +241,12 @@ def test_settings_of_a_class_are_those_of_transformers(name):
     known = getattr(import_module(path), f"{kind or 'Gemma4'}ImageProcessorPil")().to_dict()
     for key, value in family_of(config).unset(config).items():
         assert known[key] == value
+
+
+@pytest.mark.parametrize("value", ["1003520", -1, 0, True, float("nan"), float("inf"), [5]])
+@pytest.mark.parametrize("name", ["max_pixels", "size"])
+def test_a_limit_in_a_file_that_is_no_number(name, value, tmp_path):
+    said = {"size": {"shortest_edge": 3136, "longest_edge": value}, "max_pixels": value}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({name: said[name]}))
+    with pytest.raises(SizeError, match=f"preprocessor_config.json has {name}"):
+        settings_of(CONFIG_MAPPING["qwen2_vl"](), tmp_path)

@@ -192,6 +192,11 @@ def test_what_is_said_of_an_entry(skip, code, severity, says, folders):
     assert says in f"{finding.message} {finding.remedy}"
 
 
+def test_a_pattern_that_cannot_be_used_where_nothing_is_quantized(folders):
+    config = {"quant_method": "compressed-tensors", "ignore": ["re:(.*"]}  # and no config_groups
+    assert "unusable-pattern" in codes(vk.lint(folders("llava"), config), "error")
+
+
 @pytest.mark.parametrize("entry", ["*vision*", "layers.[0", 3])
 def test_entries_on_which_loading_fails(entry, folders):
     findings = vk.lint(folders("llava"), bits([entry, "lm_head"]))

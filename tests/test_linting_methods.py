@@ -2,6 +2,7 @@
 conversion on the meta device, does. A test of a method whose library is not installed is skipped;
 `vlmkit.linting.methods` says which were run."""
 
+import ast
 import csv
 import importlib.metadata
 import json
@@ -12,6 +13,7 @@ import pytest
 import torch
 from families import FAMILIES
 from test_linting import LISTS, bits, codes
+from test_stored import quantized
 from transformers import AutoModelForImageTextToText, FineGrainedFP8Config, NVFP4Config
 from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -181,6 +183,35 @@ def test_what_was_checked_is_said():
         )
     said = str(vk.lint("pebble", {"quant_method": "awq", "bits": 4}))
     assert "only read in transformers 5.24" in said.replace("\n", " ")
+
+
+@pytest.mark.parametrize("method", ["awq", "fp8 blocks", "w4a16", "w8a8"])
+def test_a_list_that_the_stored_weights_contradict(method, llava, copy):
+    """As with AutoAWQ's lists: it looked for substrings, and transformers does not."""
+    folder = copy(llava)
+    quantized(folder, method)  # the layers of the language model
+    file = folder / "config.json"
+    raw = json.loads(file.read_text())
+    own = raw["quantization_config"] | (GROUPS if method.startswith("w") else {})
+    method = METHODS[own["quant_method"]]
+    mark = "re:" if method.syntax == "re" else ""
+    fine = [f"{mark}model.vision_tower.*", f"{mark}model.multi_modal_projector.*", "lm_head"]
+
+    def look(entries):
+        file.write_text(json.dumps(raw | {"quantization_config": own | {method.key: entries}}))
+        findings = vk.lint(folder)
+        return [found for found in findings.errors if found.code == "stored-otherwise"], findings
+
+    assert look(fine)[0] == []
+    (found,), _ = look(["vision", "lm_head"])
+    assert {name.split(".")[1] for name in found.modules} == {
+        "vision_tower",
+        "multi_modal_projector",
+    }
+    (found,), _ = look([*fine, f"{mark}model.language_model.layers.0.*"])
+    assert all(".layers.0." in name for name in found.modules) and len(found.modules) == 7
+    remedy = ast.literal_eval("[" + found.remedy.partition("[")[2].rstrip("."))
+    assert look(remedy)[0] == []
 
 
 # --- one list to paste ----------------------------------------------------------------------------

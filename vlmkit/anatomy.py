@@ -20,7 +20,7 @@ from math import prod
 from vlmkit import COMPONENTS, checkpoints
 from vlmkit.architectures import GGUF, NOT_VLMS, PROJECTOR, VISION, decide
 from vlmkit.errors import AnatomyError, CheckpointError, brief, did_you_mean, public
-from vlmkit.headers import gguf_files, gguf_rows, stored_rows
+from vlmkit.headers import gguf_files, gguf_rows, mismatch, stored_rows, unquantized
 from vlmkit.rows import sums
 from vlmkit.tables import Table
 from vlmkit.units import MEGABYTE
@@ -355,7 +355,8 @@ def anatomy(x, *, revision=None, trust_remote_code=False):
     GGUF file, or of a list of them (the model's and its mmproj).
 
     If a checkpoint is quantized, by whatever method, the table says in which formats the tensors of
-    each component are stored, as the headers of its weight files have it.
+    each component are stored, as the headers of its weight files have it. If the weight files are
+    here and hold other weights than config.json says, a note says so.
 
     From a name or a config, the model is built on the meta device: no weights are read, and little
     memory is used. A config does not name adapters, so those of a checkpoint count only once they
@@ -375,16 +376,16 @@ def anatomy(x, *, revision=None, trust_remote_code=False):
     config = checkpoints.read_config(folder, trust_remote_code=trust_remote_code)
     model = on_meta(config, trust_remote_code=trust_remote_code)
     found = anatomy_of(model)
-    method = checkpoints.quantization_method(config)
+    method, wrong = checkpoints.quantization_method(config), mismatch(folder, model)
     if method is None:
-        return found
-    notes = tuple(filter(None, [checkpoints.what_loads(method)]))
+        return replace(found, notes=wrong)
+    notes = (*filter(None, [checkpoints.what_loads(method)]), *wrong)
     try:
         rows = tuple(stored_rows(folder, model))
     except CheckpointError as error:
         note = f"It is quantized by {method}, and the table cannot say what is: {brief(error)}"
         return replace(found, notes=(note, *notes))
-    return replace(found, stored=rows, notes=notes)
+    return replace(found, stored=rows, notes=(*unquantized(rows, method), *notes))
 
 
 def _anatomy_of_gguf(files):

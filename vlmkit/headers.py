@@ -11,6 +11,7 @@ HQQ 0.2.8, optimum-quanto, and GGUF (https://github.com/ggml-org/ggml/blob/maste
 import os
 import re
 import struct
+from collections import Counter
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -47,6 +48,8 @@ _ACTIVATIONS = re.compile(
 )
 _MAIN = ("", "qweight", "packed", "blocks", "qdata", "W_q", "_data")
 """The parts that hold the numbers of a weight. The others are its quantization state."""
+NO_LONGER_SAVED = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
+"""Buffers that older releases of transformers saved. Models compute them now."""
 _NAMES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 _POWERS_OF_TWO = ("U8", "F8_E8M0")  # how scales of the MX formats are stored
 
@@ -64,10 +67,7 @@ def stored_rows(folder, model=None, bits=None):
 
     Raises CheckpointError as `vlmkit.checkpoints.weight_headers` does.
     """
-    headers, weights = weight_headers(folder), {}
-    for key in headers:
-        weight, part = _part_of(key)
-        weights.setdefault(weight, {})[part] = key
+    headers = weight_headers(folder)
     rename, shapes, model_type = str, {}, None
     if model is not None:
         rename, model_type = renamer(model), model.config.model_type
@@ -78,19 +78,122 @@ def stored_rows(folder, model=None, bits=None):
         size = -(-prod(shape) * _bits(dtype) // 8)
         return Row(key, decide(name, model_type)[0], kind, size, shape, format=label)
 
-    for weight, keys in weights.items():
-        held = {part: headers[key] for part, key in keys.items()}
-        main = next((part for part in _MAIN if part in held), None)
-        if main is None or main == "" and held[main][0] in FLOATS:  # `logit_scale` is no state
-            for key in keys.values():
-                yield row(key, rename(key), STORED, _plain(headers[key][0]))
+    for weight, keys in _weights(headers):
+        if weight is None:
+            yield row(keys[""], rename(keys[""]), STORED, _plain(headers[keys[""]][0]))
             continue
+        held = {part: headers[key] for part, key in keys.items()}
+        main = next(part for part in _MAIN if part in held)
         name = rename(weight)
         # Where transformers puts several weights together, the shape is that of all of them.
         shape = None if getattr(rename, "converted", False) else shapes.get(name)
         label = _format(held, main, shape, bits)
         for part, key in keys.items():
             yield row(key, name, STORED if part == main else STATE, label)
+
+
+def unquantized(rows, method):
+    """A tuple with a sentence if the `rows` of `stored_rows` hold nothing that is quantized, and
+    config.json says that they are (by `method`). Otherwise an empty tuple."""
+    if method is None or any(row.kind == STATE for row in rows):
+        return ()
+    return (
+        f"config.json says that the weights are quantized by {method}, and in the weight files "
+        "none is.",
+    )
+
+
+def _weights(headers):
+    """(name of a weight, {part: name of its tensor}) for each weight that is in a quantizer's
+    layout, and (None, {"": name}) for each other tensor."""
+    weights = {}
+    for key in headers:
+        weight, part = _part_of(key)
+        weights.setdefault(weight, {})[part] = key
+    for weight, keys in weights.items():
+        main = next((part for part in _MAIN if part in keys), None)
+        if main is None or main == "" and headers[keys[main]][0] in FLOATS:
+            for key in keys.values():  # `logit_scale` is no quantization state
+                yield None, {"": key}
+        else:
+            yield weight, keys
+
+
+def packed_weights(folder, model):
+    """({full names in `model` of the weights that are in a quantizer's layout}, {full name of each
+    other tensor: name of its format}) of the weight files in `folder`."""
+    headers, rename = weight_headers(folder), renamer(model)
+    packed, plain = set(), {}
+    for weight, keys in _weights(headers):
+        if weight is not None:
+            packed.add(rename(weight))
+        else:
+            plain[rename(keys[""])] = _plain(headers[keys[""]][0])
+    return packed, plain
+
+
+def differences(folder, shapes, build):
+    """{what is wrong, in words: names of weights} of the weight files in `folder`, as compared with
+    a model. Empty if config.json and the weights belong together.
+
+    shapes: {full name of a parameter: its shape}. build: a function that returns the model on the
+        meta device. It is called only if names in the files have to be translated.
+
+    Weights that a quantizer packed are compared by their names, the others by their shapes too.
+    Raises CheckpointError as `vlmkit.checkpoints.weight_headers` does.
+    """
+    headers = weight_headers(folder)
+    floats = [shape for dtype, shape in headers.values() if dtype in FLOATS]
+    if len(floats) == len(headers) and Counter(floats) == Counter(shapes.values()):
+        return {}  # the usual case
+    model = build()
+    rename, there, wrong, integers = renamer(model), set(), set(), set()
+    for weight, keys in _weights(headers):
+        key = weight or keys[""]
+        name = rename(key)
+        there.add(name)
+        if name in shapes and list(keys) == [""] and not rename.converted:
+            dtype, shape = headers[key]
+            if dtype not in FLOATS:
+                integers.add(f"{key} ({dtype})")
+            elif shape != shapes[name]:
+                wrong.add(name)
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    left = there - tied - model.state_dict().keys() if len(floats) == len(headers) else set()
+    lacking = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    unread = (NO_LONGER_SAVED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
+    found = {
+        "lacks weights that the model has": _but(lacking, shapes.keys() - there - tied),
+        "holds weights that the model has no place for": _but(unread, left),
+        "holds weights of another shape than the model's": sorted(wrong),
+        "holds integers in place of weights": sorted(integers),
+    }
+    return {words: names for words, names in found.items() if names}
+
+
+def _but(patterns, names):
+    """The sorted `names` in which none of `patterns` is found."""
+    return sorted(name for name in names if not any(re.search(p, name) for p in patterns))
+
+
+def mismatch(folder, model):
+    """A tuple with a sentence for each of `differences`. Empty where no weights are here."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    try:
+        found = differences(folder, shapes, lambda: model)
+    except CheckpointError:  # whoever wants the weights says what is wrong with them
+        return ()
+    return tuple(
+        f"config.json and the weights do not belong together: the folder {words}: {some(names)}. "
+        "vlmkit does not load such a checkpoint."
+        for words, names in found.items()
+    )
+
+
+def some(names):
+    """The first three of sorted `names`, and how many there are besides, in words."""
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return ", ".join(sorted(names)[:3]) + more
 
 
 def _part_of(key):

@@ -23,7 +23,7 @@ from their tokenizers' rules for digits, and was not seen.
 import json
 from pathlib import Path
 
-from vlmkit.errors import SizeError, shown
+from vlmkit.errors import CheckpointError, SizeError, brief, shown
 from vlmkit.families import grids, tiles
 from vlmkit.families.base import (
     Family,
@@ -79,7 +79,8 @@ def settings_of(config, folder=None, limits=None, video=False):
         `video_preprocessor_config.json`. In a checkpoint from before that file, such as Qwen2-VL's,
         those of the image processor hold for videos too, as in transformers.
 
-    Raises SizeError for a file whose size lacks a limit.
+    Raises SizeError for a file whose size lacks a limit, or has one that is no positive number, and
+    CheckpointError for a file that cannot be read.
     """
     family, kind = family_of(config), "video" if video else "image"
     settings = family.video_settings(config) if video else family.settings(config)
@@ -91,10 +92,10 @@ def settings_of(config, folder=None, limits=None, video=False):
         path = Path(folder) / file if folder else None
         if path is None or not path.is_file():
             continue
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = _read(path)
         if file == "processor_config.json" and f"{kind}_processor" not in found:
             continue  # from before the settings of all processors went into it
-        found = found.get(f"{kind}_processor", found)
+        found = _checked(path, found.get(f"{kind}_processor", found))
         found = newer_names({k: v for k, v in found.items() if v is not None}, unset.get("size"))
         settings, source = unset | found, file
         lacking = unset.get("size", {}).keys() - settings.get("size", {}).keys()
@@ -107,6 +108,45 @@ def settings_of(config, folder=None, limits=None, video=False):
         settings = with_limits(config, settings, limits)
         source += f", with {', '.join(f'{name} {limits[name]}' for name in limits)}"
     return settings, source
+
+
+def _read(path):
+    """The JSON object in the file `path`."""
+    try:
+        return _object(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError, TypeError) as error:
+        raise CheckpointError(_not_settings(path, error)) from error
+
+
+def _object(found):
+    if not isinstance(found, dict):
+        raise TypeError(f"it is a {type(found).__name__}")
+    return found
+
+
+def _not_settings(path, error):
+    return (
+        f"{path} is not a JSON object with settings: {brief(error)}. Copy or download it again."
+    )
+
+
+def _checked(path, found):
+    """The settings `found` of the file `path`, if they are settings and their limits numbers."""
+    try:
+        _object(found)
+    except TypeError as error:
+        raise CheckpointError(_not_settings(path, error)) from error
+    for name in ("min_pixels", "max_pixels", "size"):
+        value = found.get(name)
+        for one in value.values() if isinstance(value, dict) else [value]:
+            number = isinstance(one, (int, float)) and not isinstance(one, bool)
+            if one is not None and not (number and 0 < one < 10**12):
+                raise SizeError(
+                    f"{path} has {name} {shown(value)}, and every number there has to be from 1 to "
+                    "10^12. Correct it, or take it out: then the limit of the processor's class "
+                    "counts."
+                )
+    return found
 
 
 LIMITS = (

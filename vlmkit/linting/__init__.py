@@ -15,6 +15,7 @@ from vlmkit.anatomy import on_meta
 from vlmkit.backend.quiet import quiet
 from vlmkit.checkpoints import find, read_config, stored_formats, weight_files
 from vlmkit.errors import CheckpointError, ConfigError, public
+from vlmkit.headers import packed_weights
 from vlmkit.linting import rules
 from vlmkit.linting.context import Context
 from vlmkit.linting.findings import ERROR, NOTE, SEVERITIES, WARNING, Finding, Findings
@@ -66,7 +67,7 @@ def lint(x, config=None, *, revision=None, trust_remote_code=False):
         model = on_meta(source, dtype, trust_remote_code)
         modules = {name: classes_of(module) for name, module in model.named_modules()}
         require_quick(given, modules)
-        formats = _stored_formats(folder, model) if stored and given.bitsandbytes else {}
+        formats = _stored_formats(folder, model, given) if stored else {}
         rows = verdicts(model, given, stored=stored)
     context = Context(given, rows, modules, formats, overruled)
     items = rules.findings(context)
@@ -83,10 +84,14 @@ def _config_of(x, revision, trust_remote_code):
     return read_config(folder, trust_remote_code=trust_remote_code), folder
 
 
-def _stored_formats(folder, model):
-    """{parameter: format} of a folder's weights; empty if the folder has no weights."""
+def _stored_formats(folder, model, given):
+    """{parameter: format} of a folder's weights; empty if the folder has no weights. What another
+    method than bitsandbytes has packed counts as the format that the config names."""
     try:
         weight_files(folder)
     except CheckpointError:
         return {}
-    return stored_formats(folder, model)
+    if given.bitsandbytes:
+        return stored_formats(folder, model)
+    packed, plain = packed_weights(folder, model)
+    return plain | dict.fromkeys(packed, given.format)

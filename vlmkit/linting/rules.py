@@ -27,7 +27,7 @@ def _unknown_keys(context):
 def _unusable_entries(context):
     for entry in context.given.entries or ():
         if why := why_unusable(entry, context.given.method):
-            yield {"entry": entry, "why": why, "place": context.places[0]}
+            yield {"entry": entry, "why": why, "place": next(iter(context.places), "lm_head")}
 
 
 def _nothing_quantized(context):
@@ -147,13 +147,35 @@ def _kept_by_transformers(context, row):
     return plain and set(row.kept_by).isdisjoint(context.given.usable or ())
 
 
+def _stored_otherwise(context):
+    given = context.given
+    rows = [
+        row
+        for row in context.layers
+        if (stored := context.stored.get(row.name, row.format)) != row.format
+        and given.format in (stored, row.format)
+    ]
+    kept = [row for row in context.layers if context.stored.get(row.name) != given.format]
+    better = (
+        "Load the checkpoint with vk.load(…), which reads the formats from the weight files, and "
+        "save it again with vk.save."
+    )
+    if given.method.key and not given.bitsandbytes:
+        entries = context.entries_for(kept) if kept else []
+        better = f"In config.json, let {given.method.key} be what the files hold: {entries}."
+    elif not given.bitsandbytes:
+        better = "Look for a checkpoint whose config.json belongs to its weights."
+    if rows:
+        yield {"rows": rows, "better": better}
+
+
 def _four_bits(context, row):
     four = context.given.bitsandbytes and context.given.format != "int8"
     return four and row.quantized and not row.tied
 
 
 def _cannot_load(context):
-    if context.given.method.name == "hqq" and not context.stored:
+    if context.given.method.name == "hqq":
         yield {}
 
 
@@ -214,18 +236,12 @@ RULES = (
     ),
     Rule(
         "error: stored-otherwise",
-        layers_that(
-            lambda context, row: (
-                (stored := context.stored.get(row.name, row.format)) != row.format
-                and context.given.format in (stored, row.format)
-            )
-        ),
+        _stored_otherwise,
         "The config reads {count} weights in another format than they are stored in. For example, "
         "{first.module} is stored in {stored} and read as {first.format}. Module names change "
         "between releases of transformers, so the skip list may be from another release. Loading "
         "or the first forward pass fails.",
-        "Load the checkpoint with vk.load(…), which reads the formats from the weight files, and "
-        "save it again with vk.save.",
+        "{better}",
     ),
     Rule(
         "error: tied-weight",

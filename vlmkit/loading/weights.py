@@ -2,20 +2,17 @@
 
 import contextlib
 import os
-import re
-from collections import Counter
 from math import isfinite
 
 from vlmkit.anatomy import on_meta, shape_of
 from vlmkit.backend.quiet import environment
 from vlmkit.backend.storages import state_tensors
-from vlmkit.checkpoints import ADAPTERS, BESIDE, FLOATS, renamer, weight_headers
+from vlmkit.checkpoints import ADAPTERS
 from vlmkit.errors import CheckpointError, brief
 from vlmkit.formats import torch_dtype
+from vlmkit.headers import NO_LONGER_SAVED, differences, some
 from vlmkit.loading.placing import device_of
 
-# Buffers that older releases of transformers saved. Models compute them now.
-NO_LONGER_SAVED = re.compile(r"(position_ids|rotary_emb\.inv_freq)$")
 # transformers' own switch, since 5.21. With "1" it reads the weights in the main thread.
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 
@@ -25,45 +22,12 @@ def require_headers(folder, layout, trust_remote_code=False):
     taken: from a config that does not belong to them, transformers would first make a whole model
     of random numbers.
 
-    Raises CheckpointError if weights are missing, have another shape, or hold integers that are
-    not codes of a quantized format.
+    Raises CheckpointError if weights are missing, left over, have another shape, or hold integers
+    that are not codes of a quantized format.
     """
-    headers = weight_headers(folder)
-    stored = {key: held for key, held in headers.items() if not BESIDE.search(key)}
-    packed = {key for key in stored if _is_packed(key, headers)}
     shapes = {row.name: row.shape for row in layout.rows}
-    floats = {key: shape for key, (dtype, shape) in stored.items() if dtype in FLOATS}
-    if len(floats) == len(headers) and Counter(floats.values()) == Counter(shapes.values()):
-        return  # the usual case, in which no name has to be translated
-    meta = on_meta(layout.config, None, trust_remote_code)
-    rename, sources, wrong, integers = renamer(meta), {}, set(), set()
-    for key, (dtype, shape) in stored.items():
-        name = rename(key)
-        sources.setdefault(name, []).append(key)
-        if name in shapes and key not in packed and not rename.converted:
-            if dtype not in FLOATS:
-                integers.add(f"{key} ({dtype})")
-            elif shape != shapes[name]:
-                wrong.add(name)
-    tied = {*meta.all_tied_weights_keys, *meta.all_tied_weights_keys.values()}
-    fine = getattr(meta, "_keys_to_ignore_on_load_missing", None) or ()
-    missing = [
-        name
-        for name in shapes
-        if name not in sources and name not in tied and not any(re.search(p, name) for p in fine)
-    ]
-    _raise_for(
-        folder,
-        ("lacks weights that the model has", missing),
-        ("holds weights of another shape than the model's", wrong),
-        ("holds integers in place of weights", integers),
-    )
-
-
-def _is_packed(key, headers):
-    """Whether bitsandbytes' scales are beside the tensor `key`."""
-    layer = key.removesuffix(".weight")
-    return f"{layer}.SCB" in headers or f"{key}.absmax" in headers
+    found = differences(folder, shapes, lambda: on_meta(layout.config, None, trust_remote_code))
+    _raise_for(folder, *found.items())
 
 
 def load_weights(folder, layout, device_map, trust_remote_code=False):
@@ -165,7 +129,7 @@ def _raise_for(folder, *problems):
     for problem, keys in problems:
         if keys:
             raise CheckpointError(
-                f"{folder} {problem}: {_some(keys)}. Its config.json and its weights do not belong "
+                f"{folder} {problem}: {some(keys)}. Its config.json and its weights do not belong "
                 "together, or a file is incomplete. Copy or download the checkpoint again."
             )
 
@@ -183,15 +147,10 @@ def _require_scales(folder, model, layout):
                 lost.append(row.name)
     if lost:
         raise CheckpointError(
-            f"{folder} holds infinities or NaN in weights that are to be quantized: {_some(lost)}. "
+            f"{folder} holds infinities or NaN in weights that are to be quantized: {some(lost)}. "
             "A block of weights with one of them has no scale. Keep these in a float format with "
             'plan.override(…, "bf16"), or look for the training step that made them.'
         )
-
-
-def _some(names):
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(sorted(names)[:3]) + more
 
 
 def _round_to_layout(model, parameters, layout):

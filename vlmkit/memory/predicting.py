@@ -13,6 +13,7 @@ from vlmkit.checkpoints import adapters_of, find
 from vlmkit.errors import FinetuningError, SizeError, did_you_mean, public
 from vlmkit.families import LIMITS
 from vlmkit.formats import torch_dtype
+from vlmkit.headers import mismatch
 from vlmkit.layout import layout_of
 from vlmkit.loading.placing import set_attention
 from vlmkit.memory.allocator import CachingAllocator, check_allocator, loaded, overhead
@@ -100,6 +101,9 @@ def predict(
     limits: min_pixels, max_pixels, size, … as for `vk.load`: they change the visual tokens of a
         picture and of a video, see `vlmkit.families.with_limits`.
 
+    If the weight files of `x` are here and hold other weights than config.json says, a note of the
+    ledger says so: the ledger is that of config.json.
+
     Keys and values, adapters, gradients and optimizer states are exact to the byte too. Activations
     are bounded: they are what the pass needs at its peak beyond all other entries, without what
     PyTorch's kernels take for themselves on some CPUs (see `vlmkit.memory.tracker`). If the
@@ -150,10 +154,12 @@ class Predictor:
 
     @cached_property
     def weights(self):
-        """(title, entries of the weights)."""
+        """(title, entries of the weights, notes on a config that does not belong to its files)."""
         model = self.build()
         entries = tuple(predicted_weights(model, self.layout))
-        return f"predicted for {type(model).__name__}", entries
+        # A config can have been changed on purpose; one that is read from a folder has not.
+        lies = mismatch(self.folder, model) if isinstance(self.x, (str, Path)) else ()
+        return f"predicted for {type(model).__name__}", entries, tuple(lies)
 
     @cached_property
     def adapters(self):
@@ -190,7 +196,7 @@ class Predictor:
             batch = self.batch(
                 tokens, new_tokens, images, image_size, batch_size, limits, num_frames
             )
-            title, weights = self.weights
+            title, weights, lies = self.weights
             entries, notes = (), ()
             if training is not None:
                 from vlmkit.memory.steps import Training
@@ -203,7 +209,7 @@ class Predictor:
                     entries, notes = self.runs.prompt(batch)
                 entries = [*entries, *self.adapters]
             more = [] if self.allocator is None else overhead(self.load, weights, entries)
-        return Ledger(title, (*weights, *entries, *more), (*batch.notes, *notes))
+        return Ledger(title, (*weights, *entries, *more), (*batch.notes, *notes, *lies))
 
 
 def check_arguments(unknown):

@@ -14,7 +14,7 @@ from vlmkit.checkpoints import (
     what_loads,
 )
 from vlmkit.errors import AnatomyError, CheckpointError, brief, public
-from vlmkit.headers import gguf_files, gguf_rows, stored_rows
+from vlmkit.headers import gguf_files, gguf_rows, mismatch, stored_rows, unquantized
 from vlmkit.memory.ledger import Ledger
 from vlmkit.rows import STATE, STORED
 from vlmkit.units import MEGABYTE
@@ -100,6 +100,7 @@ def stored(x, *, revision=None, trust_remote_code=False):
             raise
         notes.append(f"The names are taken as they are in the files, because {brief(error)}")
     entries = tuple(stored_rows(folder, model, bits))
+    notes += [*unquantized(entries, method), *(mismatch(folder, model) if model else ())]
     if method is None and any(entry.kind == STATE for entry in entries):
         notes.append("config.json does not say that the weights are quantized, and they are.")
     return _ledger(folder.name, entries, method, notes)
