@@ -1,6 +1,9 @@
 """Chapter 04. nbval runs it on pebble; here it runs on another family, and its numbers are true."""
 
+import shutil
+
 import chapters
+import pandas as pd
 import pytest
 from transformers import AutoConfig
 
@@ -9,6 +12,7 @@ import vlmkit as vk
 LLAMA = "meta-llama/Llama-3.2-11B-Vision-Instruct"
 LLAVA = "llava-hf/llava-1.5-7b-hf"
 SMOL = "HuggingFaceTB/SmolVLM-256M-Instruct"
+HYBRID = "Qwen/Qwen3.5-9B"
 QWEN3, QWEN = (f"Qwen/Qwen2.5-VL-{size}B-Instruct" for size in (3, 7))
 SIZE = 1024, 768
 
@@ -90,3 +94,35 @@ def test_numbers_about_pictures(states):
     states(vk.memory.visual_tokens(LLAMA, SIZE).attended)
     qwen = config(QWEN).get_text_config()
     states(qwen.num_attention_heads, qwen.num_key_value_heads)
+
+
+def test_numbers_about_tools(states):
+    record = pd.read_csv(chapters.FOLDER.parent / "benchmarks" / "results" / "quantizers.csv")
+    rule = 100 * (record["rule"] / record["files"] - 1)
+    accelerate = 100 * (1 - record["accelerate"] / record["held"])
+    for errors in (rule[rule > 0], accelerate):
+        states(f"{errors.min():.0f}", f"{errors.max():.0f}")
+    fp8 = record.set_index("checkpoint").loc["FP8 in blocks"] / 1e6
+    states(f"{fp8['files']:.2f}", f"{fp8['held']:.2f}")
+
+
+@pytest.mark.slow
+def test_numbers_about_the_cache_of_a_hybrid(states):
+    text, full = (config(n).get_text_config() for n in (HYBRID, "Qwen/Qwen3-VL-8B-Instruct"))
+    attention = text.layer_types.count("full_attention")
+    keys = vk.memory.predict(HYBRID, tokens=16).by_kind["kv cache"]
+    each = 4 * attention * text.num_key_value_heads * text.head_dim
+    states_of_linear = keys - 16 * each
+    assert (attention, len(text.layer_types)) == (8, 32)
+    states(f"{states_of_linear / 1e6:.1f}")
+    of_full = 4 * full.num_hidden_layers * full.num_key_value_heads * full.head_dim
+    sizes = states_of_linear + 16_384 * each, 16_384 * of_full
+    states(*(f"{size / 1e6:.0f}" for size in sizes))
+    assert sizes[1] / sizes[0] == pytest.approx(4, abs=0.2)
+
+
+def test_numbers_about_a_photograph(states, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    shutil.copy(vk.catalog.folder_of(QWEN) / "config.json", tmp_path)
+    for which in (QWEN, tmp_path):
+        states(vk.memory.visual_tokens(which, (4032, 3024)).tokens)

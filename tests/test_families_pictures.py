@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, image_utils
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import vlmkit as vk
-from vlmkit.errors import SizeError
+from vlmkit.errors import CheckpointError, SizeError
 from vlmkit.families import family_of, newer_names, settings_of
 from vlmkit.families.tiles import canvas
 
@@ -249,4 +249,11 @@ def test_a_limit_in_a_file_that_is_no_number(name, value, tmp_path):
     said = {"size": {"shortest_edge": 3136, "longest_edge": value}, "max_pixels": value}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({name: said[name]}))
     with pytest.raises(SizeError, match=f"preprocessor_config.json has {name}"):
+        settings_of(CONFIG_MAPPING["qwen2_vl"](), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "5", '{"image_processor": [1]}', "{", "[" * 10**5])
+def test_a_file_of_settings_that_has_none(text, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="preprocessor_config.json is not a JSON object"):
         settings_of(CONFIG_MAPPING["qwen2_vl"](), tmp_path)

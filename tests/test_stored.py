@@ -237,6 +237,15 @@ def test_a_model_that_transformers_does_not_know_is_counted_by_its_own_names(lla
     assert any("novel" in note for note in ledger.notes)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(name, llava, copy):
+    folder = copy(llava)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match="is a pipe"):
+        vk.memory.stored(folder)
+
+
 def test_a_prompt_needs_a_plan_and_gets_one(llava, copy):
     folder = copy(llava)
     quantized(folder, "awq")
@@ -342,6 +351,13 @@ def test_gguf_files_that_are_not_clear(gguf_folder):
     os.remove(folder / "mmproj-F32.gguf")
     with pytest.raises(CheckpointError, match="one of 2 files, and 1"):
         vk.memory.stored(folder / "big-00001-of-00002.gguf")
+
+
+def test_a_pipe_that_is_called_gguf(tmp_path):
+    os.mkfifo(tmp_path / "model.gguf")
+    for look in (vk.memory.stored, vk.memory.predict, vk.anatomy, vk.load):
+        with pytest.raises(CheckpointError, match="is a pipe"):
+            look(tmp_path)
 
 
 def test_a_damaged_gguf(gguf_folder):

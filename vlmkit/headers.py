@@ -332,6 +332,10 @@ def _gguf_header(file):
         stat = os.stat(file)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{file} cannot be read: {brief(error)}") from error
+    if not os.path.isfile(file):  # a pipe would be waited for
+        raise CheckpointError(
+            f"{file} is a pipe, a device or a folder, not a GGUF file. Remove it."
+        )
     return _read_gguf(file, stat.st_mtime_ns, stat.st_size)
 
 

@@ -111,31 +111,22 @@ def settings_of(config, folder=None, limits=None, video=False):
 
 
 def _read(path):
-    """The JSON object in the file `path`."""
+    """The settings in the JSON file `path`."""
     try:
-        return _object(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError, TypeError) as error:
-        raise CheckpointError(_not_settings(path, error)) from error
-
-
-def _object(found):
-    if not isinstance(found, dict):
-        raise TypeError(f"it is a {type(found).__name__}")
-    return found
-
-
-def _not_settings(path, error):
-    return (
-        f"{path} is not a JSON object with settings: {brief(error)}. Copy or download it again."
-    )
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not a JSON object: {brief(error)}. Copy or download it again."
+        ) from error
+    return _checked(path, found)
 
 
 def _checked(path, found):
     """The settings `found` of the file `path`, if they are settings and their limits numbers."""
-    try:
-        _object(found)
-    except TypeError as error:
-        raise CheckpointError(_not_settings(path, error)) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"{path} is not a JSON object with settings. Copy or download it again."
+        )
     for name in ("min_pixels", "max_pixels", "size"):
         value = found.get(name)
         for one in value.values() if isinstance(value, dict) else [value]:

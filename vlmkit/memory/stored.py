@@ -89,6 +89,7 @@ def stored(x, *, revision=None, trust_remote_code=False):
     folder = find(x, revision=revision, weights=False)
     if files := gguf_files(folder):
         return _of_gguf(files)
+    require_plain_files(folder)  # before the headers are read: a pipe would be waited for
     model = method = bits = None
     notes = []
     try:
