@@ -102,8 +102,8 @@ def test_numbers_about_tools(states):
     accelerate = 100 * (1 - record["accelerate"] / record["held"])
     for errors in (rule[rule > 0], accelerate):
         states(f"{errors.min():.0f}", f"{errors.max():.0f}")
-    fp8 = record.set_index("checkpoint").loc["FP8 in blocks"] / 1e6
-    states(f"{fp8['files']:.2f}", f"{fp8['held']:.2f}")
+    fp8 = record.set_index("checkpoint").loc["FP8 in blocks"]
+    states(f"{fp8['files'] / 1e6:.2f}", f"{fp8['held'] / 1e6:.2f}")
 
 
 @pytest.mark.slow
