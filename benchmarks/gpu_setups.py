@@ -10,6 +10,7 @@ from itertools import count, pairwise
 import peft
 import torch
 import transformers
+from accelerate.utils import convert_to_fp32
 from finetuning import Watch, plain_collator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
@@ -17,7 +18,10 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import vlmkit as vk
+from vlmkit.anatomy import unwrapped
 from vlmkit.backend.checkpointing import enable
+from vlmkit.backend.losses import IGNORED, loss_of_answers
+from vlmkit.backend.passes import attending, attention_of
 from vlmkit.catalog import folder_of
 from vlmkit.checkpoints import read_config
 from vlmkit.families import family_of, image_id
@@ -113,13 +117,27 @@ def switch(model, checkpointing, hook):
         model.enable_input_require_grads()
 
 
+def _backward(model, tensors):
+    """As `vk.finetuning.train`: under autocast, with every token but those of pictures in the
+    loss."""
+    ids = tensors["input_ids"]
+    labels = ids.masked_fill(ids == image_id(unwrapped(model).config), IGNORED)
+    kind = ids.device.type
+    with attending(model, "eager" if kind == "cpu" else attention_of(model)):
+        with torch.autocast(kind, torch.bfloat16):
+            outputs = convert_to_fp32(model(**tensors, use_cache=False))
+        loss = loss_of_answers(outputs, labels)
+        del outputs
+        loss.backward()
+
+
 def step(model, tensors):
-    """A function that takes a training step in the formats of the plan."""
+    """A function that takes a training step."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     model.train()
 
     def work():
-        model(**tensors, labels=tensors["input_ids"], use_cache=False).loss.backward()
+        _backward(model, tensors)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -130,7 +148,7 @@ def gradients(model, tensors):
     """{name: gradient} of what is trained. The values that a seed draws are the same each time."""
     torch.manual_seed(0)
     model.train()
-    model(**tensors, labels=tensors["input_ids"], use_cache=False).loss.backward()
+    _backward(model, tensors)
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found

@@ -10,6 +10,9 @@ import pytest
 from families import _FAMILIES
 from transformers import CONFIG_MAPPING
 
+import vlmkit as vk
+from vlmkit.catalog import folder_of
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -82,3 +85,16 @@ def test_without_a_gpu_it_says_so(benchmark, capsys):
     with pytest.raises(SystemExit):
         benchmark["main"](["--device", "cpu", "--models", "GPT-7"])
     assert "SmolVLM" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_peaks_of_recorded_trainings(benchmark):
+    """`vk.finetuning.train` on an H200, 61 steps, within 1%."""
+    record = BENCHMARKS / "results" / "nvidia-h200-2026-11-30.json"
+    rows = json.loads(record.read_text(encoding="utf-8"))["trainings"]
+    ours = {row["checkpointing"]: row for row in rows if row["way"] == "ours"}
+    for checkpointing, row in ours.items():
+        found = benchmark["predicted_training"](
+            folder_of(row["model"]), vk.Plan.recommended(), checkpointing, 64
+        )
+        assert found == pytest.approx(row["peak"], rel=0.01)

@@ -8,11 +8,16 @@ within 10%, and all within 5% on average.
 import medium
 import pytest
 import torch
+from accelerate.utils import convert_to_fp32
 from families import FAMILIES
 from measuring import peak_of
 
 import vlmkit as vk
+from vlmkit.anatomy import unwrapped
 from vlmkit.backend.checkpointing import enable
+from vlmkit.backend.losses import IGNORED, loss_of_answers
+from vlmkit.backend.passes import attending, attention_of
+from vlmkit.families import image_id, writes_apart
 from vlmkit.finetuning import add_adapters
 from vlmkit.memory import predict
 from vlmkit.memory.batch import batch_of
@@ -25,20 +30,21 @@ PARTS = {
     "projector": "full",
     "language_model": vk.LoRA(r=8, target_modules="attention"),
 }
-PASSES = {
-    "prompt": ("bf16", None, False),
-    "prompt in nf4": ("nf4", None, False),
-    "prompt in int8": ("int8", None, False),
-    "full": ("bf16", "full", False),
-    "LoRA on nf4": ("recommended", "lora", False),
-    "parts on nf4-dq": ("vision_encoder=nf4,language_model=nf4-dq", PARTS, False),
-    "LoRA on int8": ("int8", "lora", False),
-    "LoRA, checkpoints": ("recommended", "lora", True),
-    "full, checkpoints": ("bf16", "full", True),
-    "DoRA": ("bf16", {"vision_encoder": DORA, "language_model": DORA}, False),
-    "DoRA on nf4": ("nf4", {"language_model": DORA}, False),
-    "DoRA on int8": ("int8", {"language_model": DORA}, False),
-    "DoRA on nf4-dq, checkpoints": ("nf4-dq", {"language_model": DORA}, True),
+PASSES = {  # plan, training, whether it checkpoints, whether it computes under autocast
+    "prompt": ("bf16", None, False, True),
+    "prompt in nf4": ("nf4", None, False, True),
+    "prompt in int8": ("int8", None, False, True),
+    "full": ("bf16", "full", False, True),
+    "LoRA on nf4": ("recommended", "lora", False, True),
+    "LoRA on nf4, no autocast": ("recommended", "lora", False, False),
+    "parts on nf4-dq": ("vision_encoder=nf4,language_model=nf4-dq", PARTS, False, True),
+    "LoRA on int8": ("int8", "lora", False, True),
+    "LoRA, checkpoints": ("recommended", "lora", True, True),
+    "full, checkpoints": ("bf16", "full", True, False),
+    "DoRA": ("bf16", {"vision_encoder": DORA, "language_model": DORA}, False, True),
+    "DoRA on nf4": ("nf4", {"language_model": DORA}, False, True),
+    "DoRA on int8": ("int8", {"language_model": DORA}, False, True),
+    "DoRA on nf4-dq, checkpoints": ("nf4-dq", {"language_model": DORA}, True, True),
 }
 KINDS = [kind for kind in PASSES if kind != "prompt in nf4" and "DoRA" not in kind]
 # One case of every second family, the kinds in turn, and one more: the rest is slow.
@@ -67,14 +73,15 @@ def folder_of(tmp_path_factory):
     return make
 
 
-def predicted(folder, plan, training, checkpointing, **batch):
+def predicted(folder, plan, training, checkpointing, bf16, **batch):
     """Bytes that a pass adds to the weights, the optimizer's states and the inputs."""
-    ledger = predict(folder, plan, training=training, gradient_checkpointing=checkpointing, **batch)
+    switches = {"gradient_checkpointing": checkpointing, "bf16": bf16}
+    ledger = predict(folder, plan, training=training, **switches, **batch)
     kinds = ledger.by_kind
     return sum(kinds.get(kind, 0) for kind in ("activation", "gradient", "kv cache"))
 
 
-def a_pass(folder, plan, training, checkpointing, **batch):
+def a_pass(folder, plan, training, checkpointing, bf16, **batch):
     """A function that runs the pass for real, as often as it is called."""
     model, _ = vk.load(folder, plan, processor=False)
     tensors = batch_of(model.config, folder, **batch).inputs(torch.randn)
@@ -96,8 +103,22 @@ def a_pass(folder, plan, training, checkpointing, **batch):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
 
+    labels = tensors["input_ids"].clone()
+    pictures = image_id(unwrapped(model).config)
+    if pictures is not None:
+        labels[labels == pictures] = IGNORED
+    apart = {"labels": labels} if writes_apart(unwrapped(model).config) else {}
+
+    def loss():  # as the trainer and accelerate compute it
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            outputs = model(**tensors, **apart, use_cache=False)
+        if apart:
+            return outputs.loss
+        return loss_of_answers(convert_to_fp32(outputs) if bf16 else outputs, labels)
+
     def step():
-        model(**tensors, labels=tensors["input_ids"], use_cache=False).loss.backward()
+        with attending(model, "eager" if bf16 else attention_of(model)):
+            loss().backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -11,6 +11,7 @@ import multiprocessing
 from collections import Counter
 from itertools import groupby
 
+from vlmkit.backend.losses import IGNORED
 from vlmkit.backend.validation import require_among
 from vlmkit.errors import FinetuningError, ImageError, TaskError, VlmkitError, public
 from vlmkit.evaluation import lacking_columns
@@ -18,9 +19,6 @@ from vlmkit.evaluation.prompts import answered_inputs, require_pictures, text_of
 from vlmkit.images import check_all, read_all, undecoded
 from vlmkit.tasks.published.reading import Pictures
 from vlmkit.tasks.published.schemas import find, schema_of
-
-IGNORED = -100
-"""The label of a token that the loss ignores, as in torch.nn.functional.cross_entropy."""
 
 RAISE, SKIP = "raise", "skip"
 TOO_LONG, UNREADABLE = "too long", "unreadable"  # the reasons for skipping a sample

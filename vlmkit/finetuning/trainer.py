@@ -16,27 +16,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from vlmkit.anatomy import component_finder, unwrapped, vision_dtype
 from vlmkit.backend import passes
+from vlmkit.backend.losses import IGNORED, loss_of_answers
 from vlmkit.errors import FinetuningError, brief
 from vlmkit.evaluation import evaluate
 from vlmkit.evaluation.asking import context_of, in_evaluation_mode
 from vlmkit.finetuning import continuing, saved
-from vlmkit.finetuning.collating import IGNORED, Collator
+from vlmkit.finetuning.collating import Collator
 from vlmkit.finetuning.gradients import gradient_report, not_finite, require_finite
-
-
-def loss_of_answers(outputs, labels, num_items_in_batch=None):
-    """The loss of the labelled tokens: their sum over the number of all labelled tokens of the
-    step, so that a batch in several parts, or on several processes, has the loss of the whole.
-
-    transformers leaves this to a model's own loss, and some classes take the mean of each part
-    (`accepts_loss_kwargs = False`): then a part with few labels counts as much as one with many.
-    """
-    logits = outputs["logits"][:, -labels.shape[1] :]  # BLIP-2 puts its pictures in front
-    told = labels[:, 1:] != IGNORED  # a token is predicted from those before it
-    found = logits[:, :-1][told].float()
-    kind = {"reduction": "mean" if num_items_in_batch is None else "sum"}
-    loss = torch.nn.functional.cross_entropy(found, labels[:, 1:][told], **kind)
-    return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
 class Trainer(transformers.Trainer):

@@ -4,15 +4,20 @@ A dry run is transformers' own forward pass, PyTorch's own autograd and peft's o
 tensors without data (`vlmkit.memory.tracker`).
 """
 
+from contextlib import contextmanager, nullcontext
+
 import torch
+from accelerate.utils import convert_to_fp32
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from vlmkit.anatomy import component_finder, unwrapped, vision_dtype
 from vlmkit.architectures import LANGUAGE
 from vlmkit.backend.caching import cache_of, with_cache
+from vlmkit.backend.losses import IGNORED, loss_of_answers
+from vlmkit.backend.passes import attending, attention_of
 from vlmkit.errors import AnatomyError, SizeError, brief
-from vlmkit.families import family_of, writes_apart
+from vlmkit.families import family_of, image_id, writes_apart
 from vlmkit.memory.cache import places_of
 from vlmkit.memory.layers import ALL, SkippedLayers
 from vlmkit.memory.tracker import AllocationTracker, storage_of
@@ -29,6 +34,7 @@ class DryRun:
     def __init__(self, model, last=1, device=None):
         self.model = model
         self.config = unwrapped(model).config
+        self.device = device
         self.tracker = AllocationTracker(device)
         self.skipped = None if last is ALL else SkippedLayers(self.tracker, model, last)
         self.tracker.watch(model)
@@ -131,8 +137,9 @@ class DryRun:
                 f"cache and activations cannot be predicted: {brief(error)}"
             ) from error
 
-    def train(self, inputs, labels):
-        """Run a forward and a backward pass.
+    def train(self, inputs, bf16):
+        """Run a forward and a backward pass as `vk.finetuning.train` does. Every token that stands
+        for no picture is in the loss.
 
         Returns {parameter name: bytes of its gradient}, {component: bytes} at the peak (those of
         gradients under ("gradient", component)), and the bytes that are live at the end.
@@ -153,12 +160,28 @@ class DryRun:
             self.listens = True
         self.model.train()
         self._restart()
-        with self.tracker:
-            loss = self._run(self.model, {**inputs, "labels": labels, "use_cache": False}).loss
+        plain = bf16 and self.device is None  # see `finetuning.trainer.Trainer.train`
+        attention = "eager" if plain else attention_of(self.model)
+        with attending(self.model, attention), self.tracker:
+            loss = self._loss(inputs, bf16)
             self.tracker.component = LANGUAGE
             loss.backward()
             self.tracker.component = None
         return self._gradients(), _named(self.tracker.by_component), self.tracker.live
+
+    def _loss(self, inputs, bf16):
+        ids, pictures = inputs["input_ids"], image_id(self.config)
+        labels = ids if pictures is None else ids.masked_fill(ids == pictures, IGNORED)
+        inputs = {**inputs, "use_cache": False}
+        if writes_apart(self.config):  # its decoder reads the labels
+            inputs["labels"] = labels
+        with _autocast(self.device) if bf16 else nullcontext():
+            outputs = self._run(self.model, inputs)
+        if "labels" in inputs:
+            return outputs.loss
+        if bf16:  # accelerate does so in the forward pass of a model that it prepares
+            outputs = convert_to_fp32(outputs)
+        return loss_of_answers(outputs, labels)
 
     def _labelling(self, owner):
         return lambda parameter: self.tracker.relabel(parameter.grad, owner)
@@ -173,6 +196,23 @@ class DryRun:
                     if gradient is not None:
                         found[name] = gradient
         return {name: storage_of(found[name]).nbytes() for name in parameters if name in found}
+
+
+@contextmanager
+def _autocast(device):
+    """Autocast in bf16. The tensors of a dry run say that they are on the CPU. peft asks whether
+    autocast is on, by which PyTorch means that of a GPU, and casts otherwise.
+
+    Autocast's cache would hold the adapters in bf16 until the end of the forward pass, and a layer
+    that stands for others would seem to hold them longer. What the backward pass needs of them is
+    kept without it."""
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", device == "cuda")
+    try:
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)
 
 
 def _named(parts):

@@ -54,6 +54,7 @@ def predict(
     gradient_checkpointing=False,
     optim="adamw_torch_fused",
     prepare_kbit=False,
+    bf16=True,
     allocator=None,
     attn_implementation=None,
     **limits,
@@ -93,6 +94,8 @@ def predict(
         "paged_adamw_32bit" or "paged_adamw_8bit".
     prepare_kbit: whether `peft.prepare_model_for_kbit_training` makes everything float32 that is
         not quantized.
+    bf16: whether a training step computes under autocast, as `vk.finetuning.train` does by default.
+        On a CPU it then computes attention in the plain way, as that does.
     allocator: "cuda" for a GPU: what bitsandbytes' kernels need there, and what PyTorch's caching
         allocator rounds up to and cannot give out. Otherwise everything is as on a CPU.
     attn_implementation: as for `vk.load`. By default it is what `vk.load` uses by default ("sdpa"
@@ -125,7 +128,7 @@ def predict(
     return model.ledger(
         tokens=tokens, new_tokens=new_tokens, images=images, image_size=image_size,
         batch_size=batch_size, training=training, gradient_checkpointing=gradient_checkpointing,
-        optim=optim, prepare_kbit=prepare_kbit, num_frames=num_frames, **limits,
+        optim=optim, prepare_kbit=prepare_kbit, bf16=bf16, num_frames=num_frames, **limits,
     )  # fmt: skip
 
 
@@ -188,7 +191,8 @@ class Predictor:
 
     def ledger(
         self, *, tokens=0, new_tokens=0, images=0, image_size=None, batch_size=1, training=None,
-        gradient_checkpointing=False, optim="adamw_torch_fused", prepare_kbit=False, num_frames=0,
+        gradient_checkpointing=False, optim="adamw_torch_fused", prepare_kbit=False, bf16=True,
+        num_frames=0,
         **limits,
     ):  # fmt: skip
         """The Ledger of a use."""
@@ -201,7 +205,7 @@ class Predictor:
             if training is not None:
                 from vlmkit.memory.steps import Training
 
-                how = Training(training, gradient_checkpointing, optim, prepare_kbit)
+                how = Training(training, gradient_checkpointing, optim, prepare_kbit, bf16)
                 seen = batch or smallest(self.config, self.folder, limits)
                 entries, notes = self.runs.training_step(seen, how, whole=bool(batch))
             else:

@@ -27,12 +27,13 @@ from vlmkit.units import MEGABYTE
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is trained. what: {component: None, "full" or a LoRA}."""
+    """How a model is trained. what: {component: None, "full" or a LoRA}. bf16: under autocast."""
 
     what: dict
     gradient_checkpointing: bool
     optim: str
     prepare_kbit: bool
+    bf16: bool
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class DryRuns:
         for run, upcasts in self._adapted(how):  # noqa: B007 (of the last)
             run.reset()
             inputs = run.inputs(batch)
-            learnt, peak, left = run.train(inputs, inputs["input_ids"])
+            learnt, peak, left = run.train(inputs, how.bf16)
             if run.complete:
                 break
         model = run.model
