@@ -43,8 +43,8 @@ MISTAKES = {
         '{"language_model": "nf4"}': "a vk.Plan",
     },
     "beyond noise": {
-        "4": "as large as its noise",
-        "3": "the noise of 3 changed answers is 3.5",
+        "5": "5 lost and 0 won, p = 0.0625",
+        "4": "at least so unevenly 12.5% of the time",
         "30": "29 lost would be, too",
         "49": "this counts every question",
     },

@@ -422,3 +422,29 @@ def test_a_checkpoint_that_leaves_nothing_to_draw(model, processor, monkeypatch)
         vk.ask(model, processor, red(), "What?", do_sample=True, top_k=50)
     drawn = {"do_sample": True, "temperature": 20.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 6}
     assert len({vk.ask(model, processor, red(), "What?", seed=s, **drawn) for s in range(4)}) > 1
+
+
+# --- two models on the same questions -------------------------------------------------------------
+
+
+def test_paired_counts_what_changed_and_judges_by_the_exact_test():
+    before = [True] * 300 + [False] * 300
+    five, six = before.copy(), before.copy()
+    five[:5], six[:6] = [False] * 5, [False] * 6
+    found = vk.evaluation.paired(before, five)
+    assert (found.lost, found.won, found.n, found.difference) == (5, 0, 600, -5 / 600)
+    assert found.p == 2 / 2**5 and not found.differ and "chance alone could" in str(found)
+    found = vk.evaluation.paired(before, six)
+    assert found.p == 2 / 2**6 and found.differ and "p = 0.031, more than chance" in str(found)
+    same = vk.evaluation.paired(before, before)
+    assert same.p == 1 and not same.differ and same.interval == (0, 0)
+
+
+def test_paired_is_for_the_same_questions():
+    rows = [{"images": [], "question": str(n), "answer": "a"} for n in range(3)]
+    right, wrong = vk.evaluation.scored(rows, ["a"] * 3), vk.evaluation.scored(rows, ["b"] * 3)
+    assert vk.evaluation.paired(right, wrong).lost == 3
+    turned = vk.evaluation.scored(rows[::-1], ["a"] * 3)
+    for other in (turned, [True] * 2):
+        with pytest.raises(TaskError, match="not the same questions"):
+            vk.evaluation.paired(right, other)

@@ -23,7 +23,7 @@ from vlmkit.evaluation.metrics import (
     normalize,
 )
 from vlmkit.evaluation.prompts import after_thoughts
-from vlmkit.evaluation.statistics import bootstrap, mcnemar, paired_interval, wilson
+from vlmkit.evaluation.statistics import bootstrap, mcnemar, paired, paired_interval, wilson
 from vlmkit.images import read_all
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "evaluate",
     "mcnemar",
     "normalize",
+    "paired",
     "paired_interval",
     "wilson",
 ]

@@ -3,7 +3,10 @@
 All intervals are 95% intervals, given as (low, high).
 """
 
+from dataclasses import dataclass
 from math import ceil
+
+from vlmkit.errors import TaskError
 
 NORMAL = 1.959963984540054  # 95% of the normal distribution lie between minus and plus this
 FLIPS = 0.1
@@ -90,6 +93,70 @@ def mcnemar(regressions, fixes):
 
     changed = regressions + fixes
     return float(binomtest(regressions, changed).pvalue) if changed else 1.0
+
+
+CHANCE = 0.05
+"""Below this p, vlmkit says that two models differ. A custom of the field, and not a law."""
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same questions. lost: how many answers changed from right to wrong; won:
+    from wrong to right; n: the number of questions. Made by `paired`.
+
+    Judge a difference by these, and never by two intervals that overlap or do not: the intervals
+    of two accuracies do not know that the questions were the same.
+    """
+
+    lost: int
+    won: int
+    n: int
+
+    @property
+    def difference(self):
+        """The second model's accuracy minus the first one's."""
+        return (self.won - self.lost) / self.n
+
+    @property
+    def interval(self):
+        """The 95% interval of the difference: `paired_interval`."""
+        return paired_interval(self.lost, self.won, self.n)
+
+    @property
+    def p(self):
+        """The p of `mcnemar`."""
+        return mcnemar(self.lost, self.won)
+
+    @property
+    def differ(self):
+        """Whether the p is below CHANCE."""
+        return self.p < CHANCE
+
+    def __str__(self):
+        more = "more than chance would do" if self.differ else "chance alone could do this"
+        p = f"{self.p:.3f}" if self.p >= 0.001 else f"{self.p:.0e}"
+        return f"{self.lost} lost, {self.won} won of {self.n}: p = {p}, {more}"
+
+
+def paired(before, after):
+    """`Paired` of two models' right and wrong answers to the same questions, in the same order.
+
+    before, after: `Scores`, or arrays of True and False. Raises TaskError if the questions are not
+    the same.
+    """
+    import numpy as np
+
+    asked = [list(one.answers["question"]) for one in (before, after) if hasattr(one, "answers")]
+    before, after = (
+        np.asarray(one.answers["correct"] if hasattr(one, "answers") else one, bool)
+        for one in (before, after)
+    )
+    if before.shape != after.shape or len(asked) == 2 and asked[0] != asked[1]:
+        raise TaskError(
+            f"These are not the same questions in the same order ({len(before):,} answers and "
+            f"{len(after):,}). A paired test compares two models on the same questions."
+        )
+    return Paired(int((before & ~after).sum()), int((~before & after).sum()), before.size)
 
 
 def needed(width):

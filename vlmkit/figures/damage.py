@@ -3,6 +3,7 @@
 import textwrap
 from itertools import cycle
 
+from vlmkit.evaluation.statistics import CHANCE, mcnemar
 from vlmkit.figures import style
 from vlmkit.units import MEGABYTE
 
@@ -18,7 +19,7 @@ def damage(table, worst=None, ax=None):
     """A heat map of scopes (down) × formats (across).
 
     A cell holds the change in right answers in percentage points, and below it the 95% interval of
-    this change. The cell is bold and framed where the interval does not contain zero.
+    this change. The cell is bold and framed where the exact paired test (`mcnemar`) finds a change.
 
     table: DataFrame with a row per scope and format, and columns scope, format, difference, low and
         high, from -1 to 1, as `vlmkit.sensitivity.sweep` returns. The map keeps the table's order.
@@ -44,7 +45,7 @@ def damage(table, worst=None, ax=None):
     )
     for row in table.itertuples():
         x, y = formats.index(row.format), scopes.index(row.scope)
-        certain = row.low > 0 or row.high < 0
+        certain = mcnemar(row.regressions, row.fixes) < CHANCE
         color = "white" if shown.norm(max(0, -100 * row.difference)) > 0.55 else "black"
         look = {"ha": "center", "color": color, "weight": "bold" if certain else "normal"}
         ax.text(x, y - 0.02, _points(row.difference), va="bottom", fontsize=10, **look)

@@ -8,7 +8,7 @@ def accuracy(scores, ax=None):
     """A dot for each accuracy in percent, with its 95% interval as a line through the dot.
 
     scores: {label: Scores of `vlmkit.evaluation`, or (accuracy, low, high) from 0 to 1}. The first
-        is on top. Two accuracies whose intervals overlap widely may differ by chance.
+        is on top. Two intervals are no test of a difference: see `vlmkit.evaluation.paired`.
     """
     shares = {
         label: (score.accuracy, *score.interval) if hasattr(score, "interval") else score

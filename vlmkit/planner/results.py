@@ -4,7 +4,7 @@ import contextlib
 from dataclasses import dataclass, field
 
 from vlmkit.errors import SensitivityError
-from vlmkit.evaluation.statistics import bootstrap, paired_interval, wilson
+from vlmkit.evaluation.statistics import CHANCE, bootstrap, mcnemar, paired_interval, wilson
 from vlmkit.sensitivity import quantized
 from vlmkit.sensitivity.sweeping import changes
 from vlmkit.tables import Table
@@ -210,8 +210,9 @@ def verdict(planned, uniform):
     """(whether the uniform Trial is better than the planned one, which of them is returned and
     why, in words with the numbers).
 
-    Better means that the interval of the accuracy difference excludes zero. If it does not, the
-    interval of the difference in divergence decides. Both are over the same held-out questions.
+    Better means that the exact paired test (`mcnemar`) finds a difference in accuracy. If it does
+    not, the interval of the difference in divergence decides. Both are over the same held-out
+    questions.
     """
     if uniform is None:
         return False, "No uniform plan fits into the budget, so there is nothing to compare with."
@@ -220,21 +221,23 @@ def verdict(planned, uniform):
         return False, f"The best plan found is the uniform one, {name}."
     ours, theirs = planned.measured.outcome, uniform.measured.outcome
     difference, (low, high) = _difference(theirs.correct, ours.correct)
+    p = mcnemar(*changes(theirs.correct, ours.correct))
     kl, (kl_low, kl_high) = _divergence(ours.kl - theirs.kl)
     numbers = (
-        f"accuracy {difference:+.1%} [{low:+.1%}, {high:+.1%}], divergence {kl:+.4f} "
+        f"accuracy {difference:+.1%} [{low:+.1%}, {high:+.1%}] (p = {p:.3f}), divergence {kl:+.4f} "
         f"[{kl_low:+.4f}, {kl_high:+.4f}] nats a token against {uniform.name}, on the same "
         f"{planned.measured.n:,} held-out questions"
     )
-    if high < 0 or low <= 0 and kl_low > 0:
+    better, worse = p < CHANCE and difference > 0, p < CHANCE and difference < 0
+    if worse or not better and kl_low > 0:
         return True, f"The uniform plan is returned, since the planned one is worse ({numbers})."
-    if low > 0:
+    if better:
         what = "answers more questions right than the best uniform one"
     elif kl_high < 0:
         what = (
-            "is closer to the unquantized model than the best uniform one, and its accuracy is the "
-            "same within the interval"
+            "is closer to the unquantized model than the best uniform one, and no difference in "
+            "accuracy was found"
         )
     else:
-        what = "is as good as the best uniform one, within the interval"
+        what = "is as good as the best uniform one, as far as these questions can tell"
     return False, f"The plan {what}: {numbers}."

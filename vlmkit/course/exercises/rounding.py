@@ -14,27 +14,27 @@ from vlmkit.course.exercises.answers import (
     whole,
 )
 from vlmkit.errors import VlmkitError, brief
+from vlmkit.evaluation.statistics import CHANCE, mcnemar
 
 
 @exercise("beyond noise", whole, "a number of answers", least=0)
 def beyond_noise(lost, won, asked):
-    """How many answers must be lost, where `won` are won, so that lost minus won is more than twice
-    the square root of lost plus won; asked: the number of questions, which does not matter."""
-
-    def exceeds(lost):
-        return lost - won > 2 * math.sqrt(lost + won)
-
-    right = next(n for n in range(won, 10**6) if exceeds(n))
-    noise = 2 * math.sqrt(lost + won)
+    """How few answers must be lost, where `won` are won, so that the p of the exact paired test is
+    below 0.05; asked: the number of questions, which does not matter."""
+    right = next(n for n in range(won, 10**6) if mcnemar(n, won) < CHANCE)
     of_all = 2 * math.sqrt(asked)
     require(
         lost not in (round(of_all), math.ceil(of_all)),
         "this counts every question. The noise comes from the answers that changed.",
     )
-    require(lost - won != noise, f"that is as large as its noise, {noise:.0f}, and not larger.")
-    require(exceeds(lost), f"the noise of {lost + won} changed answers is {noise:.1f}.")
-    require(lost == right, f"it is more than noise, but {lost - 1} lost would be, too.")
-    return f"{right} in {asked}, or in a million: how many changed is what counts."
+    p = mcnemar(lost, won)
+    require(
+        lost >= right,
+        f"with {lost} lost and {won} won, p = {p:.3g}: chance alone splits the changed answers at "
+        f"least so unevenly {p:.1%} of the time.",
+    )
+    require(lost == right, f"it is more than chance would do, but {lost - 1} lost would be, too.")
+    return f"p = {p:.3f} in {asked} or in a million: how many answers changed is what counts."
 
 
 @exercise("how many questions", number, "a number of questions")
