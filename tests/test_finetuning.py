@@ -388,3 +388,16 @@ def test_adapters_on_adapters(loaded):
 def test_values_that_make_no_adapter(values, said):
     with pytest.raises(FinetuningError, match=said):
         vk.LoRA(**values)
+
+
+def test_fp16_is_not_mixed_with_bf16(tmp_path):
+    model, processor = vk.load("pebble", "fp16")
+    model = add_adapters(model, language_model=vk.LoRA(r=4))
+    rows = list(vk.tasks.dataset("vqa", n=2))
+    with pytest.raises(FinetuningError, match="bf16=False"):
+        vk.finetuning.train(model, processor, rows, tmp_path, max_steps=1)
+    run = vk.finetuning.train(model, processor, rows, tmp_path, max_steps=1, bf16=False)
+    assert run.curve["loss"].notna().all()
+    use = {"training": {"language_model": vk.LoRA(r=4)}, "tokens": 20, "images": 1}
+    ways = [vk.memory.predict("pebble", "fp16", **use, bf16=bf16) for bf16 in (True, False)]
+    assert ways[0] == ways[1]

@@ -75,15 +75,20 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
     Warns of answers that the output head cannot tell apart (see `vlmkit.finetuning.indistinct`),
     and of an evaluation whose loss is not finite.
 
-    Raises FinetuningError if nothing is trainable, if the dataset is empty or lacks a column, if a
-    sample cannot be used, if the folder holds another training or one of more steps, at the first
-    step whose loss or gradients are not finite, or if a checkpoint cannot be written (the last good
-    one stays).
+    Raises FinetuningError if nothing is trainable, if bf16 meets weights in fp16, if the dataset is
+    empty or lacks a column, if a sample cannot be used, if the folder holds another training or one
+    of more steps, at the first step whose loss or gradients are not finite, or if a checkpoint
+    cannot be written (the last good one stays).
     """
     settings = Settings(**settings)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise FinetuningError(
             "nothing in this model is trainable: begin with vk.finetuning.add_adapters"
+        )
+    if settings.bf16 and any(str(p.dtype) == "torch.float16" for p in model.parameters()):
+        raise FinetuningError(
+            "bf16=True computes in bf16, and this model has weights in fp16, with which PyTorch "
+            "cannot mix it. Give bf16=False, or load the model with bf16 in place of fp16."
         )
     dataset = _checked(dataset, processor, settings)
     _check_to_evaluate(eval_dataset, processor, settings)

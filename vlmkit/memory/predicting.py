@@ -95,7 +95,8 @@ def predict(
     prepare_kbit: whether `peft.prepare_model_for_kbit_training` makes everything float32 that is
         not quantized.
     bf16: whether a training step computes under autocast, as `vk.finetuning.train` does by default.
-        On a CPU it then computes attention in the plain way, as that does.
+        On a CPU it then computes attention in the plain way, as that does. With fp16 in the plan a
+        training takes bf16=False only, and that is predicted.
     allocator: "cuda" for a GPU: what bitsandbytes' kernels need there, and what PyTorch's caching
         allocator rounds up to and cannot give out. Otherwise everything is as on a CPU.
     attn_implementation: as for `vk.load`. By default it is what `vk.load` uses by default ("sdpa"
@@ -205,6 +206,7 @@ class Predictor:
             if training is not None:
                 from vlmkit.memory.steps import Training
 
+                bf16 = bf16 and not any(row.format == "fp16" for row in self.layout.rows)
                 how = Training(training, gradient_checkpointing, optim, prepare_kbit, bf16)
                 seen = batch or smallest(self.config, self.folder, limits)
                 entries, notes = self.runs.training_step(seen, how, whole=bool(batch))
