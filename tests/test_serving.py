@@ -66,3 +66,10 @@ def test_the_command(capsys):
     document = json.loads(capsys.readouterr().out)
     assert document["requests"] > 1 and document["requested"] == 55_200_000
     assert main([*words, "20 MB"]) == 1
+
+
+@pytest.mark.parametrize(
+    "card, tokens", {"L40S": 2048, "A100 80GB": 2048, "H100": 8192, "180 GiB": 16384}.items()
+)
+def test_tokens_of_a_step_by_default(card, tokens):
+    assert vk.memory.serving("pebble", card, images=0).max_num_batched_tokens == tokens

@@ -41,8 +41,10 @@ BLOCK = 16
 """Tokens of a block of the cache."""
 UTILIZATION = 0.92
 """Share of a card that vLLM takes by default. It was 0.9 in earlier versions."""
-BATCHED, BATCHED_ON_LARGE, LARGE = 2048, 8192, 70 * 2**30
-"""Tokens of a step by default, on a card of less than LARGE bytes and on others."""
+BATCHED = {160 * 2**30: 16384, 70 * 2**30: 8192, 0: 2048}
+"""Least bytes of a card -> tokens of a step of vLLM's server by default, largest first
+(`get_batch_defaults` in `vllm/engine/arg_utils.py`; the first line since 0.28). An A100 of any size
+has the last."""
 HALF = 2
 """Bytes of a number that the vision encoder puts out."""
 BESIDE = "sliding window tensor", "cumulative length"
@@ -151,8 +153,7 @@ def serving(
     gpu_memory_utilization: the share of the card that vLLM takes.
     max_model_len: tokens of the longest request, pictures included. By default the model's
         context.
-    max_num_batched_tokens: tokens of one step. By default 2048, or 8192 on a card of 70 GiB or
-        more.
+    max_num_batched_tokens: tokens of one step. By default vLLM's: see BATCHED.
     images, image_size: the largest prompt's pictures, and the largest picture's (width, height).
 
     Raises SizeError for numbers that cannot be, AnatomyError for layers whose cache has no rule
@@ -164,7 +165,8 @@ def serving(
         raise SizeError(
             f"gpu_memory_utilization is above 0 and at most 1, not {shown(gpu_memory_utilization)}"
         )
-    batched = max_num_batched_tokens or (BATCHED_ON_LARGE if total >= LARGE else BATCHED)
+    known = 0 if "a100" in str(card).lower() else total
+    batched = max_num_batched_tokens or next(n for least, n in BATCHED.items() if known >= least)
     model = Predictor(x, plan, revision, trust_remote_code, None)
     text = model.config.get_text_config()
     context = getattr(text, "max_position_embeddings", None)
