@@ -133,14 +133,15 @@ def test_mistakes_are_named(chapter):
     for _, name, scope, given in chapter.calls():
         assert len(MISTAKES[name]) >= 2
         for answer, words in MISTAKES[name].items():
-            hint = verdict(name, eval(answer, HELPERS | scope), **given)
+            hint = verdict(name, eval(answer, HELPERS | scope), **given).text
             assert hint.startswith("Not yet: ") and words in hint, (name, answer, hint)
 
 
 def test_whatever_the_answer_a_sentence_comes_out(chapter):
     for _, name, _, given in chapter.calls():
         for answer in NONSENSE:
-            assert verdict(name, answer, **given).startswith("Not yet: "), (name, answer)
+            found = verdict(name, answer, **given)
+            assert found.text.startswith("Not yet: ") and found.right is False, (name, answer)
 
 
 def test_committed_solutions_are_those_of_the_chapter(chapter):

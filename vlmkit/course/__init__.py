@@ -7,12 +7,13 @@ vk.course.check("equal cost", 19)
 import importlib
 
 _MODULES = ("controls", "exercises", "explorer", "pictures", "project", "suited")
+_CHECKS = ("Verdict", "check", "seed")
 _SUITED = ("in_its_words", "number", "questions", "without_adapters")
 
 
 def __getattr__(name):
-    if name == "check":
-        return importlib.import_module("vlmkit.course.exercises").check
+    if name in _CHECKS:
+        return getattr(importlib.import_module("vlmkit.course.exercises"), name)
     if name in _SUITED:
         return getattr(importlib.import_module("vlmkit.course.suited"), name)
     if name in _MODULES:

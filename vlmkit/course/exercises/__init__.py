@@ -5,10 +5,15 @@
 A check computes the right answer from the data that it gets, and names the usual mistakes. Any
 answer gives a sentence and never a traceback. To add an exercise, write a function in the module of
 its subject, as the docstring of `answers` shows.
+
+For a teacher: `check` returns a `Verdict`, and writes it into a file of scores if there is one.
 """
 
+import hashlib
 import inspect
+import os
 import textwrap
+from dataclasses import dataclass
 
 from vlmkit.course.exercises import (  # noqa: F401, they fill EXERCISES
     architecture,
@@ -21,17 +26,71 @@ from vlmkit.course.exercises.answers import EXERCISES, Hint
 from vlmkit.errors import ExerciseError, brief, did_you_mean
 
 
-def check(name, answer, /, **given):
-    """Print "not attempted yet" for None, otherwise "Right: ..." or "Not yet: ...", with why.
+@dataclass(frozen=True)
+class Verdict:
+    """What `check` says of an answer. It is true if the answer is right.
 
-    name: of an exercise. given: the data that it is about. Raises ExerciseError for a name that is
-    not in EXERCISES, or for data that the exercise does not take.
+    name: of the exercise. right: True, False, or None if there was no attempt. text: the sentence
+    that was printed.
     """
-    print(textwrap.fill(verdict(name, answer, **given), 100, break_on_hyphens=False))
+
+    name: str
+    right: bool | None
+    text: str
+
+    @property
+    def points(self):
+        """1 for a right answer, else 0."""
+        return int(bool(self.right))
+
+    def __bool__(self):
+        return bool(self.right)
+
+    def __str__(self):
+        return textwrap.fill(self.text, 100, break_on_hyphens=False)
+
+    def _ipython_display_(self):
+        """Nothing: a notebook shows the sentence that `check` has printed, and no second line."""
+
+
+def check(name, answer, /, *, scores=None, **given):
+    """Print "not attempted yet" for None, otherwise "Right: ..." or "Not yet: ...", with why.
+    Returns this `Verdict`.
+
+    name: of an exercise. given: the data that it is about. scores: a file to write the verdict
+    into, .json or .csv (see `scores.record`); by default the one that the environment variable
+    VLMKIT_SCORES names, else none. Raises ExerciseError for a name that is not in EXERCISES, for
+    data that the exercise does not take, and if the verdict cannot be written.
+    """
+    found = verdict(name, answer, **given)
+    print(found)
+    path = scores or os.environ.get("VLMKIT_SCORES")
+    if path:
+        from vlmkit.course.exercises.scores import record
+
+        record(path, found)
+    return found
+
+
+def seed(student=None):
+    """A seed for the data of one student, from 1 to 2**31 - 1. Students with different names get
+    different data, so a number cannot be copied from another student.
+
+    student: a name or number. By default the value of the environment variable VLMKIT_STUDENT.
+    Without both, the seed is 0, that of the stored outputs. Upper and lower case and spaces at the
+    ends do not count.
+
+        rows = vk.tasks.dataset("vqa", n=100, seed=vk.course.seed("Ada Lovelace"))
+    """
+    student = os.environ.get("VLMKIT_STUDENT", "") if student is None else student
+    name = str(student).strip().casefold()
+    if not name:
+        return 0
+    return 1 + int(hashlib.sha256(name.encode()).hexdigest(), 16) % (2**31 - 1)
 
 
 def verdict(name, answer, /, **given):
-    """The sentence that `check` prints."""
+    """The `Verdict` that `check` prints."""
     if name not in EXERCISES:
         raise ExerciseError(
             f"{name!r} is not an exercise. {did_you_mean(name, EXERCISES)}The exercises are "
@@ -47,10 +106,11 @@ def verdict(name, answer, /, **given):
             f"{', '.join(given) or 'nothing'} ({error})."
         ) from None
     if answer is None:
-        return f"{name}: not attempted yet"
+        return Verdict(name, None, f"{name}: not attempted yet")
     try:
-        return f"Right: {judge(answer, **given)}"
+        return Verdict(name, True, f"Right: {judge(answer, **given)}")
     except Hint as hint:
-        return f"Not yet: {hint}"
+        return Verdict(name, False, f"Not yet: {hint}")
     except Exception as error:  # an answer can be anything, and fail anywhere
-        return f"Not yet: this answer cannot be checked ({brief(error)})."
+        why = f"Not yet: this answer cannot be checked ({brief(error)})."
+        return Verdict(name, False, why)
