@@ -20,7 +20,7 @@ nbval := --nbval --nbval-current-env --nbval-cell-timeout=1800 notebooks
 as_root := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab site times browser test test-all test-oldest test-newest lint format benchmark-pebble benchmark-cobble benchmark-recipe benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity benchmark-damage benchmark-budgets benchmark-finetuning benchmark-domains benchmark-stages benchmark-gpu benchmark-several-gpus benchmark-class benchmark-skip-lists benchmark-quantizers solutions clean
+.PHONY: help setup lab site times browser test test-all test-oldest test-newest lint format benchmark-pebble benchmark-cobble benchmark-recipe benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity benchmark-damage benchmark-budgets benchmark-finetuning benchmark-domains benchmark-stages benchmark-gpu benchmark-several-gpus benchmark-class benchmark-skip-lists benchmark-quantizers solutions assignments slides releases clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-22s %s\n", $$1, $$2}'
@@ -116,6 +116,15 @@ benchmark-finetuning: setup ## training steps per second, of a bare loop and an 
 
 solutions: setup ## make notebooks/solutions/ from the chapters, and run them
 	$(quietly) $(python) scripts/solutions.py
+
+assignments: setup ## make the exercises as a course folder for nbgrader, in build/nbgrader
+	$(python) scripts/assignments.py
+
+slides: setup ## make slides from the chapters' figures and the quiz, in build/slides
+	$(python) scripts/slides.py
+
+releases: setup ## make the archives for students and for teachers, in build/releases
+	$(python) scripts/releases.py
 
 benchmark-class: setup ## memory and time of chapters, for a class that shares one machine
 	$(quietly) $(python) benchmarks/class.py $(BENCHMARK_ARGS)

@@ -1,0 +1,94 @@
+"""The kit for teachers: schedules, quiz, slides, and the archive for students."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import releases  # noqa: E402
+import schedules  # noqa: E402
+import solutions  # noqa: E402
+
+CHAPTERS = sorted(solutions.CHAPTERS.glob("[0-9][0-9]_*.ipynb"))
+
+
+def test_schedules_are_those_of_the_cards():
+    """Run `python scripts/schedules.py` if this fails."""
+    text = schedules.PAGE.read_text(encoding="utf-8")
+    assert schedules.written(text) == text
+
+
+def test_every_chapter_has_a_session_of_the_six_weeks():
+    pairs = [number for pair in schedules.WEEKS.values() for number in pair]
+    assert pairs == [path.name[:2] for path in CHAPTERS] and len(schedules.WEEKS) == 6
+
+
+def test_a_timetable_adds_up_and_shortens_what_does_not_fit():
+    chapter = {"name": "00_a", "title": "A", "read": 60, "exercises": 15, "run": "a minute"}
+    steps = [("00", "read"), ("break", 10), ("00", "exercises")]
+    table = schedules.timetable(steps, {"00": chapter}, 0, 80)
+    rows = [line.split(" | ") for line in table.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| 0:00", "| 1:00", "| 1:10", "| 1:20"]
+    assert "first 10 of 15 minutes" in rows[2][2]
+    with pytest.raises(ValueError, match="no time is left"):
+        schedules.timetable(steps, {"00": chapter}, 0, 70)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("half an\nhour", 30), ("about an hour", 60), ("45 minutes", 45)]
+)
+def test_minutes_in_words(text, found):
+    assert schedules.minutes(text) == found
+
+
+def test_three_questions_a_chapter_with_an_answer_and_why_the_others_tempt():
+    text = (ROOT / "docs" / "quiz.md").read_text(encoding="utf-8")
+    parts = re.split(r"^## (\d\d) .*$", text, flags=re.M)[1:]
+    assert parts[::2] == [path.name[:2] for path in CHAPTERS]
+    right = []
+    for part in parts[1::2]:
+        questions = re.split(r"^\*\*\d\.\*\* ", part, flags=re.M)[1:]
+        assert len(questions) == 3
+        for question in questions:
+            letters = re.findall(r"^- ([A-C])\. \S", question, re.M)
+            answer = question.partition("<details><summary>Answer</summary>\n\n")[2]
+            right += re.match(r"\*\*([A-C])\.\*\* ", answer)[1]
+            assert letters == ["A", "B", "C"]
+            assert set(re.findall(r"\*([A-C])\*", answer)) == set(letters) - {right[-1]}
+    assert max(map(right.count, "ABC")) <= 18  # no letter gives half of the answers away
+
+
+def test_slides_have_the_figures_and_the_questions():
+    pytest.importorskip("nbconvert")
+    import slides
+
+    for path in CHAPTERS:
+        made = slides.of_chapter(path)
+        cells = [cell for cell in nbformat.read(path, as_version=4).cells if "outputs" in cell]
+        figures = sum("image/png" in o.get("data", {}) for cell in cells for o in cell.outputs)
+        text = "\n".join(made)
+        assert text.count("<img ") == figures and text.count("<details>") == 3
+        assert not re.search(r"(?:src|href)=\"(?!data:)", text)
+        assert 'alt=""' not in text
+
+
+def test_students_get_no_solutions():
+    files = {str(path.relative_to(ROOT)): (path.read_bytes(), 0o644) for path in CHAPTERS}
+    files |= {f"notebooks/solutions/{CHAPTERS[0].name}": (b"", 0o644), "Makefile": (b"a", 0o644)}
+    files |= {"tests/mistakes.py": (b"", 0o644), "docs/quiz.md": (b"", 0o644)}
+    given = releases.for_students(files)
+    assert set(given) == {"Makefile", *(str(path.relative_to(ROOT)) for path in CHAPTERS)}
+    for path in CHAPTERS:
+        chapter = nbformat.read(path, as_version=4)
+        text = given[str(path.relative_to(ROOT))][0].decode()
+        nbformat.validate(nbformat.reads(text, as_version=4))
+        assert "](solutions/" not in text
+        for stub in solutions.stubs(chapter):
+            assert json.dumps(stub.metadata["solution"]["text"], ensure_ascii=False) not in text
+            assert stub.source in "".join(c.source for c in nbformat.reads(text, 4).cells)
