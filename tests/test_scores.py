@@ -30,7 +30,7 @@ def checked(answer, **more):
 )
 def test_check_prints_one_verdict_and_returns_it(answer, right, begin, capsys):
     found = checked(answer)
-    assert isinstance(found, vk.course.Checked)
+    assert isinstance(found, vk.course.CheckedAnswer)
     assert (found.name, found.right, bool(found)) == (EXERCISE, right, bool(right))
     assert found.points == int(bool(right)) and found.text.startswith(begin)
     assert capsys.readouterr().out == f"{found}\n"

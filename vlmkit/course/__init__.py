@@ -7,7 +7,7 @@ vk.course.check("equal cost", 19)
 import importlib
 
 _MODULES = ("controls", "exercises", "explorer", "pictures", "project", "suited")
-_CHECKS = ("Checked", "check", "seed")
+_CHECKS = ("CheckedAnswer", "check", "seed")
 _SUITED = ("in_its_words", "number", "questions", "without_adapters")
 
 

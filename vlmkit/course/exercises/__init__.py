@@ -6,7 +6,7 @@ A check computes the right answer from the data that it gets, and names the usua
 answer gives a sentence and never a traceback. To add an exercise, write a function in the module of
 its subject, as the docstring of `answers` shows.
 
-For a teacher: `check` returns a `Checked`, and writes it into a file of scores if there is one.
+For a teacher: `check` returns a `CheckedAnswer`, and writes it into a file of scores if there is one.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from vlmkit.errors import ExerciseError, brief, did_you_mean
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedAnswer:
     """What `check` says of an answer. It is true if the answer is right.
 
     name: of the exercise. right: True, False, or None if there was no attempt. text: the sentence
@@ -55,7 +55,7 @@ class Checked:
 
 def check(name, answer, /, *, scores=None, **given):
     """Print "not attempted yet" for None, otherwise "Right: ..." or "Not yet: ...", with why.
-    Returns this `Checked`.
+    Returns this `CheckedAnswer`.
 
     name: of an exercise. given: the data that it is about. scores: a file to write the verdict
     into, .json or .csv (see `scores.record`); by default the one that the environment variable
@@ -90,7 +90,7 @@ def seed(student=None):
 
 
 def verdict(name, answer, /, **given):
-    """The `Checked` that `check` prints."""
+    """The `CheckedAnswer` that `check` prints."""
     if name not in EXERCISES:
         raise ExerciseError(
             f"{name!r} is not an exercise. {did_you_mean(name, EXERCISES)}The exercises are "
@@ -106,11 +106,11 @@ def verdict(name, answer, /, **given):
             f"{', '.join(given) or 'nothing'} ({error})."
         ) from None
     if answer is None:
-        return Checked(name, None, f"{name}: not attempted yet")
+        return CheckedAnswer(name, None, f"{name}: not attempted yet")
     try:
-        return Checked(name, True, f"Right: {judge(answer, **given)}")
+        return CheckedAnswer(name, True, f"Right: {judge(answer, **given)}")
     except Hint as hint:
-        return Checked(name, False, f"Not yet: {hint}")
+        return CheckedAnswer(name, False, f"Not yet: {hint}")
     except Exception as error:  # an answer can be anything, and fail anywhere
         why = f"Not yet: this answer cannot be checked ({brief(error)})."
-        return Checked(name, False, why)
+        return CheckedAnswer(name, False, why)
