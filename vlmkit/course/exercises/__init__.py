@@ -6,7 +6,7 @@ A check computes the right answer from the data that it gets, and names the usua
 answer gives a sentence and never a traceback. To add an exercise, write a function in the module of
 its subject, as the docstring of `answers` shows.
 
-For a teacher: `check` returns a `CheckedAnswer`, and writes it into a file of scores if there is one.
+For a teacher: `check` returns a `CheckedAnswer`, and can write it into a file of scores.
 """
 
 import hashlib
