@@ -94,6 +94,8 @@ def test_nbgrader_grades_a_right_a_half_right_and_an_empty_submission(path, tmp_
     (kernel / "kernel.json").write_text(json.dumps(spec))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JUPYTER_PATH": str(tmp_path / "jupyter")}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    # nbgrader calls alembic, which lies beside it.
+    environment["PATH"] = f"{Path(NBGRADER).parent}{os.pathsep}{environment['PATH']}"
     course = tmp_path / "course"
     assignments.write(path, course)
 

@@ -19,7 +19,7 @@ COLUMNS = ("student", "exercise", "right", "points", "text")
 
 
 def record(path, verdict):
-    """Write a CheckedAnswer into the file `path`, .json or .csv: a row for each student and exercise.
+    """Write a CheckedAnswer into the file `path`, .json or .csv: a row for a student and exercise.
 
     The row of an earlier answer to the same exercise is replaced. Not attempted counts as an answer
     only if there is no row yet: running a chapter again loses no points. The file is replaced as a
