@@ -85,7 +85,10 @@ class Explorer:
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         if self.widget and somebody_reads():
-            shown = {WIDGET: self.widget._repr_mimebundle_()[WIDGET], "text/html": self._picture.value}
+            shown = {
+                WIDGET: self.widget._repr_mimebundle_()[WIDGET],
+                "text/html": self._picture.value,
+            }
         else:
             shown = {"text/html": self.still()}
         return {"text/plain": repr(self), **shown}
@@ -117,9 +120,7 @@ def thumbnail(image, side=72):
 
 def _img(file, words, style="max-width: 100%"):
     data = base64.b64encode(file.getvalue()).decode()
-    return (
-        f'<img style="{style}" alt="{html.escape(words)}" src="data:image/png;base64,{data}"/>'
-    )
+    return f'<img style="{style}" alt="{html.escape(words)}" src="data:image/png;base64,{data}"/>'
 
 
 def table_of(head, rows):
@@ -274,7 +275,7 @@ def _megabytes(sizes):
 # --- bits ----------------------------------------------------------------------------------------
 
 BITS = (16, 8, 7, 6, 5, 4, 3, 2)
-STILL = (8, 4, 3, 2)
+STILL = (4, 3, 2)
 """The bits that a page shows for each component, one component at a time."""
 
 
@@ -282,7 +283,7 @@ def bits(name="pebble", rows=None):
     """The answers of a model, and its bytes, as you take bits from its components: a BitsExplorer.
 
     name: what `vk.load` takes; the model is loaded in bf16. rows: questions as `vk.tasks` makes
-    them, with one picture each; by default six that suit the model.
+    them; by default six that suit the model.
 
     The weights of the Linear layers are rounded to the nearest of 2^bits - 1 values, in groups of
     64 that share a scale (`vk.quantized` with "int4" and so on). Everything else stays in bf16.
@@ -324,8 +325,8 @@ class BitsExplorer(Explorer):
             return bool(select(self.model, component).weights)
 
     def asked(self, bits):
-        """(answers, bytes by component) with bits, a dict by component, in place of 16."""
-        from vlmkit.evaluation.asking import ask
+        """([(answer, whether it is right)], bytes by component) under bits, a dict by component."""
+        from vlmkit.evaluation import evaluate
         from vlmkit.sensitivity import quantized
 
         bits = {component: number for component, number in bits.items() if number < 16}
@@ -338,23 +339,22 @@ class BitsExplorer(Explorer):
                         quantized(self.model, component, f"int{number}")
                     )
                     sizes[component] -= rounded.bytes_saved
-                said = [
-                    str(ask(self.model, self.processor, row["images"], row["question"]))
-                    for row in self.rows
-                ]
-            self._known[key] = said, sizes
+                scores = evaluate(self.model, self.processor, self.rows)
+            answers = scores.answers[["predicted", "correct"]].itertuples(index=False, name=None)
+            self._known[key] = list(answers), sizes
         return self._known[key]
 
     def _draw(self):
         bits = {component: slider.value for component, slider in self.bits.items()}
-        self.answers, self.bytes = self.asked(bits)
+        answered, self.bytes = self.asked(bits)
+        self.answers = [answer for answer, _ in answered]
         rows = [
-            [thumbnail(row["images"][0]), html.escape(row["question"]), self._marked(row, answer)]
-            for row, answer in zip(self.rows, self.answers, strict=True)
+            [_pictures(row), html.escape(row["question"]), _marked(*answer)]
+            for row, answer in zip(self.rows, answered, strict=True)
         ]
         sizes = ", ".join(f"{c} {n / MEGABYTE:.2f}" for c, n in self.bytes.items() if n)
         self._picture.value = (
-            f"<p>{self._right(self.answers)} of {len(self.rows)} answers are right. The weights "
+            f"<p>{_right(answered)} of {len(self.rows)} answers are right. The weights "
             f"take <b>{_megabytes(self.bytes):.2f} MB</b> ({sizes}).</p>"
             + table_of(["", "question", "answer"], rows)
         )
@@ -363,28 +363,27 @@ class BitsExplorer(Explorer):
         """A row for each component and each number of bits, the other components in bf16."""
         settings = [("all in bf16", {})]
         settings += [(f"{c} in {n} bits", {c: n}) for c in self.bits for n in STILL]
-        pictures = [
-            f"{thumbnail(row['images'][0])}<br>{html.escape(row['question'])}" for row in self.rows
-        ]
+        questions = [f"{_pictures(row)}<br>{html.escape(row['question'])}" for row in self.rows]
         rows = []
         for label, setting in settings:
-            said, sizes = self.asked(setting)
-            marked = map(self._marked, self.rows, said)
-            rows.append([label, f"{_megabytes(sizes):.2f}", self._right(said), *marked])
-        return table_of(["", "MB", "right", *pictures], rows)
-
-    def _right(self, answers):
-        return sum(map(_is_right, self.rows, answers))
-
-    def _marked(self, row, answer):
-        shown = html.escape(answer[:60])
-        return f"✓ {shown}" if _is_right(row, answer) else f"✗ <b>{shown}</b>"
+            answered, sizes = self.asked(setting)
+            marked = [_marked(*answer) for answer in answered]
+            rows.append([label, f"{_megabytes(sizes):.2f}", _right(answered), *marked])
+        return table_of(["", "MB", "right", *questions], rows)
 
 
-def _is_right(row, answer):
-    from vlmkit.evaluation.metrics import exact_match
+def _pictures(row):
+    side = 72 if len(row["images"]) == 1 else 48
+    return " ".join(thumbnail(image, side) for image in row["images"])
 
-    return bool(exact_match(answer, [row["answer"]]))
+
+def _right(answered):
+    return sum(right for _, right in answered)
+
+
+def _marked(answer, right):
+    shown = html.escape(answer[:60])
+    return f"✓ {shown}" if right else f"✗ <b>{shown}</b>"
 
 
 # --- words ---------------------------------------------------------------------------------------
@@ -409,9 +408,7 @@ class WordsExplorer(Explorer):
 
         super().__init__()
         self.question, self.image = question, read(image)
-        found = over_patches(
-            model, processor, self.image, question, max_new_tokens=max_new_tokens
-        )
+        found = over_patches(model, processor, self.image, question, max_new_tokens=max_new_tokens)
         groups = words_of(found.tokens, processor.tokenizer.all_special_tokens)
         self.words = [word for word, _ in groups]
         self.maps = [sum(found.mean(token=t) for t in ts) / len(ts) for _, ts in groups]
