@@ -86,14 +86,17 @@ def test_it_is_a_widget_whose_picture_says_in_words_what_it_shows(explorer):
 
 def test_a_reader_gets_the_widget_and_a_page_gets_pictures_and_tables(explorer, monkeypatch):
     """nbclient runs cells for nobody: what it stores has to show something on every page."""
-    still = explorer._repr_mimebundle_()
-    assert set(still) == {"text/plain", "text/html"}
-    table = cells(still["text/html"])
+    assert set(explorer._repr_mimebundle_()) == {"text/plain", "text/html", WIDGET}
+    monkeypatch.setattr(explorers, "widgets_move", lambda: False)
+    still = vk.course.explorer.memory("pebble")
+    assert still.widget is None
+    assert set(still._repr_mimebundle_()) == {"text/plain", "text/html"}
+    table = cells(still._repr_mimebundle_()["text/html"])
     assert table[0] == ["MB", "vision_encoder", "projector", "language_model", "total"]
     total = vk.memory.predict("pebble").total / 10**6
     assert table[2] == ["all, as chosen", *table[2][1:4], f"{total:.2f}"]
-    monkeypatch.setattr(explorers, "somebody_reads", lambda: True)
-    assert set(explorer._repr_mimebundle_()) == {"text/plain", "text/html", WIDGET}
+    still.plan["language_model"].value = "fp32"  # code can still do it
+    assert cells(still.still())[2] != table[2]
 
 
 def cells(page):

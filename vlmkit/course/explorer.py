@@ -14,7 +14,6 @@ import html
 import importlib.util
 import io
 import sys
-from types import SimpleNamespace
 
 from vlmkit.adapters import LoRA
 from vlmkit.anatomy import anatomy
@@ -40,7 +39,8 @@ class Explorer:
     `_show` with the lines of the widget, and writes the HTML in `_draw`. `message` is the error of
     the last change, or an empty string.
 
-    Without ipywidgets a control is an object with a value, and `widget` is None.
+    If no widget can be shown, `widget` is None and the controls are `Control`s. Code can set their
+    values all the same.
     """
 
     widget = None
@@ -49,8 +49,8 @@ class Explorer:
         self._picture, self._error = self._control("HTML", ""), self._control("HTML", "")
 
     def _control(self, kind, value, **options):
-        if not importlib.util.find_spec("ipywidgets"):
-            return SimpleNamespace(value=value)
+        if not widgets_move():
+            return Control(value)
         import ipywidgets
 
         return getattr(ipywidgets, kind)(value=value, **options)
@@ -58,12 +58,12 @@ class Explorer:
     def _show(self, controls, *lines):
         """Put lists of controls beside each other, and `lines` below them."""
         self._draw()
-        if not importlib.util.find_spec("ipywidgets"):
+        for control in sum(controls, []):
+            control.observe(self._changed, names="value")
+        if not widgets_move():
             return
         from ipywidgets import HBox, VBox
 
-        for control in sum(controls, []):
-            control.observe(self._changed, names="value")
         beside = HBox([VBox(each) for each in controls], layout={"flex_flow": "row wrap"})
         self.widget = VBox([beside, self._picture, *lines, self._error])
 
@@ -84,7 +84,7 @@ class Explorer:
         return self._picture.value
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        if self.widget and somebody_reads():
+        if self.widget:
             shown = {
                 WIDGET: self.widget._repr_mimebundle_()[WIDGET],
                 "text/html": self._picture.value,
@@ -94,11 +94,34 @@ class Explorer:
         return {"text/plain": repr(self), **shown}
 
 
-def somebody_reads():
-    """Whether a reader can move a slider. Programs that run a notebook (nbclient, nbconvert, nbval)
-    say that they cannot answer `input()`; JupyterLab, VS Code and Colab can."""
+class Control:
+    """A control that nobody sees: a value, and functions that are called when it is set."""
+
+    def __init__(self, value):
+        self._value, self._followers = value, []
+
+    def observe(self, follower, names=None):
+        self._followers.append(follower)
+
+    @property
+    def value(self):
+        return self._value
+
+    @value.setter
+    def value(self, value):
+        self._value = value
+        for follower in self._followers:
+            follower()
+
+
+def widgets_move():
+    """Whether there is ipywidgets, and no kernel in which nobody can move a widget. Programs that
+    run a notebook (nbclient, nbconvert, nbval) say that they cannot answer `input()`. JupyterLab,
+    VS Code and Colab can."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return bool(getattr(getattr(shell, "kernel", None), "_allow_stdin", False))
+    kernel = getattr(shell, "kernel", None)
+    reads = kernel is None or getattr(kernel, "_allow_stdin", True)
+    return reads and importlib.util.find_spec("ipywidgets") is not None
 
 
 def png_of(figure, words, dpi=100):
