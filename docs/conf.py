@@ -83,8 +83,16 @@ pygments_dark_style = "a11y-high-contrast-dark"
 # Figures are drawn on white: on a dark page they lie on a white card.
 html_theme_options = {
     "navigation_with_keys": True,
-    "light_css_variables": {"figure-card": "transparent", "figure-edge": "0px"},
-    "dark_css_variables": {"figure-card": "#fff", "figure-edge": "0.5rem"},
+    "light_css_variables": {
+        "code-background": "#fefefe",
+        "figure-card": "transparent",
+        "figure-edge": "0px",
+    },
+    "dark_css_variables": {
+        "code-background": "#2b2b2b",
+        "figure-card": "#fff",
+        "figure-edge": "0.5rem",
+    },
 }
 
 # For the links to Colab and Binder; a placeholder leaves them out (docs/running.md)
