@@ -320,13 +320,16 @@ class BitsExplorer(Explorer):
     the bytes by component."""
 
     def __init__(self, name, rows=None):
-        from vlmkit.course.suited import questions
+        from vlmkit.course.suited import in_its_words, questions
         from vlmkit.loading import load
 
         super().__init__()
         self.name = name
-        self.rows = list(questions(name, 6, seed=41, least=6) if rows is None else rows)
         self.model, self.processor = load(name, "bf16")
+        if rows is None:
+            rows = questions(name, 6, seed=41, least=6)
+            rows = in_its_words(self.model, self.processor, rows)
+        self.rows = list(rows)
         self._unrounded = predict(name, "bf16").by_component
         self.bits = {
             component: self._control(
