@@ -309,8 +309,8 @@ def bits(name="pebble", rows=None):
     them; by default six that suit the model.
 
     The weights of the Linear layers are rounded to the nearest of 2^bits - 1 values, in groups of
-    64 that share a scale (`vk.quantized` with "int4" and so on). Everything else stays in bf16.
-    Raises the errors of `vk.load` and `vk.quantized`.
+    64 that share a scale (`vk.sensitivity.quantized` with "int4" and so on). Everything else stays
+    in bf16. Raises the errors of `vk.load` and `vk.sensitivity.quantized`.
     """
     return BitsExplorer(name, rows)
 
