@@ -40,7 +40,7 @@ def name(app, doctree):
     for term in doctree.findall(nodes.term):
         if isinstance(term.parent.parent.parent, addnodes.glossary):
             places = app.env.metadata[app.env.current_document.docname].setdefault("myst_slugs", {})
-            slug = re.sub(r"[^\w]+", "-", term.astext().lower()).strip("-")
+            slug = re.sub(r"\W+", "-", term.astext().lower()).strip("-")
             places[slug] = (term.line, term["ids"][0], term.astext())
 
 
