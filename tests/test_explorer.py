@@ -12,6 +12,7 @@ import vlmkit as vk
 from vlmkit.course import explorer as explorers
 from vlmkit.course.explorer import WIDGET, MemoryExplorer, parts_of, words_of
 from vlmkit.errors import CheckpointError, SizeError
+from vlmkit.memory.fitting import room_on
 
 
 def drawn(explorer):
@@ -68,12 +69,12 @@ def test_it_says_whether_the_model_fits_on_a_card():
     name = "Qwen/Qwen2-VL-2B-Instruct"
     explorer = vk.course.explorer.memory(name)
     assert explorer.verdict == ""
-    explorer.card.value = "RTX 4060"
-    left = 7e9 - vk.memory.predict(name, allocator="cuda").total
+    explorer.card.value, room = "RTX 4060", room_on("RTX 4060")
+    left = room - vk.memory.predict(name, allocator="cuda").total
     assert f"fits on RTX 4060: {left / 1e9:.1f} GB" in explorer.verdict
     explorer.plan["language_model"].value = "fp32"
     plan = vk.Plan(vision_encoder="bf16", projector="bf16", language_model="fp32")
-    over = vk.memory.predict(name, plan, allocator="cuda").total - 7e9
+    over = vk.memory.predict(name, plan, allocator="cuda").total - room
     assert over > 0 and f"does not fit on RTX 4060: {over / 1e9:.1f} GB" in explorer.verdict
 
 
