@@ -297,7 +297,7 @@ def _megabytes(sizes):
 
 # --- bits ----------------------------------------------------------------------------------------
 
-BITS = (16, 8, 7, 6, 5, 4, 3, 2)
+BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 STILL = (4, 3, 2)
 """The bits that a page shows for each component, one component at a time."""
 
@@ -332,9 +332,10 @@ class BitsExplorer(Explorer):
                 rows = in_its_words(self.model, self.processor, rows)
         self.rows = list(rows)
         self._unrounded = predict(name, "bf16").by_component
+        steps = [(f"{number} bits", number) for number in BITS]
         self.bits = {
             component: self._control(
-                "SelectionSlider", 16, options=BITS, description=component, **SLOW
+                "SelectionSlider", 16, options=steps, description=component, **SLOW
             )
             for component, part in anatomy(name).parts.items()
             if part.parameters and self._has_layers(component)
