@@ -1,4 +1,4 @@
-// Sphinx's own scores, but solutions come after everything else that was found: whoever looks for a
+// Sphinx's own scores, but solutions come after all other pages: whoever looks for a
 // term should not read the answer to an exercise first.
 var Scorer = {
   score: ([docname, title, anchor, description, score]) =>
