@@ -5,6 +5,7 @@
 #   LAB_ARGS        options for JupyterLab, e.g. --no-browser
 #   PYTEST_ARGS     options for pytest, e.g. -x
 #   BENCHMARK_ARGS  options for a benchmark, e.g. --n=100
+#   VLMKIT_REPOSITORY  owner/name on GitHub, for the site's links to Colab and Binder
 
 LAB_ARGS ?=
 PYTEST_ARGS ?=

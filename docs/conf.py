@@ -5,11 +5,15 @@ same place here as in the repository; this folder is only where the configuratio
 run, and no page loads anything from elsewhere (`tests/test_site.py`).
 """
 
+import os
 import sys
+from importlib import metadata
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 sys.path[:0] = [str(FOLDER / "extensions"), str(FOLDER.parent), str(FOLDER.parent / "scripts")]
+
+import colab  # noqa: E402
 
 import vlmkit  # noqa: E402
 
@@ -23,6 +27,8 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.viewcode",
+    "chapter_links",
+    "descriptions",
     "docstrings",
     "execution_times",
     "figure_texts",
@@ -33,6 +39,7 @@ root_doc = "docs/index"
 include_patterns = [
     "docs/*.md",
     "docs/*.rst",
+    "docs/api/*.rst",
     "notebooks/*.ipynb",
     "notebooks/solutions/*.ipynb",
     "vlmkit/models/cobble/MODEL_CARD.md",
@@ -63,10 +70,30 @@ html_templates = ["templates"]
 templates_path = ["templates"]
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
+html_favicon = "static/favicon.svg"
+html_search_scorer = str(FOLDER / "static" / "scorer.js")
 html_additional_pages = {"index": "to_landing_page.html"}
+html_context = {"description": metadata.metadata("vlmkit")["Summary"]}  # of pages without text
 html_copy_source = False
 html_show_sphinx = False
 html_use_smartypants = False
 pygments_style = "a11y-high-contrast-light"
 pygments_dark_style = "a11y-high-contrast-dark"
-html_theme_options = {"navigation_with_keys": True}
+# Figures are drawn on white: on a dark page they lie on a white card.
+html_theme_options = {
+    "navigation_with_keys": True,
+    "light_css_variables": {
+        "code-background": "#fefefe",
+        "figure-card": "transparent",
+        "figure-edge": "0px",
+    },
+    "dark_css_variables": {
+        "code-background": "#2b2b2b",
+        "figure-card": "#fff",
+        "figure-edge": "0.5rem",
+    },
+}
+
+# For the links to Colab and Binder; a placeholder leaves them out (docs/running.md)
+repository = os.environ.get("VLMKIT_REPOSITORY", colab.REPOSITORY)

@@ -21,8 +21,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 REPOSITORY = "OWNER/vlmkit"
-"""The repository on GitHub: a placeholder, because it has no public address yet. The badge in
-docs/running.md and the first cell of scripts/colab.ipynb use the same one; a test compares them."""
+"""The repository on GitHub: a placeholder, because it has no public address yet. docs/running.md
+and the first cell of scripts/colab.ipynb use the same one; a test compares them. The links of the
+site to Colab and Binder come from it (docs/extensions/chapter_links.py)."""
 
 COURSE = Path(__file__).resolve().parent.parent
 BUILT_TOGETHER = {"torch", "torchvision", "torchaudio"}

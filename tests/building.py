@@ -12,6 +12,8 @@ from pathlib import Path
 from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).resolve().parent.parent
+REPOSITORY = "someone/vlmkit"
+"""Where the built site believes that the repository is."""
 
 
 @functools.cache
@@ -23,7 +25,7 @@ def site():
     built = subprocess.run(
         [sys.executable, "-m", "sphinx", *options, "-j", "auto", ".", str(folder / "pages")],
         cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "VLMKIT_REPOSITORY": REPOSITORY},
         capture_output=True,
         text=True,
     )

@@ -20,7 +20,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import nbformat
 import pytest
-from building import ROOT, site
+from building import REPOSITORY, ROOT, site
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -226,3 +226,71 @@ def test_the_landing_figure_links_to_chapter_00_and_its_pictures_load(tab, serve
         figure.scroll_into_view_if_needed()
         assert figure.evaluate("image => image.decode().then(() => image.naturalWidth)")
     assert tab.elsewhere == []
+
+
+def test_search_shows_solutions_below_the_lessons(tab, served):
+    tab.goto(f"{served}/search.html?q=exercise")
+    tab.locator("#search-results .search-summary", has_text="found").wait_for()
+    found = tab.locator("#search-results ul.search > li > a")
+    found = [link.get_attribute("href") for link in found.all()]
+    solved = [number for number, link in enumerate(found) if "notebooks/solutions/" in link]
+    lessons = [number for number, link in enumerate(found) if "notebooks/" in link]
+    lessons = [number for number in lessons if number not in solved]
+    assert solved and lessons and max(lessons) < min(solved)
+
+
+def test_a_chapter_has_links_that_download_and_open_it(tab, served):
+    tab.goto(f"{served}/notebooks/03_loading.html")
+    with tab.expect_download() as download:
+        tab.get_by_role("link", name="Download the notebook").click()
+    assert download.value.suggested_filename == "03_loading.ipynb"
+    colab = tab.get_by_role("link", name="Open in Colab").get_attribute("href")
+    assert colab.startswith("https://colab.research.google.com/") and REPOSITORY in colab
+    binder = tab.get_by_role("link", name="Open in Binder").get_attribute("href")
+    assert binder.startswith("https://mybinder.org/v2/gh/") and REPOSITORY in binder
+
+
+WIDER = """
+selector => [...document.querySelectorAll(selector)]
+  .filter(e => e.scrollWidth > e.clientWidth + 1)
+  .map(e => {
+    e.scrollLeft = 10000;
+    return e.scrollLeft + e.clientWidth >= e.scrollWidth - 1;
+  })
+"""
+"""For each of these elements that is too narrow for what it holds: does it scroll to the end?"""
+
+
+@pytest.mark.parametrize("width", [390, 1024, 1440])
+def test_wide_cells_scroll_and_the_page_does_not(tab, served, width):
+    tab.set_viewport_size({"width": width, "height": 900})
+    scrolled = []
+    pages = ["notebooks/03_loading", "notebooks/04_memory", "notebooks/05_sensitivity"]
+    for page in [*pages, "README", "docs/measured", "docs/api/memory", "docs/glossary"]:
+        tab.goto(f"{served}/{page}.html")
+        scrolled += tab.evaluate(WIDER, "article pre, .cell_output, .table-wrapper")
+        for whole in ("document.documentElement", "document.querySelector('.content')"):
+            assert tab.evaluate(f"{whole}.scrollWidth") <= tab.evaluate(f"{whole}.clientWidth"), (
+                page
+            )
+    assert all(scrolled) and (scrolled or width > 1024)
+
+
+def test_a_button_copies_the_code_of_a_cell(tab, served):
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.goto(f"{served}/notebooks/00_start_here.html")
+    cell = tab.locator("div.cell_input div.highlight").first
+    code = cell.locator("pre").text_content()
+    cell.hover()
+    cell.locator("button.copy").click()
+    cell.locator("button.copy", has_text="copied").wait_for()
+    assert tab.evaluate("navigator.clipboard.readText()") == code.rstrip()
+
+
+def test_figures_lie_on_white_on_a_dark_page(tab, served):
+    tab.emulate_media(color_scheme="dark")
+    tab.goto(f"{served}/notebooks/04_memory.html")
+    color = "e => getComputedStyle(e).backgroundColor"
+    figure = tab.locator("div.cell_output img").first
+    assert figure.evaluate(color) == "rgb(255, 255, 255)"
+    assert tab.locator("body").evaluate(color) != "rgb(255, 255, 255)"

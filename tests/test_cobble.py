@@ -663,3 +663,7 @@ def test_the_real_cobble_talks():
     inputs = processor(text=text, return_tensors="pt")
     made = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert "Paris" in processor.decode(made[0], skip_special_tokens=True)
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    pictures = vk.course.pictures
+    said = vk.ask(model, processor, pictures.photograph(), pictures.ABOUT_PHOTOGRAPHS)
+    assert f'"{said}"' in readme  # what scripts/first_result.py wrote into the figure

@@ -211,14 +211,17 @@ def markdown(path):
 
 
 def anchors(path):
-    """The anchors of a page's headings, as GitHub and the site make them."""
+    """The anchors of a page's headings, as GitHub and the site make them, and of the glossary's
+    terms, as the site makes them."""
     if path.suffix not in (".md", ".ipynb"):
         return set()
     headings = re.findall(r"^#+ +(.+?) *#*$", markdown(path), flags=re.M)
     plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading) for heading in headings]
+    glossaries = re.findall(r"```\{glossary\}\n(.*?)```", path.read_text("utf-8"), flags=re.S)
+    terms = [line for each in glossaries for line in each.splitlines() if line[:1].strip()]
     return {
         re.sub(r"[^\w\- ]", "", h.replace("`", "")).strip().lower().replace(" ", "-") for h in plain
-    }
+    } | {re.sub(r"\W+", "-", term.lower()).strip("-") for term in terms}
 
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, *PAGES], ids=lambda path: path.stem)

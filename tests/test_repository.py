@@ -197,7 +197,8 @@ def test_makefile_runs_files_that_exist():
 def test_pages_name_only_make_targets_that_exist():
     targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
     assert targets >= {"help", "lab", "test", "test-all", "benchmark-pebble", "clean"}
-    pages = README + (ROOT / "CONTRIBUTING.md").read_text()
+    paths = [ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    pages = README + "".join(path.read_text(encoding="utf-8") for path in paths)
     named = set(re.findall(r"(?:^|`|\n)(?:\w+=\S+ )?make ([a-z-]+)", pages))
     assert named >= {"lab", "test"}
     assert named <= targets

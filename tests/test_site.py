@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import chapters
 import pytest
-from building import ROOT, page, site
+from building import REPOSITORY, ROOT, page, site
 
 import vlmkit as vk
 
@@ -114,26 +114,70 @@ def test_chapter_is_a_page_with_its_outputs_and_with_text_for_its_figures(pages,
     notebook = chapters.read(f"{name}.ipynb")
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert len(shown.select("div.cell_input")) == len(cells)
-    images = shown.select("div.cell_output img")
+    images = [
+        i for i in shown.select("div.cell_output img") if not i.find_parent(class_="text_html")
+    ]
     stored = sum("image/png" in o.get("data", ()) for cell in cells for o in cell.outputs)
     assert len(images) == stored
     assert [image["alt"] for image in images if not image["alt"].startswith("Figure ")] == []
+    assert all(image["alt"] for image in shown.select("div.cell_output .text_html img"))
+
+
+def test_every_notebook_can_be_downloaded_and_opened_elsewhere(pages, every):
+    for name in [*NOTEBOOKS, *(f"solutions/{name}" for name in solutions())]:
+        links = every[f"notebooks/{name}.html"].select("nav.chapter-links a")
+        notebook, colab, binder = (link["href"] for link in links)
+        copied = (pages / f"notebooks/{name}.html").parent / notebook
+        assert copied.read_bytes() == (ROOT / f"notebooks/{name}.ipynb").read_bytes()
+        assert colab.endswith(f"github/{REPOSITORY}/blob/main/notebooks/{name}.ipynb")
+        assert f"gh/{REPOSITORY}/main?" in binder and unquote(binder).endswith(f"{name}.ipynb")
+
+
+@pytest.mark.parametrize("repository", ["", "OWNER/vlmkit"])
+def test_without_an_address_only_the_download_is_left(repository):
+    from chapter_links import links
+
+    (download,) = links("notebooks/00_start_here", repository)
+    assert download[0] == "00_start_here.ipynb"
+
+
+def test_every_page_has_an_icon_and_a_description_of_its_own(pages, every):
+    found = {}
+    for name, soup in every.items():
+        if soup.article and name != "search.html":
+            assert (
+                (pages / name).parent.joinpath(soup.select_one("link[rel*=icon]")["href"]).exists()
+            )
+            found[name] = soup.select_one("meta[name=description]")["content"]
+    assert all(20 < len(text) <= 200 for text in found.values())
+    chapters_of = [found[f"notebooks/{name}.html"] for name in NOTEBOOKS]
+    assert len(set(chapters_of)) == len(NOTEBOOKS)
+
+
+def test_a_link_can_name_a_term_of_the_glossary(every):
+    links = [link["href"] for link in every["docs/package.html"].article.find_all("a", href=True)]
+    assert "glossary.html#term-plan" in links
+
+
+def solutions():
+    return sorted(path.stem for path in (ROOT / "notebooks/solutions").glob("*.ipynb"))
 
 
 def test_solutions_are_listed_apart_from_the_lessons(pages):
     tree = page(pages / "docs/index.html").select_one(".sidebar-tree")
     links = [Path(link["href"]) for link in tree.select("a[href*='notebooks/']")]
     assert [path.stem for path in links if path.parent.name != "solutions"] == NOTEBOOKS
-    solved = {path.stem for path in (ROOT / "notebooks/solutions").glob("*.ipynb")}
     listed = page(pages / "docs/solutions.html").article.select("a[href*='notebooks/solutions']")
-    assert {Path(urlsplit(link["href"]).path).stem for link in listed} == solved
+    assert {Path(urlsplit(link["href"]).path).stem for link in listed} == set(solutions())
 
 
 # --- the reference -------------------------------------------------------------------------------
 
 
 def test_reference_has_every_public_name_with_a_docstring(pages):
-    documented = {tag["id"] for tag in page(pages / "docs/api.html").find_all(id=True)}
+    parts = list((pages / "docs/api").glob("*.html"))
+    assert len(parts) > 10
+    documented = {tag["id"] for part in parts for tag in page(part).find_all(id=True)}
     public = {"vlmkit": set(vk._HOME_OF)}
     for module in vk._MODULES:
         names = getattr(importlib.import_module(f"vlmkit.{module}"), "__all__", ())

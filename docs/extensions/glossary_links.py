@@ -2,6 +2,9 @@
 
 Notebooks and pages need no markup for that: the terms are looked for in the text, not in headings,
 code, links and what a cell printed. Within the glossary each definition counts as a page.
+
+A notebook can also name a term itself: [the cache](../docs/glossary.md#kv-cache) leads to the
+definition of "KV cache".
 """
 
 import re
@@ -27,8 +30,18 @@ NOT_IN = (
 
 
 def setup(app):
+    app.connect("doctree-read", name)
     app.connect("doctree-resolved", link)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def name(app, doctree):
+    """Let links find the terms as they find headings: as `#kv-cache`."""
+    for term in doctree.findall(nodes.term):
+        if isinstance(term.parent.parent.parent, addnodes.glossary):
+            places = app.env.metadata[app.env.current_document.docname].setdefault("myst_slugs", {})
+            slug = re.sub(r"\W+", "-", term.astext().lower()).strip("-")
+            places[slug] = (term.line, term["ids"][0], term.astext())
 
 
 def link(app, doctree, docname):
