@@ -4,6 +4,8 @@ MISTAKES: for each exercise its wrong answers, as expressions that can use what 
 HELPERS, with words that the hint must contain.
 """
 
+import math
+
 import numpy as np
 import torch
 from PIL import Image
@@ -32,7 +34,14 @@ def flipped(rows, where):
     return [r | {"images": [*map(Image.fromarray, t)]} for r, t in zip(rows, turned, strict=True)]
 
 
+def tail(lost, won):
+    """One side of the exact paired test."""
+    n = lost + won
+    return sum(math.comb(n, k) for k in range(min(lost, won) + 1)) / 2**n
+
+
 HELPERS = {"Pooled": Pooled, "falling": falling, "flipped": flipped, "np": np}
+HELPERS |= {"math": math, "tail": tail}
 HELPERS["mirror"] = np.s_[:, :, ::-1]
 
 MISTAKES = {
@@ -47,6 +56,16 @@ MISTAKES = {
         "4": "at least so unevenly 12.5% of the time",
         "30": "29 lost would be, too",
         "49": "this counts every question",
+    },
+    "exact paired test": {
+        "lambda lost, won: tail(lost, won)": "one side only",
+        "lambda lost, won: math.comb(lost + won, won) / 2 ** (lost + won)": "exactly this result",
+        "lambda lost, won: 2 * math.comb(lost + won, won) / 2 ** (lost + won)": "to either side",
+        "lambda lost, won: 2 * tail(lost, won)": "cannot be more than 1",
+        "lambda lost, won: min(1, 2 * tail(lost, won)) if lost > won else 1": "the same p as 7",
+        "lambda lost, won: lost / won": "7 lost and 2 won should give p = 0.1797",
+        "lambda lost: lost": "your function stops with TypeError",
+        "0.18": "should be a function",
     },
     "left over": {
         'vk.anatomy(models[llama])["language_model"].parameters': "nothing is left out",
