@@ -146,8 +146,9 @@ def solved(stub):
 
 def setting(notebook):
     """The sources of a chapter's cells, with only the statements that the solved stubs need."""
-    first = notebook.cells.index(stubs(notebook)[0])
-    chapter = [cell.source for cell in notebook.cells[:first] if cell.cell_type == "code"]
+    last, found = notebook.cells.index(stubs(notebook)[-1]), stubs(notebook)
+    before = [cell for cell in notebook.cells[:last] if cell not in found]
+    chapter = [cell.source for cell in before if cell.cell_type == "code"]
     names = Names(ast.parse("\n".join(solved(stub) for stub in stubs(notebook))))
     modules = set().union(*(imported(source) for source in chapter))
     wanted, known = names.used | names.late - names.defined, set(dir(builtins))

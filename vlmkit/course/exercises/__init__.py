@@ -17,6 +17,7 @@ from vlmkit.course.exercises import (  # noqa: F401, they fill EXERCISES
     inputs,
     learning,
     rounding,
+    seeing,
     storage,
 )
 from vlmkit.course.exercises.answers import EXERCISES, Hint
