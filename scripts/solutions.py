@@ -146,10 +146,10 @@ def solved(stub):
 
 def setting(notebook):
     """The sources of a chapter's cells, with only the statements that the solved stubs need."""
-    last, found = notebook.cells.index(stubs(notebook)[-1]), stubs(notebook)
-    before = [cell for cell in notebook.cells[:last] if cell not in found]
-    chapter = [cell.source for cell in before if cell.cell_type == "code"]
-    names = Names(ast.parse("\n".join(solved(stub) for stub in stubs(notebook))))
+    asked = stubs(notebook)
+    before = notebook.cells[: notebook.cells.index(asked[-1])]
+    chapter = [c.source for c in before if c.cell_type == "code" and c not in asked]
+    names = Names(ast.parse("\n".join(solved(stub) for stub in asked)))
     modules = set().union(*(imported(source) for source in chapter))
     wanted, known = names.used | names.late - names.defined, set(dir(builtins))
     while True:
