@@ -4,6 +4,8 @@ MISTAKES: for each exercise its wrong answers, as expressions that can use what 
 HELPERS, with words that the hint must contain.
 """
 
+import math
+
 import numpy as np
 import torch
 from PIL import Image
@@ -32,7 +34,63 @@ def flipped(rows, where):
     return [r | {"images": [*map(Image.fromarray, t)]} for r, t in zip(rows, turned, strict=True)]
 
 
+def tail(lost, won):
+    """One side of the exact paired test."""
+    n = lost + won
+    return sum(math.comb(n, k) for k in range(min(lost, won) + 1)) / 2**n
+
+
+def squares(picture, side):
+    """The patches of a picture, (rows, columns, 3, side, side)."""
+    return picture.unfold(1, side, side).unfold(2, side, side).permute(1, 2, 0, 3, 4)
+
+
+def weights(q, k, mask=0.0):
+    return (q @ k.mT / q.shape[-1] ** 0.5 + mask).softmax(-1)
+
+
+def in_heads(q, k, v, heads, mask=0.0):
+    """Attention of each head, (heads, n, width / heads)."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(0, 1) for x in (q, k, v))
+    return weights(q, k, mask) @ v
+
+
+def write(scores, prompt, end, most, seen=None, stop=True):
+    """Greedy decoding. seen(prompt, new): the tokens that the model is asked about."""
+    new = []
+    for _ in range(most):
+        new.append(int(scores((seen or list.__add__)(prompt, new)).argmax()))
+        if stop and new[-1] == end:
+            return new[:-1]
+    return new
+
+
+def write_with_cache(step, prompt, end, most, tokens=None, keep=lambda old, new: new):
+    """Greedy decoding. tokens(prompt, new): the tokens of a step. keep(old, new): the cache."""
+    new, (found, cache) = [], step(prompt, None)
+    while len(new) < most and (token := int(found.argmax())) != end:
+        new.append(token)
+        found, newer = step(tokens(prompt, new) if tokens else [token], cache)
+        cache = keep(cache, newer)
+    return new
+
+
+def remember(cache, k, v):
+    cache["k"], cache["v"] = torch.cat([cache["k"], k]), torch.cat([cache["v"], v])
+    return cache["k"], cache["v"]
+
+
+def look_first(q, k, v, cache):
+    """Attention to the tokens before this one, which is remembered too late."""
+    found = weights(q, cache["k"]) @ cache["v"]
+    remember(cache, k, v)
+    return found
+
+
 HELPERS = {"Pooled": Pooled, "falling": falling, "flipped": flipped, "np": np}
+HELPERS |= {"math": math, "tail": tail, "torch": torch, "squares": squares, "weights": weights}
+HELPERS |= {"in_heads": in_heads, "write": write, "write_with_cache": write_with_cache}
+HELPERS |= {"remember": remember, "look_first": look_first, "inf": math.inf}
 HELPERS["mirror"] = np.s_[:, :, ::-1]
 
 MISTAKES = {
@@ -47,6 +105,94 @@ MISTAKES = {
         "4": "at least so unevenly 12.5% of the time",
         "30": "29 lost would be, too",
         "49": "this counts every question",
+    },
+    "exact paired test": {
+        "lambda lost, won: tail(lost, won)": "one side only",
+        "lambda lost, won: math.comb(lost + won, won) / 2 ** (lost + won)": "exactly this result",
+        "lambda lost, won: 2 * math.comb(lost + won, won) / 2 ** (lost + won)": "to either side",
+        "lambda lost, won: 2 * tail(lost, won)": "cannot be more than 1",
+        "lambda lost, won: min(1, 2 * tail(lost, won)) if lost > won else 1": "the same p as 7",
+        "lambda lost, won: lost / won": "7 lost and 2 won should give p = 0.1797",
+        "lambda lost: lost": "your function stops with TypeError",
+        "0.18": "should be a function",
+    },
+    "patches": {
+        "lambda p, s: squares(p, s).transpose(0, 1).reshape(-1, 3 * s * s)": "down the columns. Go",
+        "lambda p, s: squares(p, s).permute(0, 1, 3, 4, 2).reshape(-1, 3 * s * s)": "side by side",
+        "lambda p, s: squares(p, s).mT.reshape(-1, 3 * s * s)": "inside a patch",
+        "lambda p, s: p.reshape(-1, 3 * s * s)": "not squares",
+        "lambda p, s: squares(p, s).reshape(-1, 3 * s * s).T": "here it is a column",
+        "lambda p, s: squares(p, s).reshape(1, -1, 3 * s * s)": "Yours has the shape (1, 6, 48)",
+        "lambda p, s: squares(p, s).reshape(-1, 3 * s * s) + 1": "in other places",
+        "lambda p, s: p.numpy()": "returns a",
+    },
+    "attention": {
+        "lambda q, k, v, mask: (q @ k.T + mask).softmax(-1) @ v": "not divided by the square root",
+        "lambda q, k, v, mask: (q @ k.T / q.shape[1] + mask).softmax(-1) @ v": "its square root",
+        "lambda q, k, v, mask: (q @ k.T * q.shape[1] ** 0.5 + mask).softmax(-1) @ v": "; divide.",
+        "lambda q, k, v, mask: (q @ k.T / q.shape[1] ** 0.5 + mask).softmax(0) @ v": "the queries",
+        "lambda q, k, v, mask: (q @ k.T / q.shape[1] ** 0.5 + mask) @ v": "softmax is missing",
+        "lambda q, k, v, mask: weights(q, k, mask)": "Multiply the weights by the values",
+        "lambda q, k, v, mask: weights(q, k) @ v": "the mask changes nothing",
+        "lambda q, k, v, mask: (weights(q, k) + mask) @ v": "Add the mask before softmax",
+        "lambda q, k, v, mask: (weights(q, k, mask) @ v, 0)": "returns a tuple",
+    },
+    "heads": {
+        "lambda q, k, v, n, mask: weights(q, k, mask) @ v": "a single head",
+        "lambda q, k, v, n, mask: in_heads(q, k, v, n, mask).reshape(len(q), -1)": "put together",
+        "lambda q, k, v, n, mask: in_heads(q, k, v, n, mask)": "Yours has the shape (4, 5, 6)",
+        "lambda q, k, v, n, mask: in_heads(q / 2, k, v, n, mask).transpose(0, 1).flatten(1)": (
+            "the square root of 24"
+        ),
+        "lambda q, k, v, n, mask: in_heads(q, k, v, n).transpose(0, 1).flatten(1)": "every head",
+    },
+    "causal mask": {
+        "lambda n: torch.full((n, n), -inf).triu(2)": "sees the next one",
+        "lambda n: torch.full((n, n), -inf).triu(0)": "not even at itself",
+        "lambda n: torch.full((n, n), -inf).tril(-1)": "the past is hidden",
+        "lambda n: torch.ones(n, n).tril()": "hides nothing",
+        "lambda n: torch.full((n, n), -inf).triu(1) + torch.eye(n)": "should add 0",
+        "lambda n: torch.ones(n, n + 1)": "should have the shape (4, 4)",
+    },
+    "merging": {
+        "lambda words, ids, i, seen: words": "nothing was replaced",
+        "lambda words, ids, i, seen: torch.cat([seen, words])": "placeholders are still there",
+        "lambda words, ids, i, seen: torch.cat([seen, words[ids != i]])": "at the beginning",
+        "lambda words, ids, i, seen: words.masked_scatter((ids == i)[:, None], seen.flip(0))": (
+            "in reverse order"
+        ),
+        "lambda words, ids, i, seen: words.index_fill(0, torch.tensor(0), 0)": "position [0]",
+    },
+    "greedy": {
+        "lambda scores, prompt, end, most: prompt + write(scores, prompt, end, most)": (
+            "without the prompt"
+        ),
+        "lambda *a: write(*a, stop=False)": "writes on after",
+        "lambda *a: write(*a) + [a[2]]": "leave out the token `end`",
+        "lambda *a: write(*a, seen=lambda prompt, new: new[-1:] or prompt)": "only the last token",
+        "lambda *a: write(*a, seen=lambda prompt, new: prompt)": "the prompt again",
+        "lambda *a: write(*a[:3], most=20)": "does not stop",
+        "lambda *a: write(*a[:3], most=8)": "new tokens; `most` is 5",
+        "lambda *a: write(*a)[:1]": "after the first token",
+        "lambda *a: 5": "a list of tokens",
+    },
+    "attention with a cache": {
+        "lambda q, k, v, c: weights(q, torch.cat([c['k'], k])) @ torch.cat([c['v'], v])": (
+            "Add the new one"
+        ),
+        "look_first": "also looks at itself",
+        "lambda q, k, v, c: c.update(k=k, v=v) or v": "Add the new one",
+        "lambda q, k, v, c: remember(c, k, v) and v": "sees only itself",
+        "lambda q, k, v, c: (q @ remember(c, k, v)[0].T).softmax(-1) @ c['v']": "not divided",
+        "lambda q, k, v, c: remember(c, k, v)[1]": "Yours has the shape (2, 8)",
+    },
+    "greedy with a cache": {
+        "lambda *a: write_with_cache(*a, tokens=list.__add__)": "the whole prompt is given again",
+        "lambda *a: write_with_cache(*a, tokens=lambda prompt, new: new)": "give one",
+        "lambda *a: write_with_cache(*a, keep=lambda old, new: old)": "an old cache",
+        "lambda *a: write(lambda tokens: a[0](tokens, None)[0], *a[1:])": "without a cache",
+        "lambda step, *a: write_with_cache(lambda t, c: step(t, None), *a)": "knows no prompt",
+        "lambda step, prompt, *a: write_with_cache(step, prompt[:1], *a)": "should get the prompt",
     },
     "left over": {
         'vk.anatomy(models[llama])["language_model"].parameters': "nothing is left out",

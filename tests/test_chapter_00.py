@@ -2,6 +2,7 @@
 
 import csv
 import re
+import time
 
 import chapters
 import pytest
@@ -10,7 +11,12 @@ from chapters import FOLDER, cell, text
 import vlmkit as vk
 from vlmkit.catalog.bundled import BUNDLED
 from vlmkit.course import pictures
+from vlmkit.evaluation import mcnemar, wilson
 from vlmkit.tasks.real import THINGS
+
+needs_cobble = pytest.mark.skipif(
+    not BUNDLED["cobble"].is_current, reason="run vlmkit fetch cobble"
+)
 
 
 @pytest.mark.slow  # chapter 01 covers this kind of test
@@ -46,13 +52,36 @@ def test_the_plan_that_is_spelled_out_is_the_recommended_one(notebook):
     assert eval(line.removeprefix("plan = "), {"vk": vk}) == vk.Plan.recommended()
 
 
+# --- statistics -----------------------------------------------------------------------------------
+
+
+def test_claims_about_chance(states):
+    assert mcnemar(5, 0) > 0.05 > mcnemar(6, 0)
+    assert mcnemar(5, 0) == 1 / 16
+    states(0.05, f"{1 / mcnemar(5, 0):.0f}")
+    lost, measurements = 3 / 1000, 1 / 6
+    assert (1 - lost) ** 600 == pytest.approx(measurements, abs=0.005)
+    for n in (30, 150, 600, 6000):  # "0 of n" is "at most about 4 of n"
+        assert n * wilson(0, n)[1] == pytest.approx(4, abs=0.7)
+
+
+def test_pebble_loses_nothing_that_the_questions_can_show(notebook):
+    """Neither a component nor all of them: no p of the stored table is below 0.05."""
+    rows = chapters.shown(cell(notebook, 'table["p"]'))
+    changed = {label: (int(row[2]), int(row[3])) for label, row in rows.items() if label}
+    assert len(changed) == 5
+    for label, (lost, won) in changed.items():
+        assert mcnemar(lost, won) > 0.05, label
+        assert rows[label][4] == f"{mcnemar(lost, won):.3f}"
+
+
 # --- the photograph -------------------------------------------------------------------------------
 
 
-def about_photographs(notebook):
-    """The text of the section on photographs."""
-    section = text(notebook).partition("## A photograph\n")[2]
-    return section.partition("\n## ")[0]
+def section(notebook, of):
+    """The text of the section that mentions something."""
+    (found,) = (s for s in re.split(r"^## ", text(notebook), flags=re.M) if of in s)
+    return found
 
 
 def recorded(name, **wanted):
@@ -64,11 +93,16 @@ def recorded(name, **wanted):
 
 
 def test_numbers_about_cobble_are_the_recorded_ones(notebook):
-    section = about_photographs(notebook)
+    about = section(notebook, "MODEL_CARD.md")
     (share,) = recorded("cobble.csv", state="cobble", task="photographs: yes/no")
-    chapters.states(section, f"{share:.0f}", 2000)
+    chapters.states(about, f"{share:.0f}", 2000)
     (share,) = recorded("cobble.csv", state="cobble", task="photographs: name", n="10000")
-    chapters.states(section, f"{share:.0f}", 10000)
+    chapters.states(about, f"{share:.0f}", 10000)
+    assert all(thing in about for thing in THINGS)
+
+
+def test_what_cobble_loses_is_what_was_recorded(notebook):
+    about = section(notebook, "SmolLM2-135M-Instruct")
     plain = {"trained_vision": "bf16", "hidden": "576", "asked_vision": "bf16", "n": "2000"}
     plain |= {"asked_projector": "bf16", "question": "name"}
     ends = {
@@ -80,19 +114,38 @@ def test_numbers_about_cobble_are_the_recorded_ones(notebook):
     }
     assert {len(shares) for shares in ends.values()} == {3}
     for own in (ends["bf16", "bf16"], ends["nf4", "nf4"]):
-        chapters.states(section, f"{sum(own) / 3:.0f}")
+        chapters.states(about, f"{sum(own) / 3:.0f}")
     lost = ends["bf16", "nf4"]
-    chapters.states(section, f"{min(lost):.0f}", f"{max(lost):.0f}", 2000)
-    assert all(thing in section for thing in THINGS)
+    chapters.states(about, f"{min(lost):.0f}", f"{max(lost):.0f}", 2000)
 
 
-def test_the_stored_answers_have_a_right_one_and_a_wrong_one(notebook):
-    shown = cell(notebook, "more = [").outputs
-    answers = [line.split("?")[1].strip() for out in shown for line in out["text"].splitlines()]
-    assert "cat" in answers[0] and answers[1].startswith("Yes") and "cat" in answers[2]
+def first_cells(notebook):
+    """The cells up to the first picture."""
+    code = chapters.sources(notebook, "code")
+    (last,) = (n for n, source in enumerate(code) if "plt.imread(picture)" in source)
+    return code[: last + 1]
 
 
-@pytest.mark.skipif(not BUNDLED["cobble"].is_current, reason="run vlmkit fetch cobble")
+def test_without_cobble_the_first_answer_is_about_a_drawing(
+    notebook, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setenv("VLMKIT_CACHE", str(tmp_path))
+    names = {}
+    for source in [*first_cells(notebook), cell(notebook, "more = [").source]:
+        exec(source, names)
+    assert names["answer"] == pictures.FIRST.answer
+    assert re.fullmatch(r"[^\n]*vlmkit fetch cobble\n", capsys.readouterr().out)
+
+
+def test_the_stored_answers_have_a_right_one_and_wrong_ones(notebook):
+    (shown,) = cell(notebook, "my_picture = ").outputs
+    assert "cat" in shown["data"]["text/plain"]
+    (shown,) = cell(notebook, "more = [").outputs
+    dog, food, cup = (line.split("?")[1] for line in shown["text"].splitlines())
+    assert "dog" in dog and "cat" in food and [thing for thing in THINGS if thing in cup]
+
+
+@needs_cobble
 def test_cobble_says_what_the_chapter_shows():
     model, processor = vk.load("cobble")
     cat, cup = map(pictures.photograph, (pictures.CAT, pictures.CUP))
@@ -102,11 +155,14 @@ def test_cobble_says_what_the_chapter_shows():
     assert [thing for thing in THINGS if thing in made_up.rstrip(".").split()]
 
 
-def test_without_cobble_the_cells_say_one_sentence(notebook, monkeypatch, tmp_path, capsys):
-    import matplotlib.pyplot as plt
+@needs_cobble
+@pytest.mark.slow
+def test_the_first_answer_comes_within_a_minute(notebook):
+    """From the start of a kernel on."""
+    from nbclient import NotebookClient
 
-    monkeypatch.setenv("VLMKIT_CACHE", str(tmp_path))
-    names = {"vk": vk, "plt": plt, "plan": vk.Plan.recommended()}
-    exec(cell(notebook, "from vlmkit.course import pictures").source, names)
-    exec(cell(notebook, "more = [").source, names)
-    assert re.fullmatch(r"[^\n]*vlmkit fetch cobble\n", capsys.readouterr().out)
+    wanted = set(first_cells(notebook))
+    notebook.cells = [one for one in notebook.cells if one.source in wanted]
+    start = time.monotonic()
+    NotebookClient(notebook, kernel_name="python3").execute()
+    assert time.monotonic() - start < 60

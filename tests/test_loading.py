@@ -132,9 +132,10 @@ def test_pebble_loads():
     assert vk.memory.predict("pebble").total == vk.memory.measure(model).total
 
 
-def test_a_load_prints_nothing(llava):
+def test_a_prediction_and_a_load_print_nothing(llava):
     code = (
         "import vlmkit as vk, torch\n"
+        f"vk.memory.predict({str(llava)!r}, 'nf4')\n"
         "for plan in ('recommended', 'int8'):\n"
         f"    model, processor = vk.load({str(llava)!r}, plan)\n"
         "    model.model.language_model(inputs_embeds=torch.randn(1, 5, 128).bfloat16())\n"

@@ -29,7 +29,7 @@ def _quiet(bars):
     with without_garbage_collection():
         from transformers.utils import logging as transformers_logging
 
-        _import_bitsandbytes()
+        import_bitsandbytes()
     verbosity = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -50,7 +50,7 @@ def is_watched():
     return "ipykernel" in sys.modules or bool(sys.stderr and sys.stderr.isatty())
 
 
-def _import_bitsandbytes():
+def import_bitsandbytes():
     """Import bitsandbytes without its notes, in a third less time. transformers would import it
     anyway. Since bitsandbytes 0.50, until it compiles nothing on import."""
     # On import it notes that an optional kernel for products of one row is not installed. Nothing

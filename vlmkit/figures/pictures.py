@@ -72,7 +72,8 @@ def mistakes(rows, scores, most=20, ax=None):
 
 
 def attention(image, weights, most=None, ax=None):
-    """A picture in gray with a map of attention over it, in % for each patch, and a color bar.
+    """A picture in pale gray under a map of attention, light to dark blue, in % for each patch, and
+    a color bar.
 
     image: anything that `vlmkit.images.read` takes.
     weights: array (rows, columns) of shares from 0 to 1, such as `vlmkit.attention` gives. It is
@@ -90,9 +91,10 @@ def attention(image, weights, most=None, ax=None):
     ax = axes_of(ax, 4, 3.3)
     height, width = gray.shape
     whole = {"extent": (0, width, height, 0), "interpolation": "nearest"}
-    ax.imshow(gray, cmap="gray", vmin=0, vmax=255, **whole)
-    # viridis is readable with any color vision, and gets lighter with the value.
-    heat = ax.imshow(percent, cmap="viridis", vmin=0, vmax=highest, alpha=0.7, **whole)
+    # Below the map even black is a light gray. So only the map is dark, and its one hue does not
+    # look like a color of the picture.
+    ax.imshow(gray, cmap="gray", vmin=-510, vmax=255, **whole)
+    heat = ax.imshow(percent, cmap="Blues", vmin=0, vmax=highest, alpha=0.8, **whole)
     ax.figure.colorbar(heat, ax=ax, shrink=0.85).set_label("attention to a patch, %")
     ax.set_axis_off()
     return ax

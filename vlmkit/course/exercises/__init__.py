@@ -9,10 +9,12 @@ its subject, as the docstring of `answers` shows.
 For a teacher: `check` returns a `CheckedAnswer`, and can write it into a file of scores.
 """
 
+import dis
 import hashlib
 import inspect
 import os
 import textwrap
+import types
 from dataclasses import dataclass
 
 from vlmkit.course.exercises import (  # noqa: F401, they fill EXERCISES
@@ -20,6 +22,7 @@ from vlmkit.course.exercises import (  # noqa: F401, they fill EXERCISES
     inputs,
     learning,
     rounding,
+    seeing,
     storage,
 )
 from vlmkit.course.exercises.answers import EXERCISES, Hint
@@ -54,7 +57,7 @@ class CheckedAnswer:
 
 
 def check(name, answer, /, *, scores=None, **given):
-    """Print "not attempted yet" for None, otherwise "Right: ..." or "Not yet: ...", with why.
+    """Print "not attempted yet" for a stub, otherwise "Right: ..." or "Not yet: ...", with why.
     Returns this `CheckedAnswer`.
 
     name: of an exercise. given: the data that it is about. scores: a file to write the verdict
@@ -89,6 +92,15 @@ def seed(student=None):
     return 1 + int(hashlib.sha256(name.encode()).hexdigest(), 16) % (2**31 - 1)
 
 
+def attempted(answer):
+    """Whether an answer is more than its stub: None, or a function without a body."""
+    if type(answer) is not types.FunctionType:
+        return answer is not None
+    steps = list(dis.get_instructions(answer))
+    gives_none = any(step.opname.endswith("_CONST") and step.argval is None for step in steps)
+    return len(steps) > 3 or not gives_none  # a body without statements only returns None
+
+
 def verdict(name, answer, /, **given):
     """The `CheckedAnswer` that `check` prints."""
     if name not in EXERCISES:
@@ -105,7 +117,7 @@ def verdict(name, answer, /, **given):
             f"The exercise {name!r} takes {takes} beside the answer, not "
             f"{', '.join(given) or 'nothing'} ({error})."
         ) from None
-    if answer is None:
+    if not attempted(answer):
         return CheckedAnswer(name, None, f"{name}: not attempted yet")
     try:
         return CheckedAnswer(name, True, f"Right: {judge(answer, **given)}")

@@ -5,6 +5,7 @@ import math
 from vlmkit.course.exercises.answers import (
     Hint,
     exercise,
+    function,
     kind,
     known,
     number,
@@ -25,7 +26,7 @@ def beyond_noise(lost, won, asked):
     of_all = 2 * math.sqrt(asked)
     require(
         lost not in (round(of_all), math.ceil(of_all)),
-        "this counts every question. The noise comes from the answers that changed.",
+        "this counts every question. Only the answers that changed matter.",
     )
     p = mcnemar(lost, won)
     require(
@@ -35,6 +36,34 @@ def beyond_noise(lost, won, asked):
     )
     require(lost == right, f"it is more than chance would do, but {lost - 1} lost would be, too.")
     return f"p = {p:.3f} in {asked} or in a million: how many answers changed is what counts."
+
+
+@exercise("exact paired test", function)
+def exact_paired_test(p):
+    """A function of (lost, won) that returns the two-sided p of the exact paired test."""
+
+    def near(lost, won, wanted):
+        return abs(number(p(lost, won), "a probability") - wanted) < 1e-9
+
+    changed = math.comb(9, 2) / 2**9
+    one_side = mcnemar(7, 2) / 2
+    mistakes = {
+        one_side: "this is one side only. 2 lost and 7 won are as uneven as 7 and 2.",
+        changed: "this is the probability of exactly this result. Add up all results that are at "
+        "least as uneven.",
+        2 * changed: "this is the probability of exactly this result, to either side. Add up all "
+        "results that are at least as uneven.",
+    }
+    for wrong, hint in mistakes.items():
+        require(not near(7, 2, wrong), hint)
+    require(near(7, 2, mcnemar(7, 2)), f"7 lost and 2 won should give p = {mcnemar(7, 2):.4f}.")
+    require(near(2, 7, mcnemar(2, 7)), "2 lost and 7 won should give the same p as 7 and 2.")
+    for lost, won in ((4, 4), (0, 0), (6, 0), (1, 0), (40, 23), (200, 230)):
+        found, right = number(p(lost, won), "a probability"), mcnemar(lost, won)
+        more = " A probability cannot be more than 1." if found > 1 else ""
+        hint = f"{lost} lost and {won} won give p = {found:.4g}; it should be {right:.4g}.{more}"
+        require(near(lost, won, right), hint)
+    return "the same as vk.evaluation.mcnemar, for every result that was tried."
 
 
 @exercise("how many questions", number, "a number of questions")
