@@ -7,11 +7,14 @@ answer gives a sentence and never a traceback. To add an exercise, write a funct
 its subject, as the docstring of `answers` shows.
 """
 
+import dis
 import inspect
 import textwrap
+import types
 
 from vlmkit.course.exercises import (  # noqa: F401, they fill EXERCISES
     architecture,
+    few_bits,
     inputs,
     learning,
     rounding,
@@ -22,12 +25,21 @@ from vlmkit.errors import ExerciseError, brief, did_you_mean
 
 
 def check(name, answer, /, **given):
-    """Print "not attempted yet" for None, otherwise "Right: ..." or "Not yet: ...", with why.
+    """Print "not attempted yet" for a stub, otherwise "Right: ..." or "Not yet: ...", with why.
 
     name: of an exercise. given: the data that it is about. Raises ExerciseError for a name that is
     not in EXERCISES, or for data that the exercise does not take.
     """
     print(textwrap.fill(verdict(name, answer, **given), 100, break_on_hyphens=False))
+
+
+def attempted(answer):
+    """Whether an answer is more than its stub: None, or a function without a body."""
+    if type(answer) is not types.FunctionType:
+        return answer is not None
+    steps = list(dis.get_instructions(answer))
+    gives_none = any(step.opname.endswith("_CONST") and step.argval is None for step in steps)
+    return len(steps) > 3 or not gives_none  # a body without statements only returns None
 
 
 def verdict(name, answer, /, **given):
@@ -46,7 +58,7 @@ def verdict(name, answer, /, **given):
             f"The exercise {name!r} takes {takes} beside the answer, not "
             f"{', '.join(given) or 'nothing'} ({error})."
         ) from None
-    if answer is None:
+    if not attempted(answer):
         return f"{name}: not attempted yet"
     try:
         return f"Right: {judge(answer, **given)}"
