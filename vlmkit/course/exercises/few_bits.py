@@ -111,9 +111,7 @@ def nf4_levels(levels):
             "eight values are negative and seven positive; in NF4 it is the other way round.",
         )
         even = torch.allclose(mine[mine > 0].diff(), mine[mine > 0].diff().mean(), atol=1e-3)
-        require(
-            not even, "the values are evenly spaced. The *probabilities* are; `ndtri` follows."
-        )
+        require(not even, "the values are evenly spaced. The *probabilities* are; `ndtri` follows.")
         require(
             torch.allclose(mine, wanted, atol=1e-4),
             f"with offset {offset} the second value should be {wanted[1]:.4f}; it is {mine[1]:.4f}."
@@ -159,7 +157,7 @@ def blocks_of_64(quantize):
         require(len(codes) == n, f"{len(codes)} codes for {n} weights.")
         whole = codes.float() == codes.float().round()
         require(whole.all(), "these are values. A code is a value's place in `levels`, 0 to 15.")
-        require(0 <= codes.min() and codes.max() < CODES, "a code goes from 0 to 15.")
+        require(codes.min() >= 0 and codes.max() < CODES, "a code goes from 0 to 15.")
         scales = largest.repeat_interleave(BLOCK)[:n]
         scaled = weights.flatten() / scales.clamp(min=1e-38)
         off = (levels[codes.long()] - scaled).abs()
@@ -275,7 +273,7 @@ def scales_of_scales(quantize_scales):
         require(len(codes) == n, f"{len(codes)} codes for {n} absmax.")
         require(largest.isfinite().all(), "a scale is not finite.")
         whole = (codes.float() == codes.float().round()).all()
-        require(whole and 0 <= codes.min() and codes.max() < 256, "a code goes from 0 to 255.")
+        require(whole and codes.min() >= 0 and codes.max() < 256, "a code goes from 0 to 255.")
         found = values[codes.long()] * largest.repeat_interleave(NESTED_BLOCK)[:n] + mean
         wanted = dequantize_scales(reference_scales(absmax))
         error, best = (((one - absmax).norm()).item() for one in (found, wanted))
@@ -400,6 +398,15 @@ def eight_bit_rows(layer):
     return f"rounding both to 8 bits costs {_distance(wanted, exact):.1%} here."
 
 
+def _split(x, weight, kept, inside, scaled=None):
+    """The columns `kept` of x unrounded, by the weights `inside`, and the rest in 8 bits.
+
+    scaled: all of x as rounded, if its scales come from somewhere else than the rest.
+    """
+    rest = _rounded(x * ~kept) if scaled is None else scaled * ~kept
+    return rest @ (_rounded(weight) * ~kept).T + (x * kept) @ (inside * kept).T
+
+
 @exercise("outlier columns", function)
 def outlier_columns(layer):
     """A function of (x, weight, threshold): as for "8-bit rows", but columns of x with a magnitude
@@ -411,7 +418,9 @@ def outlier_columns(layer):
         x, weight = _tokens(draw, 8, 96), torch.randn(50, 96, generator=draw)
         if outliers:
             x[:, 17] *= 40
-            x[0, 17], x[3, 80] = 40, -9  # the second is negative, and in one token
+            x[0, 17] = 40
+            some = torch.arange(30)
+            x[some % 8, 50 + some] = -9.0  # negative, and each in one token
         large = x.abs() >= threshold
         column = large.any(0)
         exact, qw = x @ weight.T, _rounded(weight)
@@ -423,17 +432,12 @@ def outlier_columns(layer):
             "the result has NaN or infinity. What if no column is an outlier, or a row is zero?",
         )
 
-        def parts(inside, kept, scaled=None):
-            """The columns `kept` unrounded, by weights `inside`; the rest in 8 bits."""
-            rest = _rounded(x * ~kept) if scaled is None else scaled * ~kept
-            return rest @ (qw * ~kept).T + (x * kept) @ (inside * kept).T
-
         step = (x * ~large).abs().amax(1, keepdim=True).clamp(min=1e-30) / LARGEST
         theirs = (x / step).round() * step  # bitsandbytes takes only the outliers from the scale
         w = torch.zeros_like(weight)
         w[:, ~column] = _rounded(weight[:, ~column])  # scales of what is left of a row
         variants = [
-            parts(inside, column, scaled)
+            _split(x, weight, column, inside, scaled)
             for inside, scaled in itertools.product((qw, weight), (None, theirs))
         ]
         variants.append(_rounded(x * ~column) @ w.T + (x * column) @ weight.T)
@@ -448,8 +452,8 @@ def outlier_columns(layer):
             ("nothing was rounded.", exact),
             ("the outlier columns were taken out and never added back.", left),
             (late, _rounded(x) @ qw.T),
-            *((late, parts(inside, column, _rounded(x))) for inside in (qw, weight)),
-            *((sign, parts(inside, positive)) for inside in (qw, weight)),
+            *((late, _split(x, weight, column, inside, _rounded(x))) for inside in (qw, weight)),
+            *((sign, _split(x, weight, positive, inside)) for inside in (qw, weight)),
             *((single, small + (x * large) @ inside.T) for inside in (qw, weight)),
         ]
         allowed = 0.1 * _distance(variants[0], exact)
