@@ -172,7 +172,8 @@ MISTAKES = {
         "lambda x, w, t: in_steps(x) @ in_steps(w).T": "still comes from its outlier",
         "lambda x, w, t: in_steps(x * ~(x.abs() >= t).any(0)) @ in_steps(w).T": "never added back",
         "lambda x, w, t: apart(x, w, (x >= t).any(0))": "only positive outliers",
-        "lambda x, w, t: in_steps(x * (x.abs() < t)) @ in_steps(w).T + (x * (x.abs() >= t)) @ w.T": "takes whole columns",
+        "lambda x, w, t: in_steps(x * (x.abs() < t)) @ in_steps(w).T + "
+        "(x * (x.abs() >= t)) @ w.T": "takes whole columns",
         "lambda x, w, t: apart(x, w, (x.abs() >= t).all(0))": "comes from its outlier",
         "lambda x, w, t: apart(x, w, x.abs().amax(0) >= 2)": "reaches the threshold",
         "lambda x, w, t: apart(x, w, (x.abs() >= t).any(1))": "your function stops with",

@@ -417,10 +417,10 @@ def outlier_columns(layer):
     for threshold, outliers in ((6.0, True), (3.5, True), (6.0, False)):
         x, weight = _tokens(draw, 8, 96), torch.randn(50, 96, generator=draw)
         if outliers:
-            x[:, 17] *= 40
-            x[0, 17] = 40
+            x[2:, 17] = 9 + torch.randn(6, generator=draw)
             some = torch.arange(30)
             x[some % 8, 50 + some] = -9.0  # negative, and each in one token
+        x, weight = x.half().float(), weight.half().float()  # as bitsandbytes would cast them
         large = x.abs() >= threshold
         column = large.any(0)
         exact, qw = x @ weight.T, _rounded(weight)
@@ -456,7 +456,7 @@ def outlier_columns(layer):
             *((sign, _split(x, weight, positive, inside)) for inside in (qw, weight)),
             *((single, small + (x * large) @ inside.T) for inside in (qw, weight)),
         ]
-        allowed = 0.1 * _distance(variants[0], exact)
+        allowed = 0.2 * min(_distance(one, exact) for one in variants)  # fp16 alone makes a tenth
         if min(_distance(found, one) for one in variants) > allowed:
             for hint, wrong in mistakes:
                 require(_distance(found, wrong) > allowed, hint)
