@@ -118,11 +118,11 @@ def test_solutions_are_right_and_print_what_is_committed(chapter):
     """So `make test` need not run the notebooks of solutions, too: they are the code that this
     module has run. `make test-all` runs them."""
     cells = [cell for cell in committed(chapter).cells if cell.cell_type == "code"]
-    stored = {cell.source: cell.outputs for cell in cells}
-    for stub in chapter.stubs:
+    stored, scope = {cell.source: cell.outputs for cell in cells}, dict(chapter.scope)
+    for stub in chapter.stubs:  # a solution may use those before it
         source = script["solved"](stub)
         (output,) = stored.pop(source)
-        text = printed(source, dict(chapter.scope))
+        text = printed(source, scope)
         assert text.startswith("Right: ")
         assert (output.name, output.text) == ("stdout", text)
     assert not any(stored.values())  # the statements of the chapter show nothing
