@@ -73,7 +73,11 @@ def test_what_compute_dtypes_cost(notebook, scope, states):
     assert lost == [0, 0, normal.shape[0]]  # all of one token, in fp16 alone
 
 
-def test_paired_examples(states):
+def test_paired_examples(notebook, states):
+    table = chapters.shown(cell(notebook, "rows = {}\nfor label, score"))
+    assert table["fp4"][1:3] == ["5", "0"]
+    p = {label: float(row[3]) for label, row in table.items() if label}
+    assert [label for label in p if p[label] < 0.05] == ["2 bits in groups"]
     states("0.0625", "0.031")
     assert vk.evaluation.mcnemar(5, 0) == 0.0625
     assert round(vk.evaluation.mcnemar(6, 0), 3) == 0.031
