@@ -87,10 +87,34 @@ def look_first(q, k, v, cache):
     return found
 
 
+def in_blocks(weights, levels, divide=64, largest=lambda b: b.abs().amax(1), bounds=None):
+    """NF4's codes and absmax, with what a mistake changes."""
+    n = weights.numel()
+    blocks = torch.nn.functional.pad(weights.flatten(), (0, -n % divide)).reshape(-1, divide)
+    absmax = largest(blocks)
+    scaled = (blocks / absmax.clamp(min=1e-38)[:, None]).flatten()[:n]
+    bounds = (levels[:-1] + levels[1:]) / 2 if bounds is None else bounds
+    return torch.bucketize(scaled, bounds), absmax
+
+
+def in_steps(rows, dim=1):
+    """Rows rounded to 8 bits, each with a scale; `dim` None for one scale for all."""
+    largest = rows.abs().max() if dim is None else rows.abs().amax(dim, keepdim=True)
+    step = largest.clamp(min=1e-30) / 127
+    return (rows / step).round() * step
+
+
+def apart(x, weight, kept):
+    """The product of the columns of `x` in `kept`, unrounded, and of the others in 8 bits."""
+    rest = in_steps(x[:, ~kept]) @ in_steps(weight[:, ~kept]).T
+    return rest + x[:, kept] @ weight[:, kept].T
+
+
 HELPERS = {"Pooled": Pooled, "falling": falling, "flipped": flipped, "np": np}
 HELPERS |= {"math": math, "tail": tail, "torch": torch, "squares": squares, "weights": weights}
 HELPERS |= {"in_heads": in_heads, "write": write, "write_with_cache": write_with_cache}
 HELPERS |= {"remember": remember, "look_first": look_first, "inf": math.inf}
+HELPERS |= {"in_blocks": in_blocks, "in_steps": in_steps, "apart": apart}
 HELPERS["mirror"] = np.s_[:, :, ::-1]
 
 MISTAKES = {
@@ -222,6 +246,83 @@ MISTAKES = {
         "{'cross_attn_attn_gate'}": "1 of 2 are missing",
         "{n for n, _ in layer.named_parameters()}": "is behind a gate",
         "{'attn_gate'}": "no parameter here is attn_gate",
+    },
+    "NF4 levels": {
+        "lambda offset: torch.linspace(-1, 1, 16)": "no value is exactly zero",
+        "lambda offset: (torch.linspace(-1, 1, 17) ** 3)[:-1]": "should be",
+        "lambda offset: torch.cat([torch.linspace(-1, 0, 8), torch.linspace(0, 1, 9)[1:]])": "even",
+        "lambda offset: torch.special.ndtri(torch.linspace(0, 1, 16))": "not finite",
+        "lambda offset: torch.special.ndtri(torch.linspace(1 - offset, offset, 15))": "15 values",
+        "lambda offset: -levels.flip(0)": "the other way round",
+        "lambda offset: levels * 1.85": "Divide all by the largest",
+        "lambda offset: levels.flip(0)": "sort them",
+        "lambda offset: levels": "with offset 0.93 the second",
+        "lambda offset: print(end='')": "is the `return` missing?",
+        "0.97": "should be a function",
+    },
+    "blocks of 64": {
+        "lambda w, t: in_blocks(w, t, w.numel())": "each block of 64 has its own",
+        "lambda w, t: in_blocks(w, t, w.shape[1])": "(5, 100), 500 weights: there is an absmax for",
+        "lambda w, t: (in_blocks(w, t)[0], in_blocks(w, t)[1][: w.numel() // 64])": "is missing",
+        "lambda w, t: in_blocks(w, t, largest=lambda b: b.amax(1))": "the largest magnitude: take",
+        "lambda w, t: (t[in_blocks(w, t)[0]], in_blocks(w, t)[1])": "these are values",
+        "lambda w, t: in_blocks(w, t)[0]": "should return codes and absmax",
+        "lambda w, t: (w.reshape(-1, 64).argmin(1), 0)": "absmax",
+        "lambda w, t: in_blocks(w, t + 0.1)": "codes are not of the nearest",
+        "lambda w, t: in_blocks(w, t, bounds=t)": "the next level above it",
+        "lambda w, t: in_blocks(w.reshape(-1, 64), t)": "500 weights: your function stops",
+    },
+    "two codes a byte": {
+        "lambda c: c.to(torch.uint8)": "Two codes share a byte",
+        "lambda c: c[:-1:2] * 16 + c[1::2]": "each number is torch.int64",
+        "lambda c: (c[1::2] * 16 + c[:-1:2]).to(torch.uint8)": "the two halves are swapped",
+        "lambda c: (c[:-1:2] * 10 + c[1::2]).to(torch.uint8)": "16 × the first code",
+        "lambda c: (c[: len(c) // 2 * 2 : 2] * 16 + c[1::2]).to(torch.uint8)": "is half empty",
+    },
+    "back to numbers": {
+        "lambda p, a, t, s: t[torch.stack([p >> 4, p & 15], 1).flatten().long()]": "the shape is",
+        "lambda p, a, t, s: t[torch.stack([p >> 4, p & 15], 1).flatten().long()]"
+        "[: s[0] * s[1]].reshape(s)": "these are the levels",
+        "lambda p, a, t, s: (t[torch.stack([p & 15, p >> 4], 1).flatten().long()]"
+        "[: s[0] * s[1]] * a.repeat_interleave(64)[: s[0] * s[1]]).reshape(s)": "are swapped",
+        "lambda p, a, t, s: (t[torch.stack([p >> 4, p & 15], 1).flatten().long()]"
+        "[: s[0] * s[1]] * a[0]).reshape(s)": "Has each block its own absmax?",
+    },
+    "scales of scales": {
+        "lambda a, v: (*in_blocks(a, v, 256), 0.0)": "the mean is that of all absmax",
+        "lambda a, v: (*in_blocks(a, v, 256), a.mean())": "Is the mean taken off",
+        "lambda a, v: (*in_blocks(a - a.mean(), v, 64), a.mean())": "for blocks of 64",
+        "lambda a, v: (*in_blocks(a - a.mean(), v, len(a)), a.mean())": "one scale for all",
+        "lambda a, v: in_blocks(a - a.mean(), v, 256)": "codes and largest and mean",
+    },
+    "a 4-bit layer": {
+        "lambda x, w, d: x.to(d) @ vk.formats.dequantize(w).to(d).T": "give it the dtype of x",
+        "lambda x, w, d: (x.float() @ vk.formats.dequantize(w).T).to(x.dtype)": "Cast both",
+        "lambda x, w, d: x @ vk.formats.dequantize(w).to(x.dtype).T": "not computed in compute",
+        "lambda x, w, d: (vk.formats.dequantize(w).to(d) @ x.to(d).T).to(x.dtype)": "the shape is",
+        "lambda x, w, d: x @ vk.formats.dequantize(w)": "your function stops with RuntimeError",
+    },
+    "8-bit rows": {
+        "lambda x, w: x @ w.T": "nothing was rounded",
+        "lambda x, w: x @ in_steps(w).T": "the inputs were not rounded",
+        "lambda x, w: in_steps(x) @ w.T": "the weights were not rounded",
+        "lambda x, w: in_steps(x, None) @ in_steps(w).T": "one scale for all tokens",
+        "lambda x, w: in_steps(x) @ in_steps(w, None).T": "the weights have one scale",
+        "lambda x, w: in_steps(x, 0) @ in_steps(w, 0).T": "belong to columns",
+        "lambda x, w: (127 * x / x.abs().amax(1, True)).round() @ w.T": "0/0",
+        "lambda x, w: 127 * (in_steps(x) @ in_steps(w).T)": "multiplied by both scales",
+        "lambda x, w: in_steps(w) @ in_steps(x).T": "the shape is",
+    },
+    "outlier columns": {
+        "lambda x, w, t: x @ w.T": "nothing was rounded",
+        "lambda x, w, t: in_steps(x) @ in_steps(w).T": "still comes from its outlier",
+        "lambda x, w, t: in_steps(x * ~(x.abs() >= t).any(0)) @ in_steps(w).T": "never added back",
+        "lambda x, w, t: apart(x, w, (x >= t).any(0))": "only positive outliers",
+        "lambda x, w, t: in_steps(x * (x.abs() < t)) @ in_steps(w).T + "
+        "(x * (x.abs() >= t)) @ w.T": "takes whole columns",
+        "lambda x, w, t: apart(x, w, (x.abs() >= t).all(0))": "comes from its outlier",
+        "lambda x, w, t: apart(x, w, x.abs().amax(0) >= 2)": "reaches the threshold",
+        "lambda x, w, t: apart(x, w, (x.abs() >= t).any(1))": "your function stops with",
     },
     "skip list": {
         "['lm_head']": "the vision_encoder would be in 4 bits",

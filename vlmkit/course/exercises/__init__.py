@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from vlmkit.course.exercises import (  # noqa: F401, they fill EXERCISES
     architecture,
+    few_bits,
     inputs,
     learning,
     rounding,
