@@ -135,8 +135,10 @@ def stubs(notebook):
 
 
 def solved(stub):
-    """The stub's source with the solution in place of its first line, `name = None`."""
-    code, (_, _, rest) = stub.metadata["solution"]["code"], stub.source.partition("\n")
+    """The stub's source with the solution in place of its first statement: `name = None`, or a
+    function without a body."""
+    code, lines = stub.metadata["solution"]["code"], stub.source.splitlines()
+    rest = "\n".join(lines[ast.parse(stub.source).body[0].end_lineno :]).lstrip("\n")
     last = ast.parse(code).body[-1]
     gap = "\n\n\n" if isinstance(last, ast.FunctionDef | ast.ClassDef) else "\n"
     return code + gap + rest
@@ -144,9 +146,10 @@ def solved(stub):
 
 def setting(notebook):
     """The sources of a chapter's cells, with only the statements that the solved stubs need."""
-    first = notebook.cells.index(stubs(notebook)[0])
-    chapter = [cell.source for cell in notebook.cells[:first] if cell.cell_type == "code"]
-    names = Names(ast.parse("\n".join(solved(stub) for stub in stubs(notebook))))
+    asked = stubs(notebook)
+    before = notebook.cells[: notebook.cells.index(asked[-1])]
+    chapter = [c.source for c in before if c.cell_type == "code" and c not in asked]
+    names = Names(ast.parse("\n".join(solved(stub) for stub in asked)))
     modules = set().union(*(imported(source) for source in chapter))
     wanted, known = names.used | names.late - names.defined, set(dir(builtins))
     while True:
@@ -189,7 +192,7 @@ def joined(source, statements):
 def asked(notebook, stub):
     """The text of an exercise, above its stub: from its number on, without its hint."""
     above = notebook.cells[notebook.cells.index(stub) - 1].source
-    begin = re.search(r"^\*\*\d\. ", above, re.M).start()
+    begin = re.search(r"^\*\*\d+\. ", above, re.M).start()
     return re.sub(r"\n*<details>.*?</details>", "", above[begin:], flags=re.S).strip()
 
 
