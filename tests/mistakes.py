@@ -5,6 +5,7 @@ HELPERS, with words that the hint must contain.
 """
 
 import math
+import re
 
 import numpy as np
 import torch
@@ -115,6 +116,7 @@ HELPERS |= {"math": math, "tail": tail, "torch": torch, "squares": squares, "wei
 HELPERS |= {"in_heads": in_heads, "write": write, "write_with_cache": write_with_cache}
 HELPERS |= {"remember": remember, "look_first": look_first, "inf": math.inf}
 HELPERS |= {"in_blocks": in_blocks, "in_steps": in_steps, "apart": apart}
+HELPERS |= {"Pooled": Pooled, "falling": falling, "flipped": flipped, "np": np, "re": re}
 HELPERS["mirror"] = np.s_[:, :, ::-1]
 
 MISTAKES = {
@@ -340,6 +342,28 @@ MISTAKES = {
         "levels * 0.5": "times NF4's error",
         "levels * float('nan')": "not finite numbers",
     },
+    "bytes of NF4": {
+        "lambda n: n // 2 + 4 * (n // 64)": "the 16 values",
+        "lambda n: n // 2 + 64": "the scales are missing",
+        "lambda n: n // 2 + n // 64 + 64": "a scale in fp32",
+        "lambda n: n + 4 * -(-n // 64) + 64": "two codes share",
+        "lambda n: n // 2 + 4 * (n // 64) + 64": "round up",
+        "lambda n: 8 * (n // 2 + 4 * -(-n // 64) + 64)": "these are bits",
+        "lambda n: n / 2 + 99": "it should be 100",
+        "72": "should be a function",
+    },
+    "a KV cache": {
+        "lambda layers, heads, size, n: 2 * layers * heads * size * n": "two vectors",
+        "lambda layers, heads, size, n: layers * heads * size * n": "numbers, not bytes",
+        "lambda layers, heads, size, n: 32 * layers * heads * size * n": "bits",
+        "lambda layers, heads, size, n: 8 * layers * heads * size * n": "not 4",
+        "lambda layers, heads, size, n: 4 * layers * heads * size": "one token",
+        "lambda layers, heads, size, n: 4 * n * heads * size": "one layer",
+        "lambda layers, heads, size, n: 4 * layers * heads * size * n / 1e6": "return bytes",
+        "lambda layers, heads, size, n: 4 * layers * size * n": "one head",
+        "lambda layers, heads, size, n: 4 * layers * heads * n": "bytes are kept",
+        "302e6": "should be a function",
+    },
     "the promised GB": {
         "vk.Plan.parse('nf4-dq')": "head take 2.10 of it. All Linear",
         "vk.Plan.parse('nf4')": "fewer bits of scales",
@@ -351,6 +375,23 @@ MISTAKES = {
         "297": "the weights themselves",
         "475": "a gradient and two moments",
         "118.8": "a whole number",
+    },
+    "with a zero point": {
+        "lambda w, bits, group: w": "different values",
+        "lambda w, b, g: vk.formats.rounding(f'int{b}-g{g}').rounded(w)": "one code stays unused",
+        "lambda w, b, g: vk.formats.rounding(f'int{b}-g128-asym').rounded(w)": "not each group",
+        "lambda w, b, g: w[:, :8]": "the shape is (8, 8)",
+        "lambda w, b, g: w * 0": "n − 1 gaps",
+        "lambda w, b, g: w / 0": "not finite",
+        "lambda w, b, g: None": "should be a tensor",
+        "lambda w: w": "your function stops with TypeError",
+    },
+    "paired test": {
+        "lambda b, a: binomtest(int((b & ~a).sum()), len(b)).pvalue": "all 100 questions",
+        "lambda b, a: 0.5 ** 5": "this is one-sided",
+        "lambda b, a: 0.04": "chi-squared",
+        "lambda b, a: binomtest(int((b & ~a).sum()), int((b != a).sum())).pvalue": "your function",
+        "lambda b, a: 'nothing'": "the answer should be a p",
     },
     "fewer bits": {
         "'int4'": "4.50 bits, and the limit is 3.50",
@@ -459,6 +500,24 @@ MISTAKES = {
         "vk.Plan(language_model='nf4-dq', cross_attention='nf4-dq')": "the head takes 1.05 GB",
         "vk.Plan.parse('nf4-dq')": "the vision encoder should stay in bf16",
         "'nf4-dq'": "a vk.Plan",
+    },
+    "how far it moved": {
+        "lambda s, r: (s - r).norm(dim=-1)": "Divide them",
+        "lambda s, r: (s - r).norm() / r.norm()": "the shape is ()",
+        "lambda s, r: (s - r).norm(dim=-1) / s.norm(dim=-1)": "the new vector's length",
+        "lambda s, r: (s - r).norm(dim=-1) / r.norm()": "everything together",
+        "lambda s, r: (s.norm(dim=-1) / r.norm(dim=-1) - 1).abs()": "compares lengths",
+        "lambda s, r: (s - r).abs().mean(dim=-1)": "other numbers",
+        "lambda s, r: None": "should be a tensor",
+    },
+    "is it named": {
+        "lambda answer, thing, things: thing in answer.lower()": "compare whole words",
+        "lambda answer, thing, things: thing in answer": "upper case",
+        "lambda answer, thing, things: thing in answer.lower().split()": "the plain sentence",
+        "lambda answer, thing, things: thing in re.findall('[a-z]+', answer.lower())": "two things",
+        "lambda answer, thing, things: True": "another thing",
+        "lambda answer, thing, things: None": "should return True or False",
+        "lambda answer: True": "your function stops with TypeError",
     },
     "cells left out": {
         '{"bf16": 88, "nf4": 68}': "the other way round",

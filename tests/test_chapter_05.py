@@ -4,6 +4,8 @@ After a change of pebble's weights, `make benchmark-damage` records again. The t
 say which claims of the chapter are no longer true.
 """
 
+from itertools import permutations, product
+
 import chapters
 import matplotlib
 import pandas as pd
@@ -11,7 +13,7 @@ import pytest
 from chapters import cell
 
 import vlmkit as vk
-from vlmkit.evaluation.statistics import paired_interval
+from vlmkit.evaluation import mcnemar
 
 BENCHMARK = "damage.py"
 VISION, PROJECTOR, LANGUAGE = SINGLE = ("vision_encoder", "projector", "language_model")
@@ -20,7 +22,7 @@ KINDS = 19  # of question, in all tasks
 
 
 class Damage:
-    """damage(scope, format): change in points; .by_chance(...): whether 0 is in its interval."""
+    """damage(scope, format): change in points; .p(...): of the exact paired test."""
 
     def __init__(self, rows):
         self.rows = rows.groupby(["scope", "format"])[["n", "right", "regressions", "fixes"]].sum()
@@ -29,10 +31,14 @@ class Damage:
         row = self.rows.loc[(scope, format)]
         return 100 * (row["fixes"] - row["regressions"]) / row["n"]
 
+    def changed(self, scope, format):
+        return [int(n) for n in self.rows.loc[(scope, format), ["regressions", "fixes"]]]
+
+    def p(self, scope, format):
+        return mcnemar(*self.changed(scope, format))
+
     def by_chance(self, scope, format):
-        row = self.rows.loc[(scope, format)]
-        low, high = paired_interval(row["regressions"], row["fixes"], row["n"])
-        return low <= 0 <= high
+        return self.p(scope, format) >= 0.05
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +60,20 @@ def test_runs_to_its_end_on_another_family(notebook, other_family, monkeypatch):
     chapters.replace(
         notebook,
         ("range(len(questions) * 2 // 3)", "range(6)"),
-        ("atol=2 / n", "atol=0.2"),
-        ("progress=False", f"progress=False, {four}"),
+        ("tried, [scope])", f"tried, [scope], {four})"),
+        ("formats, components)", f"formats, components, {four})"),
         ("processor, questions)", f"processor, questions, {four})"),
+        ("n=360", "n=120"),
     )
-    start = chapters.cell(notebook, "import numpy")
-    asked, _, _ = start.source.replace("n=360", "n=120").rpartition("\n")
-    start.source = asked + (
-        f"\nscores = vk.evaluate(model, processor, questions, {four})"
+    start = chapters.cell(notebook, "components = ")
+    first, last = start.source.split("questions = vk.course.in_its_words", 1)
+    start.source = first + (
+        f"scores = vk.evaluate(model, processor, questions, {four})"
         '\nanswers = scores.answers["predicted"].tolist()'
-        '\nquestions = questions.remove_columns("answer").add_column("answer", answers)'
+        '\nquestions = questions.remove_columns("answer").add_column("answer", answers)\n'
+        + last.partition("\n")[2]
     )
-    assert "int2: most is lost by" in chapters.run(notebook, other_family, monkeypatch)
+    assert "pebble, int2: most is lost by" in chapters.run(notebook, other_family, monkeypatch)
 
 
 def test_the_record_is_complete(benchmark, recorded):
@@ -93,14 +101,21 @@ def test_recorded_bits_and_bytes_are_the_formats(recorded):
             assert set(rows["bits"]) == {round(rounded.effective_bits, 4)}
 
 
-def test_claims_about_four_bits(damage, fine):
-    """In groups, 4 bits cost nothing beyond chance. In other ways they cost the vision encoder."""
+def test_claims_about_four_bits(damage, fine, states):
+    """In groups, 4 bits cost nothing beyond chance; with one step a weight, the vision encoder."""
     for of in (damage, fine):
         for format in ("int8", "nf4", "int4"):
             assert all(of.by_chance(scope, format) for scope in SINGLE), format
-    assert damage(VISION, "fp4") == pytest.approx(-0.5, abs=0.2)  # half a point
-    assert -2 < damage(VISION, "int4-tensor") < -1
-    assert not damage.by_chance(VISION, "fp4") and not damage.by_chance(VISION, "int4-tensor")
+    states(*damage.changed(VISION, "int4-tensor"), f"{damage.p(VISION, 'int4-tensor'):.3f}")
+    states(f"{damage(VISION, 'int4-tensor'):.1f}")
+    undecided = damage.p(VISION, "fp4")
+    states(*damage.changed(VISION, "fp4"), f"{undecided:.2f}", f"{1 / undecided:.0f}")
+    lost, won = damage.changed(VISION, "fp4")
+    assert vk.sensitivity.paired_interval(lost, won, 1000)[1] < 0  # and still p is above 0.05
+
+
+def test_claims_about_the_exact_test(states):
+    states(f"{mcnemar(5, 0):.4f}", f"{1 / mcnemar(5, 0):.0f}", f"{mcnemar(6, 0):.3f}")
 
 
 def test_claims_about_fewer_bits(damage, fine, states):
@@ -109,7 +124,8 @@ def test_claims_about_fewer_bits(damage, fine, states):
     assert damage(VISION, "int2-asym") == pytest.approx(-100 / 6, abs=1)  # a sixth
     assert -50 < fine(VISION, "int2-asym") < -45  # nearly half
     assert damage(LANGUAGE, "int2") == pytest.approx(-25, abs=2)  # a quarter
-    assert fine.by_chance(LANGUAGE, "int2-asym")  # none of the two points
+    assert fine.by_chance(LANGUAGE, "int2-asym")
+    assert damage(VISION, "int2") == pytest.approx(-100 * 2 / 3, abs=3)  # two thirds
 
 
 def test_claims_about_the_rule(damage, fine, states):
@@ -156,7 +172,7 @@ def test_claims_about_the_controls(recorded, damage, states):
     assert worst_and_best(LANGUAGE, VISION) == pytest.approx((-1, -1), abs=0.4)
 
 
-def test_claims_about_other_questions(recorded):
+def test_claims_about_other_questions(recorded, states):
     bits = recorded.groupby("format")["bits"].first()
     assert bits["int2-asym"] - bits["int2"] < 0.05
     seeds = [Damage(rows) for _, rows in recorded.groupby("seed")]
@@ -165,26 +181,30 @@ def test_claims_about_other_questions(recorded):
         for format in ("int3", "int2-asym", "int2"):
             assert min(SINGLE, key=lambda scope: of(scope, format)) == VISION
     assert [of.by_chance(VISION, "int3") for of in seeds] == [False, True, False]
+    states(*seeds[1].changed(VISION, "int3"), f"{seeds[1].p(VISION, 'int3'):.2f}")
+    states(*(f"{of(VISION, 'int3'):.1f}" for of in seeds))
 
 
 @pytest.mark.slow
 def test_claims_about_the_live_figures(notebook):
-    """Figures 2 and 5 again, by the notebook's own cells: two minutes."""
+    """Figures 3 and 8 again, by the notebook's own cells: two minutes."""
     matplotlib.use("agg")
     scope = {}
-    for start in ("import numpy", "formats = ", "picture = ", "few, parts = "):
-        lines = cell(notebook, start).source.splitlines()
-        # One line compares the table with a cell that does not run here.
-        exec("\n".join(line for line in lines if 'cells.loc[("projector"' not in line), scope)
+    starts = ("import pandas", "name = vk.", "components = ", "formats = ", "few, parts = ")
+    for start in starts:
+        exec(cell(notebook, start).source, scope)
     table = scope["table"].set_index(["scope", "format"])
-    chance = (table["low"] <= 0) & (table["high"] >= 0)
+    chance = table["p"] >= 0.05
     assert chance.xs("int4", level="format").all() and chance.xs("int3", level="format").all()
     points = 100 * table["difference"].unstack()
     assert (points[["int2-asym", "int2"]].idxmin() == VISION).all()
     assert not chance[VISION, "int2-asym"]
     assert (points["int2-asym"] - points["int2"] > 5).all()
-    found = pd.concat(scope["parts"]).set_index(["scope", "format"])
-    chance = (found["low"] <= 0) & (found["high"] >= 0)
+    lost, won = (int((a & ~b).sum()) for a, b in permutations((scope["before"], scope["after"])))
+    counts = table.loc[(PROJECTOR, "int2"), ["regressions", "fixes"]]
+    assert tuple(counts) == (lost, won)  # by hand and by `sweep`
+    found = scope["with_outliers"].set_index(["scope", "format"])
+    chance = found["p"] >= 0.05
     assert chance[VISION].all() and chance[LANGUAGE].all()
     for component in (VISION, LANGUAGE):
         points = 100 * found["difference"][f"{component}, outliers"]
@@ -281,3 +301,56 @@ def test_claims_about_outliers(benchmark, states):
         states(f"{times['cobble-bf16', layer, 'mlp.down_proj']:.0f}")
     states(f"{times['pebble'].max():.0f}")
     assert times["pebble"].max() < 24
+
+
+# --- BLIP-2, published ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def blip2():
+    """{quantizer: CIDEr by the bits of the three components}, arXiv 2601.15287."""
+    table = pd.read_csv(chapters.FOLDER / "data" / "05_blip2.csv")
+    return {
+        name: rows.set_index(list(SINGLE))["cider"] for name, rows in table.groupby("quantizer")
+    }
+
+
+def test_the_published_grid_is_complete(blip2):
+    widths = (2, 3, 4, 5, 6, 8, 16)
+    assert set(blip2["AWQ"].index) == set(product(widths, repeat=3))
+    assert set(blip2["GPTQ"].index) == set(product(widths, widths, widths[1:]))
+    assert not any(cider.index.duplicated().any() for cider in blip2.values())
+
+
+def test_claims_about_the_published_grid(blip2, states):
+    errors = {}
+    for name, cider in blip2.items():
+        whole = cider[16, 16, 16]
+        states(f"{whole:.3f}")
+        vision, language = ([cider[b, 16, 16] for b in (3, 4)], [cider[16, 16, b] for b in (3, 4)])
+        assert max(language) < min(vision)  # the language model is the weak component
+        rows = []
+        for v, p, t in cider.index:
+            if min(v, p, t) >= 3:
+                each = (cider[v, 16, 16], cider[16, p, 16], cider[16, 16, t])
+                rows.append((sum(whole - one for one in each), whole - cider[v, p, t]))
+        losses = pd.DataFrame(rows)
+        errors[name] = (losses[0] - losses[1]).abs().mean()
+        states(len(losses), f"{losses.corr().loc[0, 1]:.3f}")
+    states(f"{errors['AWQ']:.3f}", f"{errors['GPTQ']:.2f}")
+    assert errors["GPTQ"] / errors["AWQ"] == pytest.approx(10, abs=1)
+    states(f"{100 * blip2['AWQ'][2, 16, 16] / blip2['AWQ'][16, 16, 16]:.0f}")
+    assert blip2["GPTQ"][2, 16, 16] < 0.01
+
+
+def test_claims_about_the_noise_of_the_published_grid(blip2, states):
+    spread = {}
+    for name, cider in blip2.items():
+        whole = pd.Series([score for key, score in cider.items() if min(key) >= 6])
+        spread[name] = whole.std()
+        above = (whole > cider[16, 16, 16]).mean()
+        assert above > 0.5 if name == "GPTQ" else above < 0.1
+        states(f"{whole.std():.3f}")
+    assert spread["GPTQ"] / spread["AWQ"] == pytest.approx(3, abs=0.2)
+    # Errors of four such scores, three in the sum and one in the joint loss: about 0.05
+    assert 2 * spread["GPTQ"] * (2 / 3.14159) ** 0.5 == pytest.approx(0.05, abs=0.003)

@@ -1,9 +1,12 @@
 """Chapter 06: its record is a copy of the benchmark's, and its claims about the record are true."""
 
+import re
+
 import chapters
 import pandas as pd
 import pytest
 
+import vlmkit as vk
 from vlmkit.catalog.bundled import BUNDLED
 
 BENCHMARK = "recipe.py"
@@ -154,6 +157,20 @@ def test_claims_about_other_widths_and_a_rounded_vision_encoder(every_width, nam
     for wide in (64, 576, 2304):
         for format in ("bf16", "nf4"):
             assert mean["bf16", format, wide, "bf16", format] == pytest.approx(88, abs=0.5)
+
+
+def test_claims_about_another_quantizer(states):
+    """What BLIP-2's language model keeps in 3 bits, in the grid of chapter 05."""
+    grid = pd.read_csv(chapters.FOLDER / "data" / "05_blip2.csv")
+    grid = grid.set_index(["quantizer", "vision_encoder", "projector", "language_model"])["cider"]
+    states(*(f"{100 * grid[q, 16, 16, 3] / grid[q, 16, 16, 16]:.0f}" for q in ("AWQ", "GPTQ")))
+
+
+def test_the_live_digits_show_no_loss_beyond_chance(notebook):
+    """As they were when the chapter was run for the repository."""
+    shown = chapters.cell(notebook, "print(vk.evaluation.paired").outputs[0].text
+    lost, won = (int(number) for number in re.findall(r"(\d+) (?:lost|won)", shown))
+    assert lost < 5 and vk.evaluation.mcnemar(lost, won) > 0.05
 
 
 @pytest.mark.slow

@@ -18,3 +18,9 @@ quiet.py           no progress bars and no advice from the libraries
 storages.py        the tensors behind a quantized weight
 validation.py      dataclasses that check names, with those of other libraries, and types
 """
+
+import logging
+
+# On import, bitsandbytes notes that an optional kernel for products of one row is not installed.
+# Nothing here uses this kernel (see vlmkit.backend.cpu), and a reader cannot act on the note.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -53,9 +53,6 @@ def is_watched():
 def import_bitsandbytes():
     """Import bitsandbytes without its notes, in a third less time. transformers would import it
     anyway. Since bitsandbytes 0.50, until it compiles nothing on import."""
-    # On import it notes that an optional kernel for products of one row is not installed. Nothing
-    # here uses this kernel (see vlmkit.backend.cpu).
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     notes = logging.getLogger("bitsandbytes.autograd._functions")
     if _not_a_cast_note not in notes.filters:
         notes.addFilter(_not_a_cast_note)

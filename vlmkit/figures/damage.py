@@ -21,9 +21,9 @@ def damage(table, worst=None, ax=None):
     A cell holds the change in right answers in percentage points, and below it the 95% interval of
     this change. The cell is bold and framed where the exact paired test (`mcnemar`) finds a change.
 
-    table: DataFrame with a row per scope and format, and columns scope, format, difference, low and
-        high, from -1 to 1, as `vlmkit.sensitivity.sweep` returns. The map keeps the table's order.
-        A cell without a row stays empty.
+    table: DataFrame with a row per scope and format, and columns scope, format, difference, low,
+        high (from -1 to 1), regressions and fixes, as `vlmkit.sensitivity.sweep` returns. The map
+        keeps the order of the table. A cell without a row stays empty.
     worst: the loss in points at the end of the color scale, so that several maps can share a scale;
         by default the largest loss in the table.
 
@@ -50,7 +50,7 @@ def damage(table, worst=None, ax=None):
         look = {"ha": "center", "color": color, "weight": "bold" if certain else "normal"}
         ax.text(x, y - 0.02, _points(row.difference), va="bottom", fontsize=10, **look)
         interval = f"[{_points(row.low)}, {_points(row.high)}]"
-        ax.text(x, y + 0.06, interval, va="top", fontsize=6.5, **look)
+        ax.text(x, y + 0.06, interval, va="top", fontsize=7.5, **look)
         if certain:
             frame = Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, lw=1.6)
             ax.add_patch(frame).set_edgecolor(style.VERMILION)

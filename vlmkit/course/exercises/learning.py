@@ -6,6 +6,7 @@ from vlmkit.course.exercises.answers import (
     Hint,
     exercise,
     function,
+    kind,
     known,
     number,
     of_type,
@@ -139,6 +140,58 @@ def rate(answer, stage):
         right = learning_rate_at(step, stage)
         require(near(step, right), f"{found[step]:.6g} at step {step}, where {right:.6g} is right.")
     return "the same at every step that was tried."
+
+
+@exercise("how far it moved", function)
+def how_far(moved):
+    """A function of two tensors (layers, tokens, width): the length of the difference as a share of
+    the second one's length, for each layer and token."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    reference = (
+        torch.randn(3, 5, 8, generator=generator) * torch.tensor([1.0, 4, 16])[:, None, None]
+    )
+    states = reference + torch.randn(3, 5, 8, generator=generator)
+    found = of_type(moved(states, reference), torch.Tensor, "a tensor")
+    wanted = "(layers, tokens), here (3, 5)"
+    require(found.shape == (3, 5), f"the shape is {(*found.shape,)}; it should be {wanted}.")
+    difference, length = (states - reference).norm(dim=-1), reference.norm(dim=-1)
+    for mistake, hint in (
+        (difference, "these are lengths. Divide them by the length of the reference vector."),
+        (difference / states.norm(dim=-1), "this divides by the new vector's length."),
+        (difference / reference.norm(), "this divides by the length of everything together."),
+        ((states.norm(dim=-1) / length - 1).abs(), "this compares lengths; a turned vector keeps "
+         "its length and has moved all the same."),
+    ):  # fmt: skip
+        require(not torch.allclose(found, mistake), hint)
+    require(torch.allclose(found, difference / length, atol=1e-4), "these are other numbers.")
+    return "each vector is compared with its own length, so that layers can be compared."
+
+
+@exercise("is it named", function)
+def is_it_named(rule):
+    """A function of (answer, thing, things) that is true if a free text names `thing` and none of
+    the other things."""
+    from vlmkit.tasks.real import THINGS
+
+    told = {
+        ("This is a cat.", "cat"): (True, "the plain sentence"),
+        ("Cat", "cat"): (True, "upper case should not matter"),
+        ("A photo of a ship, at sea", "ship"): (True, "punctuation should not matter"),
+        ("a truck", "car"): (False, "it names another thing"),
+        ("a big catfish", "cat"): (False, "a catfish is no cat: compare whole words"),
+        ("a cat or a dog", "cat"): (False, "it names two things, and a guess of two is no answer"),
+        ("What do you see?", "bird"): (False, "it names nothing"),
+    }
+    for (answer, thing), (wanted, why) in told.items():
+        found = rule(answer, thing, THINGS)
+        require(
+            str(found) in ("True", "False"),
+            f"the function should return True or False; for {answer!r} it returns {kind(found)}.",
+        )
+        require(bool(found) == wanted, f"{answer!r} and {thing!r} should be {wanted}: {why}.")
+    return "whole words, whatever their case, and one of the ten things only."
 
 
 @exercise("train where it is used", lambda answer: answer)

@@ -66,6 +66,83 @@ def exact_paired_test(p):
     return "the same as vk.evaluation.mcnemar, for every result that was tried."
 
 
+@exercise("with a zero point", function)
+def with_a_zero_point(rounded):
+    """A function of (weight, bits, group) that rounds each group to 2^bits values between its
+    smallest weight and its largest. It may store a zero point or the smallest weight."""
+    import torch
+
+    from vlmkit.formats import rounding
+
+    for bits, group, shift in ((2, 64, 0.0), (4, 32, 0.0), (3, 16, 1.0)):
+        weight = torch.randn(8, 128, generator=torch.manual_seed(bits)) + shift
+        found = of_type(rounded(weight.clone(), bits, group), torch.Tensor, "a tensor")
+        require(
+            found.shape == weight.shape,
+            f"the shape is {(*found.shape,)}; it should be the weight's, {(*weight.shape,)}.",
+        )
+        require(found.isfinite().all(), "some of the values are not finite numbers.")
+        most = max(len(part.unique()) for part in found.float().round(decimals=5).view(-1, group))
+        require(
+            most <= 2**bits,
+            f"{bits} bits are {2**bits} codes, and a group of {group} has {most} different values. "
+            "Round to whole codes, with a step for each group.",
+        )
+
+        def error(values, weight=weight):
+            return (values - weight).norm().item()
+
+        right = error(rounding(f"int{bits}-g{group}-asym").rounded(weight))
+        plain = error(rounding(f"int{bits}-g{group}").rounded(weight))
+        wide = error(rounding(f"int{bits}-g128-asym").rounded(weight))
+        mine = error(found)
+        if mine > 1.02 * right:
+            times = f"in {bits} bits your error is {mine / right:.1f} times that of a zero point"
+            reject(
+                mine,
+                {
+                    plain: f"{times}: these are codes around zero, and one code stays unused.",
+                    wide: f"{times}: each row has one step, not each group.",
+                },
+                same=lambda one, other: abs(one / other - 1) < 0.01,
+            )
+            raise Hint(f"{times}. With n codes there are n − 1 gaps. Is the low end added again?")
+    return "every code is used, from the smallest weight of a group to the largest."
+
+
+@exercise("paired test", function)
+def paired_test(p_of):
+    """A function of (before, after), arrays of right and wrong answers, that returns the two-sided
+    p of the exact paired test."""
+    import numpy as np
+    from scipy.stats import binomtest
+
+    for lost, won, right, wrong in ((5, 0, 60, 35), (6, 0, 10, 4), (3, 12, 40, 5), (0, 0, 5, 5)):
+        before = np.repeat([True, False, True, False], [lost, won, right, wrong])
+        after = np.repeat([False, True, True, False], [lost, won, right, wrong])
+        changed, n = lost + won, len(before)
+        told = f"{lost} lost and {won} won of {n}"
+        if not changed:
+            found = p_of(before, after)
+            real = isinstance(found, (int, float, np.floating)) and not isinstance(found, bool)
+            require(real and found == 1, f"{told}: nothing changed, so p is 1.")
+            continue
+        found = number(p_of(before, after), "a p")
+        exact = binomtest(lost, changed).pvalue
+        if abs(found - exact) > 1e-6:
+            mistakes = {
+                exact / 2: "this is one-sided. A coin can be uneven in both directions: double it.",
+                binomtest(lost, n).pvalue: f"{told}: all {n} questions are counted. Only the "
+                "answers that changed are tosses of the coin.",
+            }
+            reject(found, mistakes, same=lambda one, other: abs(one - other) < 1e-9)
+            raise Hint(
+                f"{told}: {found:.4f}, and a fair coin gives {exact:.4f}. (Approximations such as "
+                "chi-squared need many changed answers.)"
+            )
+    return "only the changed answers count, and the test is exact however few they are."
+
+
 @exercise("how many questions", number, "a number of questions")
 def how_many(found, half, changed):
     """Questions for a 95% interval of plus and minus `half`, within 1%, if a share `changed` of the

@@ -1,8 +1,70 @@
 """Exercises on bytes: plans, skip lists, ranks that fit, what an allocator gives out."""
 
-from vlmkit.course.exercises.answers import below, exercise, of_type, plan, require, whole
+from vlmkit.course.exercises.answers import (
+    below,
+    exercise,
+    function,
+    number,
+    of_type,
+    plan,
+    reject,
+    require,
+    whole,
+)
 
 MEBIBYTE = 2**20
+
+
+@exercise("bytes of NF4", function)
+def nf4_bytes(count):
+    """A function of the number of weights of a layer: its bytes in NF4, with a table of values."""
+    for n in (64, 4096 * 4096, 1000, 65):
+        found = number(count(n), "a number of bytes")
+        codes, scales, table = -(-n // 2), 4 * -(-n // 64), 64
+        mistakes = {
+            codes + scales: "the 16 values of the codes are missing, 4 bytes each.",
+            codes + table: "the scales are missing, 4 bytes for each block of 64.",
+            codes + scales // 4 + table: "a scale in fp32 takes 4 bytes.",
+            codes + scales + 16: "the 16 values are in fp32, 4 bytes each.",
+            n + scales + table: "two codes share a byte.",
+            4 * n + scales + table: "a code takes 4 bits, not 4 bytes.",
+            n // 2 + 4 * (n // 64) + table: f"for {n} weights, the last block or the last code is "
+            "left out: round up.",
+            8 * (codes + scales + table): "these are bits; a byte has 8.",
+        }
+        right = codes + scales + table
+        mistakes.pop(right, None)  # some mistakes do not show in a round number of weights
+        reject(found, mistakes)
+        require(found == right, f"for {n:,} weights it returns {found:,g}; it should be {right:,}.")
+    return "4.5 bits a weight where a layer is large, and a table that only small layers notice."
+
+
+@exercise("a KV cache", function)
+def kv_cache(count):
+    """A function of (layers, heads, head_size, tokens): the bytes of keys and values in bf16."""
+    mistakes = {
+        2: "keys *and* values are kept: two vectors.",
+        4: "these are numbers, not bytes, of one vector: key and value, 2 bytes a number.",
+        1 / 8: "these are bits; a byte has 8.",
+        1 / 2: "a number in bf16 takes 2 bytes, not 4.",
+    }
+    for layers, heads, size, tokens in ((3, 5, 7, 11), (32, 32, 128, 576), (28, 4, 128, 999)):
+        told = f"{layers} layers, {heads} heads of {size} and {tokens} tokens"
+        found = number(count(layers, heads, size, tokens), "a number of bytes")
+        right = 4 * layers * heads * size * tokens
+        require(found > 0, f"for {told} your function returns {found:g}.")
+        ratio = right / found
+        reject(
+            ratio,
+            mistakes
+            | {tokens: "this is one token.", layers: "this is one layer."}
+            | {heads: "this is one head."},
+            same=lambda one, other: abs(one / other - 1) < 1e-6,
+        )
+        units = abs(ratio / 1e6 - 1) < 1e-6 or abs(ratio / 2**20 - 1) < 1e-6
+        require(not units, "these are MB; return bytes.")
+        require(ratio == 1, f"for {told} it returns {found:,g}, and {right:,} bytes are kept.")
+    return "LLaVA-1.5-7B keeps 524,288 bytes for each token, so 302 MB for a picture."
 
 
 @exercise("projector kept", plan)
