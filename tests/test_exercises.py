@@ -100,8 +100,8 @@ def committed(chapter):
     return nbformat.read(script["FOLDER"] / chapter.path.name, as_version=4)
 
 
-def test_has_two_or_three_with_their_effort(chapter):
-    assert 2 <= len(chapter.stubs) <= 3
+def test_has_at_least_two_with_their_effort(chapter):
+    assert len(chapter.stubs) >= 2
     for number, stub in enumerate(chapter.stubs, 1):
         text = script["asked"](chapter.notebook, stub)
         assert text.startswith(f"**{number}. ") and " minutes)*" in text

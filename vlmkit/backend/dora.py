@@ -7,6 +7,8 @@ the weight of a layer itself, in every pass.
 import contextlib
 from unittest import mock
 
+from vlmkit.backend.quiet import import_bitsandbytes
+
 
 def keep_scales(model):
     """Let `model` have DoRA on int8 layers of a CPU.
@@ -30,6 +32,7 @@ def without_data():
     """In this context, DoRA also works on the layers that `vlmkit.memory` makes without data: peft
     recognizes a quantized weight by its class, which they do not have. Layers with data are treated
     as before."""
+    import_bitsandbytes()  # without its notes; peft imports it
     from peft.tuners.lora import dora
 
     copied, dequantized = dora.deepcopy, dora.dequantize_module_weight

@@ -29,7 +29,7 @@ def _quiet(bars):
     with without_garbage_collection():
         from transformers.utils import logging as transformers_logging
 
-        _import_bitsandbytes()
+        import_bitsandbytes()
     verbosity = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -50,7 +50,7 @@ def is_watched():
     return "ipykernel" in sys.modules or bool(sys.stderr and sys.stderr.isatty())
 
 
-def _import_bitsandbytes():
+def import_bitsandbytes():
     """Import bitsandbytes without its notes, in a third less time. transformers would import it
     anyway. Since bitsandbytes 0.50, until it compiles nothing on import."""
     # On import it notes that an optional kernel for products of one row is not installed. Nothing
@@ -65,6 +65,25 @@ def _import_bitsandbytes():
     # run as well without it.
     with environment("TORCHDYNAMO_DISABLE", "1"), contextlib.suppress(ImportError):
         importlib.import_module("bitsandbytes")  # if it is missing, a quantized plan says so
+
+
+@contextlib.contextmanager
+def without_native_notes():
+    """Within it, what libraries in C++ write to stderr is dropped. Python's own stderr, where it is
+    another file, is not touched.
+
+    Since torch 2.13 its profiler writes a line when it starts and one when it stops, which a
+    notebook shows in red. Until it stops doing so.
+    """
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @contextlib.contextmanager
