@@ -430,6 +430,14 @@ MISTAKES = {
         "second[:3]": "the shape should be (64, 128)",
         "second * float('nan')": "not finite",
     },
+    "tokens of a picture": {
+        "lambda w, h: (w // 28) * (h // 28)": "not down",
+        "lambda w, h: -(-w // 28) * -(-h // 28)": "not up",
+        "lambda w, h: round(w * h / 784)": "not the area",
+        "lambda w, h: 4 * round(w / 28) * round(h / 28)": "Four patches",
+        "lambda w, h: 576": "multiples of 28",
+        "2772": "a function",
+    },
     "what fits": {
         "1148": "A side is rounded to whole tokens",
         "1743": "MB, and the budget is 100",
@@ -450,6 +458,12 @@ MISTAKES = {
         "[0, 1, 2]": "these are 3",
         "[0, 0, 1, 1]": "farther apart",
         "[0, 4]": "the frames 0 to 3",
+    },
+    "only the projector": {
+        "lambda model: None": "would learn as well",
+        "lambda model: model.requires_grad_(False)": "the projector would not learn",
+        "lambda model: model.requires_grad_(True)": "language_model",
+        "'projector'": "a function",
     },
     "who is passed": {
         "dict.fromkeys(first_stages, ['projector'])": "language_model is frozen, but lies between",
@@ -488,7 +502,14 @@ MISTAKES = {
         "'red'": "has 3 letters",
         "['ring']": "a str; this is a list",
     },
-    "a hole of a mebibyte": {
+    "a cache with windows": {
+        "lambda n, windows: (sum(min(n, w or n) for w in windows), 0)": "the whole prompt is still",
+        "lambda n, windows: (n * len(windows), (n + 1) * len(windows))": "no more tokens than the",
+        "lambda n, windows: (n * len(windows), sum(min(n, w or n) for w in windows))": "new token",
+        "lambda n, windows: n * len(windows)": "two numbers",
+        "1024": "a function",
+    },
+    "a wasted mebibyte": {
         "2**20": "segments are small ones",
         "10 * 2**20 + 1": "becomes a block of its own",
         "20 * 2**20": "less than 1 MiB to spare",

@@ -12,7 +12,7 @@ from vlmkit.errors import SizeError
 from vlmkit.memory.allocator import CachingAllocator
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
-RECORDED = json.loads((RESULTS / "nvidia-h200-2026-11-29.json").read_text(encoding="utf-8"))
+RECORDED = json.loads((RESULTS / "nvidia-h200-2026-11-30.json").read_text(encoding="utf-8"))
 MiB = 2**20
 
 
@@ -99,14 +99,15 @@ def test_what_a_load_is_given(row):
 
 def test_the_recorded_run_is_whole_and_within_its_bounds():
     assert "failures" not in RECORDED and "H200" in RECORDED["machine"]["device"]
-    assert len(RECORDED["loads"]) == 16 and len(RECORDED["passes"]) == 32
+    assert len(RECORDED["loads"]) == 28 and len(RECORDED["passes"]) == 56
     for row in RECORDED["passes"]:
         assert row["cache"] == row["predicted_cache"]
         for what in ("prefill", "decode"):
             assert row[f"predicted_{what}"] == pytest.approx(row[what], rel=0.10)
-    for row in RECORDED["steps"]:
-        assert row["predicted_peak"] == pytest.approx(row["peak"], rel=0.10)
-        assert row["predicted_step"] == pytest.approx(row["step"], rel=0.10)
+    predicted = [row for row in RECORDED["steps"] if not row["hook"]]
+    assert len(predicted) == 4
+    for row in predicted:
+        assert row["predicted_step"] == pytest.approx(row["step"], rel=0.02)
     for row in RECORDED["quantizer"]:
         assert row["codes_that_differ"] == row["scales_that_differ"] == 0
 

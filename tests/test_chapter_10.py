@@ -3,12 +3,16 @@
 The chapter trains pebble, so it does not run on another family.
 """
 
+import re
+from pathlib import Path
+
 import chapters
 import pandas as pd
 import pytest
+from chapters import cell
 
 import vlmkit as vk
-from vlmkit.models import pebble
+from vlmkit.models import cobble, pebble
 from vlmkit.models.pebble import connecting
 
 BENCHMARK = "stages.py"
@@ -91,27 +95,61 @@ def test_claims_about_the_two_runs(logs, states):
         assert 0.4 < colors["instruct"] < 0.6 and colors["lookups"] > 0.8
 
 
-def test_claims_about_the_recipes(recorded, ends):
+def test_claims_about_the_recipes(recorded, ends, states):
+    """Differences between recipes are judged by those between two seeds of one recipe."""
     table = ends[ends["task"] == "all"].set_index(["recipe", "seed"])
-
-    def overlap(name, other, seed):
-        a, b = table.loc[(name, seed)], table.loc[(other, seed)]
-        return a["low"] < b["high"] and b["low"] < a["high"]
-
-    # Without the vision stage a recipe is worse than all others, in both seeds.
-    without = table.xs("no vision stage")["high"].max()
-    assert without < table.drop("no vision stage", level="recipe")["low"].min()
+    points = 100 * table["accuracy"].unstack()
+    seeds = points[0].sub(points[1]).abs()
+    means = points.mean(axis=1)
+    behind = means["LLaVA"] - means
+    assert behind["no vision stage"] > 2.5 * seeds.max()
+    states(f"{means['no vision stage']:.0f}", f"{means['LLaVA']:.0f}")
     # Behind a random language model the projector alone learns nothing; later it catches up.
     blind = recorded.query("recipe == 'no text stage' and steps == 150")
     assert len(blind) > 10 and (blind.loc[blind["n"].notna(), "accuracy"] == 0).all()
-    for seed in (0, 1):
-        assert overlap("LLaVA", "no text stage", seed)
-        assert overlap("LLaVA", "no projector stage", seed)
-    # To train the encoder too does not help. Qwen-VL's seeds differ by more than an interval.
-    means = table.groupby("recipe")["accuracy"].mean()
+    for recipe in ("no text stage", "no projector stage"):
+        assert behind[recipe] < seeds.max()
+    # Points between rounded means, as a reader subtracts them from the table.
+    rounded = means.round()
+    points = rounded["LLaVA"] - rounded
+    states(*(int(points[f"no {part} stage"]) for part in ("text", "projector")))
+    # To train the encoder too does not help. Qwen-VL's seeds are five points apart.
     assert means[["Qwen-VL", "vision encoder learns too"]].max() < means["LLaVA"]
-    qwen = table.loc["Qwen-VL"]
-    assert qwen["accuracy"].diff().abs().max() > (qwen["high"] - qwen["low"]).max()
+    assert seeds.idxmax() == "Qwen-VL" and 5 < seeds.max() < 6
+
+
+def test_the_first_steps_are_those_of_the_run(notebook):
+    """The reader's losses, which the chapter's own cell printed, are the run's within 10%."""
+    lines = "".join(o.text for o in cell(notebook, "log = pd.read_csv").outputs).splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        yours, run = (float(n) for n in re.findall(r"\d+\.\d+", line))
+        assert yours == pytest.approx(run, rel=0.1)
+
+
+def test_a_step_changes_the_projector_alone(notebook):
+    changed = "".join(o.text for o in cell(notebook, "short = ").outputs).split()[1:]
+    assert changed and all("multi_modal_projector" in name for name in changed)
+
+
+def test_numbers_about_cobble(states):
+    """As in its model card, its log and its record."""
+    folder = Path(cobble.__file__).parent
+    card = (folder / "MODEL_CARD.md").read_text("utf-8")
+    rows = [line.strip("|").split("|") for line in card.splitlines() if line.startswith("| ")]
+    rows = {row[0].strip(): [part.strip() for part in row] for row in rows}
+    for stage in ("teacher", "vision_encoder", "projector-nf4", "chat"):
+        states(*(rows[stage][column].replace(",", "") for column in (2, 5)))
+    names = ("vision_encoder", "projector", "language_model")
+    vision, projector, language = (int(rows[f"`{n}`"][2].replace(",", "")) / 1e6 for n in names)
+    states(f"{vision + projector:.1f}", f"{language:.1f}")
+    log = pd.read_csv(folder / "training_log.csv").set_index(["stage", "step"])["right"]
+    states(f"{100 * log['projector-nf4', 1200]:.0f}")
+    asked = pd.read_csv(chapters.FOLDER.parent / "benchmarks" / "results" / "cobble.csv")
+    share = (100 * asked["right"] / asked["n"]).set_axis([asked["state"], asked["task"]])
+    assert share["cobble", "photographs: facts"] == 0
+    for task in ("photographs: facts", "easy-VQA"):
+        states(f"{share['cobble-chat', task]:.1f}")
 
 
 def test_numbers_about_the_lessons(recorded, logs, states):

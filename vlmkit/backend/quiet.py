@@ -65,6 +65,25 @@ def import_bitsandbytes():
 
 
 @contextlib.contextmanager
+def without_native_notes():
+    """Within it, what libraries in C++ write to stderr is dropped. Python's own stderr, where it is
+    another file, is not touched.
+
+    Since torch 2.13 its profiler writes a line when it starts and one when it stops, which a
+    notebook shows in red. Until it stops doing so.
+    """
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
 def environment(name, value):
     """Within it, the environment variable `name` has this value."""
     before = os.environ.get(name)

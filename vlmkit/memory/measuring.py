@@ -1,6 +1,7 @@
 """Measuring: what a model, its optimizer and its cache hold, and what a call holds at most."""
 
 from vlmkit.anatomy import component_finder, is_adapter, plain_name, unwrapped
+from vlmkit.backend.quiet import without_native_notes
 from vlmkit.backend.storages import Storages, state_tensors
 from vlmkit.memory.cache import measured_cache
 from vlmkit.memory.ledger import ADAPTER, BUFFER, GRADIENT, OPTIMIZER, STATE, Ledger
@@ -89,8 +90,14 @@ def measure_peak(function):
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with without_native_notes():
+        profiler.start()
+    try:
         function()
+    finally:
+        with without_native_notes():
+            profiler.stop()
     events = profiler.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     live = most = 0

@@ -3,6 +3,27 @@
 from vlmkit.course.exercises.answers import Hint, exercise, function, kind, of_type, require, whole
 
 
+@exercise("tokens of a picture", function)
+def tokens_of_a_picture(count, name):
+    """A function of (width, height) in pixels that returns how many tokens `name` makes of them."""
+    from vlmkit.memory import visual_tokens
+
+    for size in ((1240, 1754), (280, 280), (640, 360), (97, 1500), (1024, 768)):
+        found = whole(count(*size), "a number of tokens", least=0)
+        right = visual_tokens(name, size).tokens
+        width, height = size
+        down, up = (width // 28) * (height // 28), (-width // 28) * (-height // 28)
+        hints = {
+            down: "Sides are rounded to the nearest multiple, not down.",
+            up: "Sides are rounded to the nearest multiple, not up.",
+            round(width * height / 28**2): "Each side is rounded by itself, not the area.",
+            4 * right: "Four patches of 14 × 14 pixels become one token.",
+        }
+        hint = hints.get(found, "Round each side to multiples of 28 pixels.")
+        require(found == right, f"{width} × {height} pixels are {right:,}, not {found:,}. {hint}")
+    return "each side is rounded to a multiple of 28 pixels, and 28 × 28 pixels are one token."
+
+
 @exercise("what fits", whole, "a number of pixels")
 def what_fits(side, cost, mb):
     """The side in pixels of the largest square picture whose keys and values take no more than

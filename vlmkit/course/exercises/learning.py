@@ -223,3 +223,26 @@ def train_where_it_is_used(model, processor, digits):
     require(not other, f"not only the projector was trained, but also {len(other)} other tensors.")
     require(right >= 0.8 * n, f"it reads {right} of {n}. More steps, or a higher rate?")
     return "it reads more than four of five. So few digits are enough to connect what is there."
+
+
+@exercise("only the projector", function)
+def only_the_projector(freeze, model):
+    """A function that gets a model and lets its projector learn, and nothing else."""
+    from vlmkit.anatomy import anatomy_of
+
+    component_of = anatomy_of(model).component_of
+    for start in (True, False):  # what learned before must not matter
+        trial = copy.deepcopy(model)
+        trial.requires_grad_(start)
+        given = freeze(trial)
+        trial = trial if given is None or not hasattr(given, "named_parameters") else given
+        learns = {True: set(), False: set()}
+        for name, parameter in trial.named_parameters():
+            learns[parameter.requires_grad].add(component_of(name))
+        others = ", ".join(sorted(learns[True] - {"projector"}))
+        require(not others, f"{others} would learn as well, if all of the model learned before.")
+        require(
+            "projector" not in learns[False],
+            "the projector would not learn, or not all of it, if the model was frozen before.",
+        )
+    return "the projector learns, and nothing else, whatever learned before."

@@ -159,8 +159,8 @@ def skip_list(answer, name, config):
     return "full names. Another family has others, and there this list would protect nothing."
 
 
-@exercise("a hole of a mebibyte", whole, "a number of bytes")
-def hole(size):
+@exercise("a wasted mebibyte", whole, "a number of bytes")
+def wasted(size):
     """A size for which an empty allocator gives out at least 1 MiB more."""
     from vlmkit.memory.allocator import CachingAllocator
 
@@ -176,6 +176,33 @@ def hole(size):
         f"{given:,} bytes for {size:,}. A rest of 1 MiB stays with the block, and nobody else can "
         "use it: this is the most that rounding costs a large tensor."
     )
+
+
+@exercise("a cache with windows", function)
+def windows_in_a_cache(count):
+    """A function of (prompt, windows) that returns the tokens that all layers keep right after a
+    prompt, and after one more token. A window of None: the layer attends to everything."""
+    for prompt, windows in ((2176, [1024] * 29 + [None] * 5), (10, [None] * 3), (7, [8, 4, None])):
+        found = count(prompt, list(windows))
+        require(
+            isinstance(found, tuple | list) and len(found) == 2,
+            "it should return two numbers: right after the prompt, and after one more token.",
+        )
+        now, later = (whole(part, "two numbers of tokens", least=0) for part in found)
+        layers = f"{len(windows)} layers, a prompt of {prompt:,} tokens"
+        cut = {sum(min(prompt, (w or prompt) - less) for w in windows) for less in (0, 1)}
+        hint = f"{layers}: {now:,} tokens right after the prompt are not what is kept."
+        if now in cut:
+            hint += " A window is a view then, and the whole prompt is still behind it."
+        require(now == prompt * len(windows), hint)
+        right = sum(prompt + 1 if w is None else min(prompt + 1, w) for w in windows)
+        hint = f"{layers}: {later:,} tokens after one more are not what is kept."
+        if later > right:
+            hint += " Now a layer with a window keeps no more tokens than the window has."
+        elif later < right:
+            hint += " The new token is kept as well, and some prompts are shorter than a window."
+        require(later == right, hint)
+    return "the whole prompt in every layer, and after one more token only what the windows need."
 
 
 @exercise("twelve gigabytes", plan)
