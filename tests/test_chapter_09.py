@@ -28,7 +28,7 @@ def printed(cell):
 
 @pytest.mark.slow  # chapter 01 covers this kind of test
 def test_runs_to_its_end_on_another_family(notebook, other_family, monkeypatch):
-    chapters.replace(notebook, ("few, rows = 20", "few, rows = 2"))
+    chapters.replace(notebook, ("20, least=2", "2, least=2"))
     assert "Backwards:" in chapters.run(notebook, other_family, monkeypatch)
 
 
