@@ -17,6 +17,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import assignments  # noqa: E402
 import solutions  # noqa: E402
 
+from vlmkit.course.exercises import attempted  # noqa: E402
+
 CHAPTERS = sorted(solutions.CHAPTERS.glob("[0-9][0-9]_*.ipynb"))
 NBGRADER = os.environ.get("NBGRADER") or shutil.which("nbgrader")
 
@@ -35,7 +37,10 @@ def test_an_assignment_has_an_answer_and_a_locked_check_for_each_exercise(path):
     checks = [cell for cell in notebook.cells if cell.metadata["nbgrader"]["grade"]]
     assert len(answers) == len(checks) == len(stubs(path))
     for answer, check in zip(answers, checks, strict=True):
-        assert answer.source.partition("\n")[0].split("=")[1].split()[0] == "None"
+        first = answer.source.partition("### BEGIN SOLUTION\n")[0]
+        scope = {}
+        exec(first, scope)  # `name = None`, or a function without a body
+        assert not any(map(attempted, (v for name, v in scope.items() if name[:2] != "__")))
         assert "### BEGIN SOLUTION\n" in answer.source and solutions.CHECK not in answer.source
         assert check.source.count(f"assert {solutions.CHECK}") == 1
         assert check.metadata["nbgrader"]["locked"] and check.metadata["nbgrader"]["points"] > 0
