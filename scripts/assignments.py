@@ -28,6 +28,12 @@ COURSE = ROOT / "build" / "nbgrader"
 FILES = {'"../data/': "notebooks/data", '"../benchmarks/results': "benchmarks/results"}
 """Folders that the cells of an assignment may read, by the text that names them in the cells."""
 
+TO_STDOUT = """\
+# nbgrader gives no points for a cell that writes to stderr, as warnings and progress bars do.
+import sys
+
+sys.stderr = sys.stdout"""
+
 CONFIG = """# Made by `make assignments`. Set the name of your course here.
 c = get_config()
 c.CourseDirectory.course_id = "vlmkit"
@@ -78,7 +84,7 @@ def assignment(path):
             "not change the other cells."
         )
     ]
-    for source in solutions.setting(chapter):
+    for source in (TO_STDOUT, *solutions.setting(chapter)):
         cells.append(v4.new_code_cell(source))
     for cell in cells:
         cell.metadata.update(metadata("", locked=True))

@@ -33,6 +33,8 @@ def test_an_assignment_has_an_answer_and_a_locked_check_for_each_exercise(path):
     nbformat.validate(notebook)
     kinds = [cell.metadata["nbgrader"] for cell in notebook.cells]
     assert len({kind["grade_id"] for kind in kinds}) == len(kinds)
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    assert "sys.stderr = sys.stdout" in first.source  # a warning costs no points
     answers = [cell for cell in notebook.cells if cell.metadata["nbgrader"]["solution"]]
     checks = [cell for cell in notebook.cells if cell.metadata["nbgrader"]["grade"]]
     assert len(answers) == len(checks) == len(stubs(path))
