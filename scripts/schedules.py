@@ -17,7 +17,7 @@ WORDS = {"half an hour": 30, "an hour": 60, "one hour": 60, "two hours": 120, "t
 WORDS |= {"three quarters of an hour": 45, "an hour and a half": 90, "one and a half hours": 90}
 
 TWO_HOURS = [("talk", 5, "one idea: components and a plan; predictions are written down")]
-TWO_HOURS += [("00", "read"), ("00", "exercises"), ("break", 10), ("04", "read")]
+TWO_HOURS += [("00", "read"), ("break", 10), ("04", "read")]
 DAY = [("00", "read"), ("00", "exercises"), ("break", 15), ("01", "read"), ("03", "read")]
 DAY += [("lunch", 60), ("04", "read"), ("05", "read"), ("break", 15), ("08", "read")]
 DAY += [("talk", 20, "predictions of the day against results; what holds for your model?")]
@@ -51,15 +51,16 @@ def chapters():
         notebook = nbformat.read(times.NOTEBOOKS / f"{name}.ipynb", as_version=4)
         card = notebook.cells[0].source
         time = re.search(r"\*\*Time\.\*\*.*", card, re.S)[0]
-        reading = re.search(r"\breading\b[^,.;]*,\s*([^.;,]+)", time)
+        reading = re.search(r"\breading( and exercises)?(?:,| takes?)\s+([^.;,]+)", time, re.I)
         if not reading:
             raise ValueError(f"the card of {name} does not say how long reading takes: {time!r}")
         texts = [solutions.asked(notebook, stub) for stub in solutions.stubs(notebook)]
+        exercises = sum(int(re.search(r"\*\((\d+) minutes?", text)[1]) for text in texts)
         found[name[:2]] = {
             "name": name,
             "title": re.search(r"^\*Chapter \d+\. (.+?)\.\*", card, re.M)[1],
-            "read": minutes(reading[1]),
-            "exercises": sum(int(re.search(r"\*\((\d+) minutes?", text)[1]) for text in texts),
+            "read": minutes(reading[2]) - (exercises if reading[1] else 0),
+            "exercises": exercises,
             "run": times.said_by_card(card),
         }
     return found
