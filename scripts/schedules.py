@@ -50,7 +50,7 @@ def chapters():
     for name in times.chapters():
         notebook = nbformat.read(times.NOTEBOOKS / f"{name}.ipynb", as_version=4)
         card = notebook.cells[0].source
-        time = re.search(r"\*\*Time\.\*\*.*", card, re.S)[0]
+        time = re.search(r"\*\*Time\.\*\* .*", " ".join(card.split()))[0]
         reading = re.search(r"\breading( and exercises)?(?:,| takes?)\s+([^.;,]+)", time, re.I)
         if not reading:
             raise ValueError(f"the card of {name} does not say how long reading takes: {time!r}")
