@@ -505,7 +505,7 @@ MISTAKES = {
         "lambda W, A, B, r, alpha: W.add_(alpha / r * B @ A)": "changes W itself",
         "lambda W, A, B, r, alpha: (W + alpha / r * B @ A).T": "has the shape (5, 4)",
         "lambda W, A, B, r, alpha: W - alpha / r * B @ A": "the shape is right",
-        "lambda W, A, B, r, alpha: None": "a tensor",
+        "lambda W, A, B, r, alpha: 3": "a tensor",
     },
     "mix old into new": {
         "lambda new, old, share: new + old[:20]": "on one side",
