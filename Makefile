@@ -21,7 +21,7 @@ nbval := --nbval --nbval-current-env --nbval-cell-timeout=1800 notebooks
 as_root := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab site times browser test test-all test-oldest test-newest lint format benchmark-pebble benchmark-cobble benchmark-recipe benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity benchmark-damage benchmark-budgets benchmark-finetuning benchmark-domains benchmark-stages benchmark-gpu benchmark-several-gpus benchmark-class benchmark-skip-lists benchmark-quantizers solutions assignments slides releases clean
+.PHONY: help setup lab site times browser test test-all test-oldest test-newest lint format benchmark-pebble benchmark-cobble benchmark-recipe benchmark-connectors benchmark-loading benchmark-memory benchmark-sensitivity benchmark-damage benchmark-budgets benchmark-finetuning benchmark-lora-on-vqa benchmark-stages benchmark-gpu benchmark-several-gpus benchmark-class benchmark-skip-lists benchmark-quantizers solutions assignments slides releases clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "make %-22s %s\n", $$1, $$2}'
@@ -94,8 +94,8 @@ benchmark-damage: setup ## record for chapter 05 what pebble, or cobble, loses i
 benchmark-budgets: setup ## record for chapter 07 what layers lose, and planned and uniform formats
 	$(quietly) $(python) benchmarks/budgets.py $(BENCHMARK_ARGS)
 
-benchmark-domains: setup ## record for chapter 08 which component learns a new domain
-	$(quietly) $(python) benchmarks/domains.py $(BENCHMARK_ARGS)
+benchmark-lora-on-vqa: setup ## record for chapter 08 which component has to learn easy-VQA
+	$(quietly) $(python) benchmarks/lora_on_vqa.py $(BENCHMARK_ARGS)
 
 benchmark-stages: setup ## train chapter 10's recipes, each with a stage left out or changed
 	$(quietly) $(python) benchmarks/stages.py $(BENCHMARK_ARGS)

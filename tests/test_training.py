@@ -63,8 +63,9 @@ def test_a_run(rows, tmp_path, capfd):
     model, processor = adapted()
     before = trained(model)
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    asked = [row | {"task": "ab"[n % 2]} for n, row in enumerate(rows.select(range(6)))]
     run = vk.finetuning.train(
-        model, processor, rows, tmp_path, eval_dataset=rows.select(range(6)), max_steps=4,
+        model, processor, rows, tmp_path, eval_dataset=asked, max_steps=4,
         per_device_train_batch_size=2, gradient_accumulation_steps=2, eval_steps=2,
         learning_rate={"projector": 1e-4, "language_model": 1e-3},
     )  # fmt: skip
@@ -72,6 +73,9 @@ def test_a_run(rows, tmp_path, capfd):
     assert run.curve.columns.tolist() == ["step", "loss", "learning_rate", "grad_norm"]
     assert run.evaluations["step"].tolist() == [2, 4]
     assert (run.evaluations["low"] <= run.evaluations["accuracy"]).all()
+    by_task = vk.evaluate(model, processor, asked).by_task["accuracy"].add_prefix("accuracy_")
+    assert by_task.to_dict() == run.evaluations.iloc[-1].filter(like="accuracy_").to_dict()
+    assert set(by_task.index) == {"accuracy_a", "accuracy_b"}
     assert run.no_gradient.empty and run.skipped == {} and run.model is model
     after = trained(model)
     assert all(not torch.equal(before[n], after[n]) for n in before if "lora_A" not in n)

@@ -37,8 +37,9 @@ class Run:
     model: the model that was given, trained.
     curve: DataFrame with a row per step: step, loss, learning_rate, grad_norm.
     evaluations: DataFrame with a row per evaluation: step, loss (the mean over all answer tokens of
-        eval_dataset), accuracy of the generated answers, and its 95% interval, low and high; empty
-        without an eval_dataset.
+        eval_dataset), accuracy of the generated answers, and its 95% interval, low and high; if
+        the rows are of several tasks, also accuracy_TASK for each; empty without an
+        eval_dataset.
     no_gradient: DataFrame of the trainable tensors that got no gradient in the first step (see
         `gradient_report`); None if nothing was left to train.
     skipped: how many samples were skipped, by reason, on all processes, including those that were
@@ -327,7 +328,9 @@ def _tables(history):
 
     log = pandas.DataFrame(history)
     curve = log.reindex(columns=["step", "loss", "learning_rate", "grad_norm"])
-    asked = log.reindex(columns=["step", "eval_loss", "eval_accuracy", "eval_low", "eval_high"])
+    columns = ["step", "eval_loss", "eval_accuracy", "eval_low", "eval_high"]
+    columns += [name for name in log.columns if name.startswith("eval_accuracy_")]
+    asked = log.reindex(columns=columns)
     asked = asked.rename(columns=lambda name: name.removeprefix("eval_"))
     curve, asked = curve.dropna(subset="loss"), asked.dropna(subset="accuracy")
     return curve.reset_index(drop=True), asked.reset_index(drop=True)

@@ -78,7 +78,7 @@ def write(model, folder, tensors):
             "nothing in this model is trained: begin with vk.finetuning.add_adapters"
         )
     if adapters:
-        model.save_pretrained(folder, state_dict=tensors)
+        model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
     if in_full:
         save_file(in_full, folder / IN_FULL)
     _write_notes(folder, {"base": _base_of(model), "fingerprint": _fingerprint(model, tensors)})

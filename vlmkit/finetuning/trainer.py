@@ -143,8 +143,9 @@ class Trainer(transformers.Trainer):
         return self.optimizer
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Accuracy of the model's generated answers, as `vk.evaluate` counts it, and the mean loss
-        of all answer tokens of the dataset. Warns if this loss is not finite."""
+        """Accuracy of the model's generated answers, as `vk.evaluate` counts it, of all and, if
+        there are several, of each task; and the mean loss of all answer tokens of the dataset.
+        Warns if this loss is not finite."""
         model, dataset = (
             self.accelerator.unwrap_model(self.model),
             eval_dataset or self.eval_dataset,
@@ -162,6 +163,9 @@ class Trainer(transformers.Trainer):
             )
         low, high = scores.interval
         found = {"loss": loss, "accuracy": scores.accuracy, "low": low, "high": high}
+        by_task = scores.by_task["accuracy"]
+        if len(by_task) > 1:
+            found |= by_task.add_prefix("accuracy_").to_dict()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(

@@ -37,6 +37,59 @@ def equal_cost(found, trained, rank):
     return f"{ratio:.2f} times as many. A rank is not a cost: equal ranks favor the larger part."
 
 
+@exercise("merge an adapter", function)
+def merge_an_adapter(answer):
+    """A function (W, A, B, r, alpha) that returns the weight of a layer with its LoRA merged in,
+    W + (alpha / r) B A, and leaves W as it is."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    r, alpha = 2, 6
+    shapes = ((5, 4), (r, 4), (5, r))
+    W, A, B = (torch.randn(*shape, generator=generator) for shape in shapes)
+    kept, update = W.clone(), B @ A
+    with torch.no_grad():
+        found = answer(W, A, B, r, alpha)
+    require(isinstance(found, torch.Tensor), f"it should return a tensor, not {kind(found)}.")
+    shape = tuple(found.shape)
+    require(shape == (5, 4), f"it returns the shape {shape}; W has the shape (5, 4).")
+    require(torch.equal(W, kept), "your function changes W itself. Return a new tensor.")
+
+    def is_it(scale, start):
+        return torch.allclose(found.float(), start + scale * update, atol=1e-5)
+
+    require(not is_it(1, kept), "the scale is missing: alpha / r.")
+    require(not is_it(r / alpha, kept), "the scale is upside down: it is alpha / r.")
+    require(not is_it(alpha, kept), "you multiply by alpha, but do not divide by r.")
+    require(not is_it(alpha / r, 0), "this is what is added. Add it to W.")
+    require(is_it(alpha / r, kept), "the shape is right, but it is not W + (alpha / r) B A.")
+    return "after merging, the layer is a plain Linear layer again, and costs nothing extra."
+
+
+@exercise("mix old into new", function)
+def mix_old_into_new(answer):
+    """A function (new, old, share) that returns all rows of `new`, and between them so many rows of
+    `old` that these are `share` of the result."""
+    new, old, share = [f"new {i}" for i in range(60)], [f"old {i}" for i in range(90)], 0.25
+    found = answer(list(new), list(old), share)
+    found = list(of_type(found, (list, tuple), "a list of rows"))
+    strange = [row for row in found if row not in {*new, *old}]
+    require(not strange, "the result has something that is no row of new or old.")
+    taken = [row for row in found if row in set(old)]
+    missing = len(set(new) - set(found))
+    require(not missing, f"{missing} of the 60 new rows are missing.")
+    require(len(set(found)) == len(found), "some rows are there twice.")
+    fifteen = f"{len(taken)} old rows beside 60 new ones are {len(taken) / len(found):.0%}, not 25%"
+    require(abs(len(taken) - 20) <= 1, f"{fifteen}: a quarter of the *result*, not of new.")
+    half = sum(row in set(old) for row in found[: len(found) // 2])
+    require(
+        0.2 <= half / len(taken) <= 0.8,
+        "the old rows are all on one side. A training that meets them late forgets before. "
+        "Spread them.",
+    )
+    return "every part of the training now asks for the old answers as well."
+
+
 @exercise("learnable word", of_type, str, "a word, a str")
 def learnable_word(word, tokenizer, head):
     """A word of at least four small letters whose tokens have all been said in training: the head's
