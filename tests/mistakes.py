@@ -383,7 +383,7 @@ MISTAKES = {
         "lambda w, b, g: w[:, :8]": "the shape is (8, 8)",
         "lambda w, b, g: w * 0": "n − 1 gaps",
         "lambda w, b, g: w / 0": "not finite",
-        "lambda w, b, g: None": "should be a tensor",
+        "lambda w, b, g: (w, None)[1]": "should be a tensor",
         "lambda w: w": "your function stops with TypeError",
     },
     "paired test": {
@@ -460,7 +460,7 @@ MISTAKES = {
         "[0, 4]": "the frames 0 to 3",
     },
     "only the projector": {
-        "lambda model: None": "would learn as well",
+        "lambda model: (model, None)[1]": "would learn as well",
         "lambda model: model.requires_grad_(False)": "the projector would not learn",
         "lambda model: model.requires_grad_(True)": "language_model",
         "'projector'": "a function",
@@ -549,7 +549,7 @@ MISTAKES = {
         "lambda s, r: (s - r).norm(dim=-1) / r.norm()": "everything together",
         "lambda s, r: (s.norm(dim=-1) / r.norm(dim=-1) - 1).abs()": "compares lengths",
         "lambda s, r: (s - r).abs().mean(dim=-1)": "other numbers",
-        "lambda s, r: None": "should be a tensor",
+        "lambda s, r: (s, None)[1]": "should be a tensor",
     },
     "is it named": {
         "lambda answer, thing, things: thing in answer.lower()": "compare whole words",
@@ -557,7 +557,7 @@ MISTAKES = {
         "lambda answer, thing, things: thing in answer.lower().split()": "the plain sentence",
         "lambda answer, thing, things: thing in re.findall('[a-z]+', answer.lower())": "two things",
         "lambda answer, thing, things: True": "another thing",
-        "lambda answer, thing, things: None": "should return True or False",
+        "lambda answer, thing, things: (thing, None)[1]": "should return True or False",
         "lambda answer: True": "your function stops with TypeError",
     },
     "cells left out": {
