@@ -146,7 +146,7 @@ def _vlmkit_predict(folder):
 
     if not loadable(folder):
         return ""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     plain = {"float16": "fp16", "bfloat16": "bf16"}[config["dtype"]]
     plan = None if "quantization_config" in config else plain
     return vk.memory.predict(folder, plan).total
@@ -284,7 +284,8 @@ def _is_text_layer(key):
 
 def _says(folder, said):
     file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": said}))
+    said = json.loads(file.read_text(encoding="utf-8")) | {"quantization_config": said}
+    file.write_text(json.dumps(said), encoding="utf-8")
 
 
 def awq(rows, columns, group=32):

@@ -29,7 +29,7 @@ def committed():
     archive = subprocess.run(
         ["git", "archive", "--format=tar", "HEAD"], cwd=ROOT, capture_output=True, check=True
     )
-    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+    with tarfile.TarFile(fileobj=io.BytesIO(archive.stdout)) as tar:
         members = [member for member in tar.getmembers() if member.isfile()]
         return {one.name: (tar.extractfile(one).read(), one.mode) for one in members}
 

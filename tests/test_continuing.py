@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -105,7 +106,7 @@ def train_patiently(folder, rows):
 
 def test_a_training_that_stopped_early_is_finished(rows, tmp_path, monkeypatch):
     scores = iter([0.5, 0.4, 0.3])
-    kind = type("Scores", (), {"interval": (0, 1), "by_task": None})
+    kind = type("Scores", (), {"interval": (0, 1), "by_task": {"accuracy": pd.Series(dtype=float)}})
     monkeypatch.setattr(
         trainer, "evaluate", lambda *_: type("One", (kind,), {"accuracy": next(scores)})()
     )
@@ -117,7 +118,7 @@ def test_a_training_that_stopped_early_is_finished(rows, tmp_path, monkeypatch):
 
 
 def test_patience_is_counted_across_a_kill(rows, tmp_path, monkeypatch):
-    kind = type("Scores", (), {"interval": (0, 1), "by_task": None})
+    kind = type("Scores", (), {"interval": (0, 1), "by_task": {"accuracy": pd.Series(dtype=float)}})
     scores = [0.5, 0.4, 0.3, 0.2]
     count = []
 
