@@ -21,7 +21,6 @@ import csv
 import dataclasses
 import hashlib
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -167,13 +166,16 @@ class Bench:
         self.write()
 
     def write(self):
+        from vlmkit.folders import write_whole
+
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        part = self.output.with_suffix(".part")
-        with part.open("w", newline="", encoding="utf-8") as stream:
+        write_whole(self.output, self._rows)
+
+    def _rows(self, path):
+        with path.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, self.results[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.results)
-        os.replace(part, self.output)
 
 
 if __name__ == "__main__":

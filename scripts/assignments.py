@@ -14,7 +14,6 @@ that a person grades, because there the answer and its check are one cell. Nothi
 it after a change to the exercises; `tests/test_assignments.py` says when it is needed.
 """
 
-import ast
 import re
 import shutil
 import sys
@@ -62,9 +61,7 @@ def metadata(name, **more):
 def answer_and_check(stub, worth):
     """The two cells of an exercise."""
     name, code = grade_id(stub), stub.metadata["solution"]["code"]
-    lines = stub.source.splitlines()
-    end = ast.parse(stub.source).body[0].end_lineno  # of `name = None`, or of an empty function
-    first, rest = "\n".join(lines[:end]), "\n".join(lines[end:]).strip()
+    first, rest = solutions.split(stub)
     answer = f"{first}\n### BEGIN SOLUTION\n{code}\n### END SOLUTION"
     check = rest.replace(solutions.CHECK, f"assert {solutions.CHECK}")
     cells = v4.new_code_cell(answer), v4.new_code_cell(check)

@@ -134,11 +134,16 @@ def stubs(notebook):
     return [cell for cell in notebook.cells if CHECK in cell.source and "solution" in cell.metadata]
 
 
+def split(stub):
+    """(first statement, rest) of a stub's source: `name = None` or a function without a body, and
+    what follows it."""
+    lines, end = stub.source.splitlines(), ast.parse(stub.source).body[0].end_lineno
+    return "\n".join(lines[:end]), "\n".join(lines[end:]).lstrip("\n")
+
+
 def solved(stub):
-    """The stub's source with the solution in place of its first statement: `name = None`, or a
-    function without a body."""
-    code, lines = stub.metadata["solution"]["code"], stub.source.splitlines()
-    rest = "\n".join(lines[ast.parse(stub.source).body[0].end_lineno :]).lstrip("\n")
+    """The stub's source with the solution in place of its first statement."""
+    code, (_, rest) = stub.metadata["solution"]["code"], split(stub)
     last = ast.parse(code).body[-1]
     gap = "\n\n\n" if isinstance(last, ast.FunctionDef | ast.ClassDef) else "\n"
     return code + gap + rest

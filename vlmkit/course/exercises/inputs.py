@@ -5,7 +5,8 @@ from vlmkit.course.exercises.answers import Hint, exercise, function, kind, of_t
 
 @exercise("tokens of a picture", function)
 def tokens_of_a_picture(count, name):
-    """A function of (width, height) in pixels that returns how many tokens `name` makes of them."""
+    """A function of (width, height) in pixels: how many tokens a picture of that size is for the
+    model `name`."""
     from vlmkit.memory import visual_tokens
 
     for size in ((1240, 1754), (280, 280), (640, 360), (97, 1500), (1024, 768)):
