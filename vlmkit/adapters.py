@@ -340,6 +340,31 @@ def _with_adapters(model, loras, seed):
     return _with_config(model, config, seed)
 
 
+def resize(model, training):
+    """Give the adapters of `model`, which is for a dry run, the ranks of `training`. In all else
+    this is the `training` that they were made for. Raises FinetuningError as `targets` does.
+
+    A search for a rank takes a third of the time in this way: peft makes a few hundred adapters one
+    by one, in half a second.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    component_of, adapters = component_finder(model), {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            adapters.setdefault(component_of(name), {})[name] = module
+    for component, modules in adapters.items():
+        r = training[component].r
+        _require_rank(model, component, training[component], modules)
+        for module in modules.values():
+            for (name, a), b in zip(module.lora_A.items(), module.lora_B.values(), strict=True):
+                module.r[name] = a.out_features = b.in_features = r
+                for part, shape in ((a, (r, a.in_features)), (b, (b.out_features, r))):
+                    empty = torch.empty(shape, dtype=part.weight.dtype, device="meta")
+                    part.weight = torch.nn.Parameter(empty)
+
+
 def as_stored(model, folder):
     """`model`, on the meta device, with adapters like those that peft wrote to `folder`. Only their
     config is read. Raises CheckpointError if it is damaged or does not fit."""

@@ -19,8 +19,10 @@ mistake in the words, which a sentence explains; and 130 after Ctrl-C. With VLMK
 error also shows where it happened.
 """
 
+import atexit
 import contextlib
 import errno
+import gc
 import os
 import sys
 import traceback
@@ -83,6 +85,8 @@ def main(argv=None):
     """Run the command line on `argv`, by default the process's own. Returns the exit status."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model may answer in any alphabet
+    # Otherwise Python searches all that was imported for garbage at its end, for a second or two.
+    atexit.register(gc.freeze)
     formatted, warnings.formatwarning = warnings.formatwarning, _as_one_line
     try:
         status = typer.main.get_command(app).main(argv, _program(), standalone_mode=False)

@@ -273,10 +273,13 @@ def fit(
     """Show what fits on a graphics card: for one model the most that it can do there, or for many a
     table of models, cards and plans, and a figure of it if you name a file. With --tokens 0
     --images 0 only the weights of the table have to fit, which is quicker."""
+    if name is not None:
+        from vlmkit.backend.quiet import without_garbage_collection
+
+        with without_garbage_collection():  # a second less while the libraries are imported
+            return _largest(context.params)
     from vlmkit.memory import fitting
 
-    if name is not None:
-        return _largest(context.params)
     if only:
         raise typer.BadParameter("--only is for one model: vlmkit fit MODEL --card CARD --only USE")
     which = {"models": model, "gpus": gpu, "plans": plan}

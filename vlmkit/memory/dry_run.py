@@ -40,15 +40,24 @@ class DryRun:
         self.tracker.watch(model)
         if last is ALL:
             self.tracker.empty(model)
-        places = [place for part in model.modules() for place in (vars(part), part._buffers)]
-        self.before = [(place, dict(place)) for place in places]
+        self.before = [
+            (self._layer_of(name), place, dict(place))
+            for name, part in model.named_modules()
+            for place in (vars(part), part._buffers)
+        ]
         self.listens = False
+
+    def _layer_of(self, name):
+        return self.skipped and self.skipped.layer_of(name)
 
     def reset(self):
         """Make everything as it was before the first run, so that the next run is like it."""
-        for parameter in self.model.parameters():
+        for parameter in self.parameters().values():
             parameter.grad = None
-        for now, before in self.before:
+        never_ran = self.skipped.never_ran() if self.skipped else ()
+        for layer, now, before in self.before:
+            if layer in never_ran:
+                continue
             for key, value in list(now.items()):
                 if isinstance(value, torch.Tensor) and self.tracker.made(value):
                     del now[key]
@@ -56,6 +65,18 @@ class DryRun:
         if self.skipped:
             self.skipped.restart()
         self.tracker.forget()
+
+    def renew(self):
+        """Empty the tensors that the model has got since the last run, and listen to them."""
+        if self.skipped:
+            self.skipped.renew()
+        else:
+            self.tracker.empty(self.model)
+        self.listens = False
+
+    def parameters(self):
+        """{full name: parameter}. A run replaces those of a layer that it is the first to need."""
+        return dict(self.model.named_parameters())
 
     @property
     def complete(self):
@@ -187,15 +208,14 @@ class DryRun:
         return lambda parameter: self.tracker.relabel(parameter.grad, owner)
 
     def _gradients(self):
-        parameters = dict(self.model.named_parameters())
-        found = {n: p.grad for n, p in parameters.items() if p.grad is not None}
-        for skipped, like_it in self.stand_ins.items():
-            for name in parameters:
-                if name.startswith(f"{skipped}."):
-                    gradient = parameters[like_it + name[len(skipped) :]].grad
-                    if gradient is not None:
-                        found[name] = gradient
-        return {name: storage_of(found[name]).nbytes() for name in parameters if name in found}
+        parameters, found = self.parameters(), {}
+        for name, parameter in parameters.items():
+            layer = self._layer_of(name)
+            if layer in self.stand_ins:
+                parameter = parameters[self.stand_ins[layer] + name[len(layer) :]]
+            if parameter.grad is not None:
+                found[name] = storage_of(parameter.grad).nbytes()
+        return found
 
 
 @contextmanager

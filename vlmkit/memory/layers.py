@@ -46,7 +46,12 @@ class SkippedLayers:
             inside = tuple(f"{outer}." for outer in self.stacks)
             if isinstance(layers, torch.nn.ModuleList) and not name.startswith(inside):
                 self.stacks[name] = _Stack(self, name, layers)
+        self.model = model
         tracker.empty(model, but=self.stacks)
+
+    def renew(self):
+        """Empty the tensors that the model has got since it was last run."""
+        self.tracker.empty(self.model, but=self.never_ran())
 
     def restart(self):
         """Forget what was seen, and what skipped layers count for, before another run."""
@@ -61,6 +66,22 @@ class SkippedLayers:
         """Count bytes by component for a skipped layer."""
         self.tracker.shift(parts)
         self.counted.append(parts)
+
+    def layer_of(self, name):
+        """The full name of the layer of a stack that a module or a parameter is in, or None."""
+        for stack in self.stacks:
+            if name.startswith(f"{stack}."):
+                return f"{stack}.{name[len(stack) + 1 :].partition('.')[0]}"
+        return None
+
+    def never_ran(self):
+        """Full names of the layers that no run has needed so far."""
+        return {
+            f"{name}.{place}"
+            for name, stack in self.stacks.items()
+            for place in range(len(stack.kinds))
+            if place not in stack.emptied
+        }
 
     @property
     def complete(self):

@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass, field
 
 from vlmkit.adapters import LoRA
 from vlmkit.architectures import LANGUAGE
-from vlmkit.backend.quiet import quiet
+from vlmkit.backend.quiet import quiet, without_garbage_collection
 from vlmkit.catalog.gpus import GPUS, RESERVED
 from vlmkit.errors import AnatomyError, ImageError, SizeError, did_you_mean, public, shown
 from vlmkit.families import family_of
 from vlmkit.memory.batch import batch_of
 from vlmkit.memory.fitting import room_on
+from vlmkit.memory.ledger import ADAPTER, GRADIENT, OPTIMIZER
 from vlmkit.memory.predicting import Predictor, check_arguments, folder_of
 from vlmkit.memory.training_state import TORCH
 from vlmkit.plan import Plan
@@ -37,8 +38,6 @@ MOST = {
     "rank": 1024,
 }  # fmt: skip
 """Where the search ends if the model's context does not end it before."""
-FIRST = {"batch_size": 3, "images": 3, "num_frames": 4, "image_size": 12, "tokens": 8, "rank": 15}
-"""The step that is tried first. Many samples and pictures take time, a long prompt does not."""
 SMALLER = ("int8", "nf4", "nf4-dq")
 """Formats of the language model that a saving may choose, those with the most bytes first."""
 NOISE = 64 * 2**20
@@ -218,6 +217,7 @@ def _in_words(arguments):
 
 
 @public
+@without_garbage_collection()
 @quiet()
 def largest(
     x,
@@ -313,11 +313,15 @@ class _Model:
 
     def need(self, arguments):
         """Bytes of a use."""
+        return self.ledger(arguments).total
+
+    def ledger(self, arguments):
+        """The Ledger of a use."""
         key = repr(sorted(arguments.items(), key=lambda item: item[0]))
         if key not in self.known:
             given = self.limits | arguments
             model = self.under(given.pop("plan", self.plan))
-            self.known[key] = model.ledger(**given).total
+            self.known[key] = model.ledger(**given)
         return self.known[key]
 
     def under(self, plan):
@@ -365,7 +369,7 @@ class _Model:
         try:
             best = _search(
                 lambda k: self.need(grown(k)), lambda k: _extent(axis, grown(k)), self.room, length,
-                FIRST[axis],
+                self.slope(axis, arguments),
             )  # fmt: skip
         except AnatomyError:  # `predict` knows this use, and not a larger one
             return Limit(_value(axis, arguments), "unknown")
@@ -374,6 +378,18 @@ class _Model:
             return Limit(value, "memory")
         shrunk = axis == "image_size" and (length < high or not high)
         return Limit(value, "picture" if shrunk else by)
+
+    def slope(self, axis, arguments):
+        """Bytes that one more of `axis` may take: as if all that the use needs beside the weights
+        grew with it. With a rank, only what is trained grows."""
+        if axis == "rank":
+            trained = self.ledger(arguments).by_kind
+            size = sum(trained.get(kind, 0) for kind in (ADAPTER, GRADIENT, OPTIMIZER))
+        else:
+            weights = {name: arguments[name] for name in ("plan",) if name in arguments}
+            size = self.need(arguments) - self.need(weights)
+        start = self.batch(arguments).length if axis == "tokens" else _extent(axis, arguments)
+        return size / start
 
     def ceiling(self, axis, arguments):
         """(the most steps that the model and the search allow, what ends them)."""
@@ -484,21 +500,24 @@ def _extent(axis, arguments):
     return value[0] * value[1] if axis == "image_size" else value
 
 
-def _search(need, extent, room, high, first):
-    """The largest k from 0 to `high` with need(k) <= room. need(0) fits. first: the k to begin at.
+def _search(need, extent, room, high, slope):
+    """The largest k from 0 to `high` with need(k) <= room. need(0) fits. slope: what one more may
+    add to `need`, for the k to begin at.
 
     Over extent(k), `need` grows, and its growth does not shrink. So a line through two values that
     fit ends at or beyond the limit, and a line between one that fits and one that does not ends at
     or before it.
     """
-    best, size, slope, top, failed = 0, need(0), None, high + 1, 0
+    start = size = need(0)
+    best, top, failed = 0, high + 1, 0
 
     def reached(slope):
         """The last k that the line from `best` has below `room`."""
         end = extent(best) + (room - size) / slope
         return _first(lambda k: k == high or extent(k + 1) > end, high)
 
-    k = first
+    k = reached(slope) if slope > 0 else high
+    k, slope = k - (k < high), None  # one less: it is better to stop short of the limit than beyond
     while best + 1 < top:
         if slope and size + slope * (extent(best + 1) - extent(best)) > room + NOISE:
             break
@@ -510,6 +529,8 @@ def _search(need, extent, room, high, first):
             top, k = k, reached(line) + 1 - 2**failed
             failed += 1
         else:
-            best, size, slope, failed = k, found, line, 0
-            k = reached(line) if line > 0 else high
+            best, size, failed = k, found, 0
+            # A short line can be too flat, where the allocator had room left. The long one is not.
+            slope = max(line, (found - start) / (extent(k) - extent(0)))
+            k = reached(slope) if slope > 0 else high
     return best

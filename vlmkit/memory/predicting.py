@@ -172,7 +172,7 @@ class Predictor:
         if folder is None:
             return ()
         model = as_stored(self.build(), folder)
-        return tuple(adapter_entries(model, component_finder(model)))
+        return tuple(adapter_entries(dict(model.named_parameters()), component_finder(model)))
 
     @cached_property
     def runs(self):

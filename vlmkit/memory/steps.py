@@ -1,9 +1,9 @@
 """Steps: the entries that a prompt and a training step add to those of the weights."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from vlmkit.adapters import adapted, as_stored
+from vlmkit.adapters import LoRA, adapted, as_stored, parse, resize
 from vlmkit.anatomy import component_finder, plain_name
 from vlmkit.architectures import LANGUAGE, VISION
 from vlmkit.backend import checkpointing
@@ -108,16 +108,13 @@ class DryRuns:
             learnt, peak, left = run.train(inputs, how.bf16)
             if run.complete:
                 break
-        model = run.model
-        component_of = component_finder(model)
+        all_of_them, component_of = run.parameters(), component_finder(run.model)
         parameters = {
-            name: (p.numel(), p.element_size())
-            for name, p in model.named_parameters()
-            if name in learnt
+            name: (p.numel(), p.element_size()) for name, p in all_of_them.items() if name in learnt
         }
         gradients = list(gradient_entries(learnt, component_of))
         entries = [
-            *adapter_entries(model, component_of),
+            *adapter_entries(all_of_them, component_of),
             *upcasts,
             *gradients,
             *optimizer_entries(how.optim, parameters, component_of),
@@ -126,7 +123,7 @@ class DryRuns:
             entries += _input_entries(inputs)
             stepping = left + step_bytes(how.optim, parameters)
             entries += _step_activations(peak, stepping, gradients, parameters, component_of)
-        notes = list(_without_gradient(model, learnt))
+        notes = list(_without_gradient(all_of_them, learnt))
         paged = paged_bytes(how.optim, parameters)
         if paged:
             notes.append(f"{paged / MEGABYTE:,.1f} MB of the optimizer's states are paged.")
@@ -135,7 +132,13 @@ class DryRuns:
     def _adapted(self, how):
         """(DryRun, entries of upcasts) for each of LAST_LAYERS, from the one that sufficed last."""
         if how != self.how:
-            self.how, self.of_training = how, {}
+            if self.how is not None and _without_ranks(how) == _without_ranks(self.how):
+                for run, _ in filter(None, self.of_training.values()):
+                    resize(run.model, parse(how.what))
+                    run.renew()
+            else:
+                self.of_training = {}
+            self.how = how
         for last in LAST_LAYERS[max(0, len(self.of_training) - 1) :]:
             if last not in self.of_training:
                 before = {}
@@ -151,6 +154,15 @@ class DryRuns:
                 self.of_training = dict.fromkeys(self.of_training)  # frees the last
                 self.of_training[last] = DryRun(model, last, self.device), upcasts
             yield self.of_training[last]
+
+
+def _without_ranks(how):
+    """A Training with the same rank wherever it has one."""
+    what = {
+        component: replace(way, r=1, lora_alpha=None) if isinstance(way, LoRA) else way
+        for component, way in parse(how.what).items()
+    }
+    return replace(how, what=what)
 
 
 def _input_entries(inputs):
@@ -184,9 +196,9 @@ def _step_activations(peak, stepping, gradients, parameters, component_of):
     return list(_activations(live, {}, sum(peak.values()) - there, "the training step"))
 
 
-def _without_gradient(model, learnt):
+def _without_gradient(parameters, learnt):
     """A sentence that names the trained parameters that get no gradient, if there are any."""
-    names = [n for n, p in model.named_parameters() if p.requires_grad and n not in learnt]
+    names = [n for n, p in parameters.items() if p.requires_grad and n not in learnt]
     if names:
         # Layers are named as wholes: the path as far as its last number.
         places = dict.fromkeys(re.sub(r"(.*\.\d+)\..*", r"\1", plain_name(name)) for name in names)

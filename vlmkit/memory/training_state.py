@@ -20,9 +20,10 @@ SMALLEST_PAGED = 100_000
 TORCH = "adamw_torch_fused"
 
 
-def adapter_entries(model, component_of):
-    """Entries of the adapters that peft has put into `model`."""
-    for name, parameter in model.named_parameters():
+def adapter_entries(parameters, component_of):
+    """Entries of the adapters that peft has put into a model. parameters: {full name: parameter} of
+    the model."""
+    for name, parameter in parameters.items():
         if is_adapter(name):
             size = parameter.numel() * parameter.element_size()
             yield Row(plain_name(name), component_of(name), ADAPTER, size)
