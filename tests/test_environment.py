@@ -19,6 +19,7 @@ from PIL import Image
 from vlmkit import cli, environment
 from vlmkit.environment import FINE, MISSING, NOTE, PACKAGES, check, diagnose, machine
 from vlmkit.environment.__main__ import main
+from vlmkit.errors import failed_import
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = [
@@ -373,6 +374,20 @@ def test_a_command_names_the_package_that_fails_on_import(module, command, tmp_p
     assert result.returncode == 2 and "Traceback" not in said
     assert f"package {module} is installed, and fails while it is imported" in said
     assert "_Z3abc" in said and "config.json cannot" not in said
+
+
+def test_a_package_that_is_missing_is_named_with_the_one_that_needs_it(tmp_path, monkeypatch):
+    """It said: this is a defect of vlmkit, please report it."""
+    (tmp_path / "needs_another.py").write_text("import not_here_either")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, needed in (("needs_another", True), ("not_here", False)):
+        with pytest.raises(ModuleNotFoundError) as caught:
+            __import__(name)
+        said = failed_import(caught.value)
+        assert "pip install not_here" in said and ("needs_another" in said) == needed
+    with pytest.raises(ModuleNotFoundError) as caught:
+        __import__("json.not_here")  # json is installed: something else is wrong
+    assert failed_import(caught.value) is None
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ the message helps to correct, from a bug in vlmkit, which needs a traceback.
 
 import difflib
 import functools
+import importlib.util
 import re
 import reprlib
 import traceback
@@ -82,15 +83,24 @@ def brief(error, length=200):
 
 
 def failed_import(error):
-    """Which package fails while it is imported, and what to do, if `error` comes from that.
-    Otherwise None. A package that is not there at all names itself in its error."""
+    """Which package is missing or fails while it is imported, and what to do, if `error` comes from
+    that. Otherwise None."""
     while error.__cause__:
         error = error.__cause__
     package = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_name == "<module>":
             package = frame.f_globals.get("__name__", "").partition(".")[0]
-    if package in ("", "__main__", "vlmkit") or isinstance(error, ModuleNotFoundError):
+    missing = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError):
+        if not missing or importlib.util.find_spec(missing):
+            return None
+        return (
+            f"The package {missing} is not installed"
+            + (f", and {package} needs it" if package not in ("", "__main__", "vlmkit") else "")
+            + f". Install it (pip install {missing}), in the version of constraints.txt."
+        )
+    if package in ("", "__main__", "vlmkit"):
         return None
     return (
         f"The package {package} is installed, and fails while it is imported ({brief(error)}). "

@@ -55,13 +55,9 @@ class Trainer(transformers.Trainer):
         self.add_callback(Progress())
 
     def train(self, *args, **kwargs):
-        """As transformers', with the attention that is fast on this device.
-
-        On a CPU in bf16 the backward pass of fused attention takes up to five times as long as that
-        of plain attention. In fp32 it does not, and on a GPU fused attention is the faster one.
-        """
-        plain = self.args.bf16 and self.args.device.type == "cpu"
-        with passes.attending(self.model, "eager" if plain else self.attention):
+        """As transformers', with the attention that trains fastest on this device."""
+        kind = passes.training_attention(self.model, self.args.bf16, self.args.device.type)
+        with passes.attending(self.model, kind):
             return super().train(*args, **kwargs)
 
     def training_step(self, *args, **kwargs):

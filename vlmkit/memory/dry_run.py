@@ -15,7 +15,7 @@ from vlmkit.anatomy import component_finder, unwrapped, vision_dtype
 from vlmkit.architectures import LANGUAGE
 from vlmkit.backend.caching import cache_of, with_cache
 from vlmkit.backend.losses import IGNORED, loss_of_answers
-from vlmkit.backend.passes import attending, attention_of
+from vlmkit.backend.passes import attending, training_attention
 from vlmkit.errors import AnatomyError, SizeError, brief
 from vlmkit.families import family_of, image_id, writes_apart
 from vlmkit.memory.cache import places_of
@@ -181,8 +181,7 @@ class DryRun:
             self.listens = True
         self.model.train()
         self._restart()
-        plain = bf16 and self.device is None  # see `finetuning.trainer.Trainer.train`
-        attention = "eager" if plain else attention_of(self.model)
+        attention = training_attention(self.model, bf16, self.device or "cpu")
         with attending(self.model, attention), self.tracker:
             loss = self._loss(inputs, bf16)
             self.tracker.component = LANGUAGE
