@@ -98,11 +98,12 @@ def in_blocks(weights, levels, divide=64, largest=lambda b: b.abs().amax(1), bou
     return torch.bucketize(scaled, bounds), absmax
 
 
-def in_steps(rows, dim=1):
-    """Rows rounded to 8 bits, each with a scale; `dim` None for one scale for all."""
-    largest = rows.abs().max() if dim is None else rows.abs().amax(dim, keepdim=True)
-    step = largest.clamp(min=1e-30) / 127
-    return (rows / step).round() * step
+def in_steps(rows, dim=1, most=127, size=torch.abs, whole=torch.round):
+    """Rows rounded to 8 bits, each with a scale; `dim` None for one scale for all. The rest is what
+    a mistake changes."""
+    largest = size(rows).max() if dim is None else size(rows).amax(dim, keepdim=True)
+    step = largest.clamp(min=1e-30) / most
+    return whole(rows / step).clamp(max=127) * step
 
 
 def apart(x, weight, kept):
@@ -138,7 +139,7 @@ MISTAKES = {
         "lambda lost, won: 2 * math.comb(lost + won, won) / 2 ** (lost + won)": "to either side",
         "lambda lost, won: 2 * tail(lost, won)": "cannot be more than 1",
         "lambda lost, won: min(1, 2 * tail(lost, won)) if lost > won else 1": "the same p as 7",
-        "lambda lost, won: lost / won": "7 lost and 2 won should give p = 0.1797",
+        "lambda lost, won: lost / won": "7 lost and 2 won give p = 3.5; it should be 0.1797",
         "lambda lost: lost": "your function stops with TypeError",
         "0.18": "should be a function",
     },
@@ -150,7 +151,8 @@ MISTAKES = {
         "lambda p, s: squares(p, s).reshape(-1, 3 * s * s).T": "here it is a column",
         "lambda p, s: squares(p, s).reshape(1, -1, 3 * s * s)": "Yours has the shape (1, 6, 48)",
         "lambda p, s: squares(p, s).reshape(-1, 3 * s * s) + 1": "in other places",
-        "lambda p, s: p.numpy()": "returns a",
+        "lambda p, s: p.numpy()": "Yours has the shape (3, 8, 12)",
+        "lambda p, s: {}": "Yours returns a dict",
     },
     "attention": {
         "lambda q, k, v, mask: (q @ k.T + mask).softmax(-1) @ v": "not divided by the square root",
@@ -158,6 +160,7 @@ MISTAKES = {
         "lambda q, k, v, mask: (q @ k.T * q.shape[1] ** 0.5 + mask).softmax(-1) @ v": "; divide.",
         "lambda q, k, v, mask: (q @ k.T / q.shape[1] ** 0.5 + mask).softmax(0) @ v": "the queries",
         "lambda q, k, v, mask: (q @ k.T / q.shape[1] ** 0.5 + mask) @ v": "softmax is missing",
+        "lambda q, k, v, mask: (q @ k.T / len(k) ** 0.5 + mask).softmax(-1) @ v": "of 5, a",
         "lambda q, k, v, mask: weights(q, k, mask)": "Multiply the weights by the values",
         "lambda q, k, v, mask: weights(q, k) @ v": "the mask changes nothing",
         "lambda q, k, v, mask: (weights(q, k) + mask) @ v": "Add the mask before softmax",
@@ -171,6 +174,7 @@ MISTAKES = {
             "the square root of 24"
         ),
         "lambda q, k, v, n, mask: in_heads(q, k, v, n).transpose(0, 1).flatten(1)": "every head",
+        "lambda q, k, v, n, mask: in_heads(q, k, v, n).permute(1, 2, 0).flatten(1)": "take turns",
     },
     "causal mask": {
         "lambda n: torch.full((n, n), -inf).triu(2)": "sees the next one",
@@ -178,6 +182,8 @@ MISTAKES = {
         "lambda n: torch.full((n, n), -inf).tril(-1)": "the past is hidden",
         "lambda n: torch.ones(n, n).tril()": "hides nothing",
         "lambda n: torch.full((n, n), -inf).triu(1) + torch.eye(n)": "should add 0",
+        "lambda n: torch.ones(n, n).triu(1) * -inf": "0 times −∞",
+        "lambda n: torch.ones(n, n).triu(1) > 0": "True is where a token may not look",
         "lambda n: torch.ones(n, n + 1)": "should have the shape (4, 4)",
     },
     "merging": {
@@ -210,6 +216,8 @@ MISTAKES = {
         "lambda q, k, v, c: c.update(k=k, v=v) or v": "Add the new one",
         "lambda q, k, v, c: remember(c, k, v) and v": "sees only itself",
         "lambda q, k, v, c: (q @ remember(c, k, v)[0].T).softmax(-1) @ c['v']": "not divided",
+        "lambda q, k, v, c: remember(c, k, v) and c.update(k=c['k'].flip(0)) or "
+        "weights(q, c['k']) @ c['v']": "do not fit together",
         "lambda q, k, v, c: remember(c, k, v)[1]": "Yours has the shape (2, 8)",
     },
     "greedy with a cache": {
@@ -219,6 +227,7 @@ MISTAKES = {
         "lambda *a: write(lambda tokens: a[0](tokens, None)[0], *a[1:])": "without a cache",
         "lambda step, *a: write_with_cache(lambda t, c: step(t, None), *a)": "knows no prompt",
         "lambda step, prompt, *a: write_with_cache(step, prompt[:1], *a)": "should get the prompt",
+        "lambda step, prompt, *a: step(prompt[0], None)": "`step` should be given a list",
     },
     "left over": {
         'vk.anatomy(models[llama])["language_model"].parameters': "nothing is left out",
@@ -270,6 +279,7 @@ MISTAKES = {
         "lambda w, t: (t[in_blocks(w, t)[0]], in_blocks(w, t)[1])": "these are values",
         "lambda w, t: in_blocks(w, t)[0]": "should return codes and absmax",
         "lambda w, t: (w.reshape(-1, 64).argmin(1), 0)": "absmax",
+        "lambda w, t: (in_blocks(w, t)[0], in_blocks(w, t)[1].clamp(min=0.1))": "of zeros is 0",
         "lambda w, t: in_blocks(w, t + 0.1)": "codes are not of the nearest",
         "lambda w, t: in_blocks(w, t, bounds=t)": "the next level above it",
         "lambda w, t: in_blocks(w.reshape(-1, 64), t)": "500 weights: your function stops",
@@ -289,6 +299,8 @@ MISTAKES = {
         "[: s[0] * s[1]] * a.repeat_interleave(64)[: s[0] * s[1]]).reshape(s)": "are swapped",
         "lambda p, a, t, s: (t[torch.stack([p >> 4, p & 15], 1).flatten().long()]"
         "[: s[0] * s[1]] * a[0]).reshape(s)": "Has each block its own absmax?",
+        "lambda p, a, t, s: (t[torch.cat([p >> 4, p & 15]).long()][: s[0] * s[1]] "
+        "* a.repeat_interleave(64)[: s[0] * s[1]]).reshape(s)": "should take turns",
     },
     "scales of scales": {
         "lambda a, v: (*in_blocks(a, v, 256), 0.0)": "the mean is that of all absmax",
@@ -314,12 +326,17 @@ MISTAKES = {
         "lambda x, w: (127 * x / x.abs().amax(1, True)).round() @ w.T": "0/0",
         "lambda x, w: 127 * (in_steps(x) @ in_steps(w).T)": "multiplied by both scales",
         "lambda x, w: in_steps(w) @ in_steps(x).T": "the shape is",
+        "lambda x, w: in_steps(x, most=128) @ in_steps(w, most=128).T": "goes to 128",
+        "lambda x, w: in_steps(x, size=lambda x: x) @ in_steps(w, size=lambda x: x).T": ".abs()",
+        "lambda x, w: in_steps(x, whole=torch.trunc) @ in_steps(w, whole=torch.trunc).T": "cut off",
     },
     "outlier columns": {
         "lambda x, w, t: x @ w.T": "nothing was rounded",
         "lambda x, w, t: in_steps(x) @ in_steps(w).T": "still comes from its outlier",
         "lambda x, w, t: in_steps(x * ~(x.abs() >= t).any(0)) @ in_steps(w).T": "never added back",
         "lambda x, w, t: apart(x, w, (x >= t).any(0))": "only positive outliers",
+        "lambda x, w, t: apart(x, w, (x.abs() >= 6).any(0))": "the threshold is 3.5 here",
+        "lambda x, w, t: in_steps(x) @ in_steps(w).T + (x * (x.abs() >= t).any(0)) @ w.T": "twice",
         "lambda x, w, t: in_steps(x * (x.abs() < t)) @ in_steps(w).T + "
         "(x * (x.abs() >= t)) @ w.T": "takes whole columns",
         "lambda x, w, t: apart(x, w, (x.abs() >= t).all(0))": "comes from its outlier",

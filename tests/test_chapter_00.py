@@ -47,6 +47,16 @@ def test_numbers_of_the_text(states):
     states(f"{100 * share:.0f}", f"{vk.memory.predict('pebble', 'recommended').total / 1e6:.2f}")
 
 
+def test_the_message_counts_tensors(notebook):
+    """The audit's message about a wrong plan, and the text below it."""
+    pebble = vk.anatomy("pebble")
+    tensors = [pebble[c].tensors for c, count in pebble.by_component.items() if count]
+    message = cell(notebook, "try:\n    vk.audit").outputs[0].text
+    ((found, of_all),) = re.findall(r"(\d+) of (\d+)", message)
+    assert sum(tensors) == int(of_all)
+    chapters.states(section(notebook, "PyTorch calls each tensor"), *tensors, found, of_all)
+
+
 def test_the_plan_that_is_spelled_out_is_the_recommended_one(notebook):
     line = cell(notebook, "plan = vk.Plan(").source.splitlines()[0]
     assert eval(line.removeprefix("plan = "), {"vk": vk}) == vk.Plan.recommended()
@@ -63,6 +73,15 @@ def test_claims_about_chance(states):
     assert (1 - lost) ** 600 == pytest.approx(measurements, abs=0.005)
     for n in (30, 150, 600, 6000):  # "0 of n" is "at most about 4 of n"
         assert n * wilson(0, n)[1] == pytest.approx(4, abs=0.7)
+    states(f"{600 * wilson(0, 600)[1]:.1f}")
+    assert mcnemar(3, 1) == 10 / 16
+    states(10, 16)
+
+
+def test_bf16_has_nearly_600_right_answers(notebook):
+    """So a loss in 600 questions, divided by 6, is about a loss in 100 right answers."""
+    rows = chapters.shown(cell(notebook, 'table["p"]'))
+    assert 0.95 * 600 < 6 * float(rows["bf16"][1].rstrip("%")) < 600
 
 
 def test_pebble_loses_nothing_that_the_questions_can_show(notebook):

@@ -7,14 +7,18 @@ each chapter. A new chapter needs its mistakes in `mistakes.py`, and nothing her
 import ast
 import contextlib
 import io
+import math
 import os
 import runpy
+from decimal import Decimal
+from fractions import Fraction
 
 import nbformat
 import pytest
 import torch
 from chapters import FOLDER
-from mistakes import HELPERS, MISTAKES
+from mistakes import HELPERS, MISTAKES, in_steps
+from torch.nn import functional
 
 import vlmkit as vk
 from vlmkit.catalog.bundled import BUNDLED
@@ -160,6 +164,58 @@ def test_every_check_is_of_an_exercise_and_has_mistakes():
         for stub in script["stubs"](nbformat.read(path, as_version=4))
     ]
     assert sorted(asked) == sorted(EXERCISES) == sorted(MISTAKES)
+
+
+def in_other_types(name, function):
+    """The right answer, returning a list with a tensor for each row, and an array."""
+    yield name, lambda *arguments: list(function(*arguments))
+    yield name, lambda *arguments: function(*arguments).numpy()
+
+
+def double_quantized(absmax, values):
+    """Codes of 8 bits in a dtype of 8 bits."""
+    blocks = (absmax - absmax.mean()).split(256)
+    largest = torch.stack([block.abs().max() for block in blocks])
+    scaled = [b / most.clamp(min=1e-38) for b, most in zip(blocks, largest, strict=True)]
+    codes = torch.bucketize(torch.cat(scaled), (values[1:] + values[:-1]) / 2)
+    return codes.to(torch.uint8), largest, absmax.mean()
+
+
+def added_up(x, weight, dtype):
+    """Products and their sums in `dtype`, a token at a time."""
+    w = vk.formats.dequantize(weight).to(dtype)
+    return torch.stack([(row.to(dtype) * w).sum(1) for row in x]).to(x.dtype)
+
+
+def in_bf16(x, weight, threshold):
+    """LLM.int8 with its outlier columns in bf16."""
+    kept = (x.abs() >= threshold).any(0)
+    large = x[:, kept].bfloat16() @ weight[:, kept].bfloat16().T
+    return in_steps(x[:, ~kept]) @ in_steps(weight[:, ~kept]).T + large.float()
+
+
+def p_in(kind):
+    return lambda lost, won: kind(vk.evaluation.mcnemar(lost, won))
+
+
+OTHERWISE = [
+    *in_other_types("patches", lambda p, s: functional.unfold(p[None], s, stride=s)[0].T),
+    *in_other_types("attention", functional.scaled_dot_product_attention),
+    *in_other_types("merging", lambda e, ids, i, v: e.masked_scatter((ids == i)[:, None], v)),
+    *in_other_types("causal mask", lambda n: torch.full((n, n), -math.inf).triu(1)),
+    *in_other_types("causal mask", lambda n: torch.ones(n, n).tril() > 0),
+    *(("exact paired test", p_in(kind)) for kind in (torch.tensor, Fraction, Decimal)),
+    ("two codes a byte", lambda codes: bytes(16 * int(c[0]) + int(c[-1]) for c in codes.split(2))),
+    ("scales of scales", double_quantized),
+    ("a 4-bit layer", added_up),
+    ("outlier columns", in_bf16),
+]
+"""Right answers in forms that no solution has."""
+
+
+@pytest.mark.parametrize("name, answer", OTHERWISE)
+def test_a_right_answer_in_another_form_is_accepted(name, answer):
+    assert verdict(name, answer).right, verdict(name, answer)
 
 
 def test_a_function_without_a_body_is_not_attempted():

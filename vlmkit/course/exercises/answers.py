@@ -14,6 +14,7 @@ import contextlib
 import functools
 import math
 import operator
+from decimal import Decimal
 from numbers import Real
 
 from vlmkit.errors import brief
@@ -84,13 +85,29 @@ def of_type(answer, types, what):
 
 
 def number(answer, what):
-    """`answer` as a finite number."""
+    """`answer` as a finite int or float."""
     with contextlib.suppress(Exception):
         answer = answer.item()  # of a tensor, an array or one of NumPy's numbers
-    real = isinstance(answer, Real) and not isinstance(answer, bool)
+    require(answer is not None, f"this is None, not {what}: is the `return` missing?")
+    real = isinstance(answer, (Real, Decimal)) and not isinstance(answer, bool)
+    if real and not isinstance(answer, int):
+        answer = float(answer)  # of a Fraction or a Decimal, too
     found = answer if real else kind(answer)
     require(real and math.isfinite(answer), f"the answer should be {what}; this is {found}.")
     return answer
+
+
+def tensor(answer, what):
+    """`answer` as a tensor. An array, a list of numbers or a list of tensors is as good."""
+    import torch
+
+    require(answer is not None, f"{what} is None: is the `return` missing?")
+    with contextlib.suppress(Exception):
+        return torch.as_tensor(answer).detach()
+    if type(answer) in (list, tuple):  # and not what `sort()` returns, which is a pair
+        with contextlib.suppress(Exception):
+            return torch.stack([torch.as_tensor(row) for row in answer]).detach()
+    raise Hint(f"{what} should be a tensor; this is {kind(answer)}.")
 
 
 def whole(answer, what, least=1):

@@ -3,17 +3,20 @@
 The checks run what the reader wrote on new tensors, and look only at what comes out.
 """
 
-from vlmkit.course.exercises.answers import Hint, exercise, function, kind, require
+import contextlib
+
+from vlmkit.course.exercises.answers import Hint, exercise, function, kind, require, tensor
 
 
-def tensor(found, shape, what):
-    """A tensor of floats of this shape, or a Hint. what: a sentence on what it should be."""
-    import torch
-
+def shaped(found, shape, what):
+    """`found` as a tensor of floats of this shape, or a Hint. what: a sentence on what it is."""
     require(found is not None, f"your function returns nothing. {what}")
-    require(isinstance(found, torch.Tensor), f"{what} Yours returns {kind(found)}.")
+    try:
+        found = tensor(found, "the result").float()
+    except Hint:
+        raise Hint(f"{what} Yours returns {kind(found)}.") from None
     require(tuple(found.shape) == shape, f"{what} Yours has the shape {tuple(found.shape)}.")
-    return found.detach().float()
+    return found
 
 
 def is_near(one, other):
@@ -51,7 +54,7 @@ def patches(cut):
         found = cut(picture.clone(), side)
         if getattr(found, "shape", None) == (numbers, count):
             raise Hint(f"each patch should be a row, and here it is a column. {asked}")
-        found = tensor(found, shape, asked)
+        found = shaped(found, shape, asked)
         require(
             not is_near(found, picture.reshape(shape)),
             "this takes pixels one after another, and not squares: split the height and the width "
@@ -88,7 +91,7 @@ def attention(attend):
             raise Hint(
                 f"this has a number for each key. Multiply the weights by the values. {asked}"
             )
-        found, scores = tensor(found, (n, e), asked), q @ k.T
+        found, scores = shaped(found, (n, e), asked), q @ k.T
         mistakes = {
             "the scores are not divided by the square root of d.": scores.softmax(-1),
             "the scores are divided by d; divide by its square root.": (scores / d).softmax(-1),
@@ -99,12 +102,18 @@ def attention(attend):
             "to 1: dim=-1.": (scores / d**0.5).softmax(0),
             "softmax is missing.": scores / d**0.5,
         }
+        for tokens in {n, m} - {d}:
+            mistakes[
+                f"the scores are divided by the square root of {tokens}, a number of tokens. d is "
+                f"the length of a key, here {d}."
+            ] = (scores / tokens**0.5).softmax(-1)
         for hint, weights in mistakes.items():
             require(not is_near(found, weights @ v), hint)
         require(
-            is_near(found, attended(q, k, v)), f"the shape is right, the numbers are not ({n=})."
+            is_near(found, attended(q, k, v)),
+            f"the shape is right, the numbers are not ({n} queries, {m} keys, d = {d}).",
         )
-        found = tensor(attend(q, k, v, mask), (n, e), asked)
+        found = shaped(attend(q, k, v, mask), (n, e), asked)
         require(not is_near(found, attended(q, k, v)), "the mask changes nothing. Add it.")
         require(
             is_near(found, attended(q, k, v, mask)),
@@ -123,7 +132,7 @@ def heads_of_attention(attend):
     q, k, v = (random(n, width, seed=seed) for seed in (1, 2, 3))
     mask, each = torch.full((n, n), float("-inf")).triu(1), width // heads
     asked = f"{n} tokens of {width} numbers should give the shape {(n, width)}."
-    found = tensor(
+    found = shaped(
         attend(q.clone(), k.clone(), v.clone(), heads, torch.zeros(n, n)), (n, width), asked
     )
 
@@ -139,6 +148,8 @@ def heads_of_attention(attend):
         "this is a single head. Split the numbers of each token into heads.": attended(q, k, v),
         "the heads are right, but they are put together wrongly: move the tokens to the front "
         "again before you join the heads.": apart.reshape(n, width),
+        "the heads are right, but their numbers take turns. Put all numbers of the first head "
+        "first, then those of the second.": apart.permute(1, 2, 0).flatten(1),
         "reshape alone mixes the tokens. Split the last axis into (heads, numbers), then swap it "
         "with the tokens.": attended(*mixed).reshape(n, width),
         "reshape alone mixes the tokens. Split the last axis first.": attended(*mixed)
@@ -154,7 +165,7 @@ def heads_of_attention(attend):
     for hint, wrong in mistakes.items():
         require(not is_near(found, wrong), hint)
     require(is_near(found, right), "the shape is right, but the numbers are not.")
-    found = tensor(attend(q, k, v, heads, mask), (n, width), asked)
+    found = shaped(attend(q, k, v, heads, mask), (n, width), asked)
     masked = attended(*map(split, (q, k, v)), mask).transpose(0, 1).flatten(1)
     require(is_near(found, masked), "with a mask it is not right. Give the mask to every head.")
     return "each head attends on its own, and their results are side by side again."
@@ -169,11 +180,22 @@ def causal_mask(causal):
     for n in (4, 7):
         asked = f"The mask of {n} tokens should have the shape {(n, n)}."
         found = causal(n)
+        with contextlib.suppress(Hint):
+            found = tensor(found, asked)
         if getattr(found, "dtype", None) == torch.bool:
+            require(
+                not found.equal(torch.ones(n, n, dtype=torch.bool).triu(1)),
+                "True is where a token may not look. Here, and in scaled_dot_product_attention, "
+                "True is where it may; or return 0 and −∞.",
+            )
             found = torch.zeros(found.shape).masked_fill(~found, float("-inf"))
-        found = tensor(found, (n, n), asked)
+        found = shaped(found, (n, n), asked)
         require(
-            not (found == float("-inf")).all(-1).any() and not found.isnan().any(),
+            not found.isnan().any(),
+            "the mask has NaN: 0 times −∞ is not a number. Fill the places with −∞ directly.",
+        )
+        require(
+            not (found == float("-inf")).all(-1).any(),
             "some token may look at nothing, not even at itself.",
         )
         weights = found.softmax(-1)
@@ -213,7 +235,7 @@ def merging(merge):
         found = merge(words.clone(), ids.clone(), 1, visual.clone())
         if getattr(found, "shape", None) == (n + len(visual), 3):
             raise Hint(f"the placeholders are still there. Replace them. {asked}")
-        found, right, turned = tensor(found, (n, 3), asked), words.clone(), words.clone()
+        found, right, turned = shaped(found, (n, 3), asked), words.clone(), words.clone()
         right[places], turned[places] = visual, visual.flip(0)
         first = torch.cat([visual, words[~places]])
         require(not is_near(found, words), "nothing was replaced.")
@@ -254,12 +276,12 @@ PROMPTS = [[start, 4] for start in range(1, ALPHABET)]
 MOST = 5
 
 
-def tokens_of(found):
-    """The token numbers that a function returned, as a list of int."""
+def tokens_of(found, should="your function should return"):
+    """The token numbers that a function returned, or was given, as a list of int."""
     try:
         return [int(token) for token in found]
     except Exception:
-        raise Hint(f"it should return a list of tokens, not {kind(found)}.") from None
+        raise Hint(f"{should} a list of tokens, not {kind(found)}.") from None
 
 
 def judge_tokens(found, prompt):
@@ -285,7 +307,7 @@ def greedy(generate):
         calls = []
 
         def scores(tokens, calls=calls):
-            tokens = tokens_of(tokens)
+            tokens = tokens_of(tokens, "`scores` should be given")
             calls.append(tokens)
             require(len(calls) <= 2 * MOST, f"it does not stop after {MOST} new tokens.")
             return scored(tokens)
@@ -311,13 +333,14 @@ def attention_with_a_cache(attend):
     cache = {"k": torch.empty(0, d), "v": torch.empty(0, d)}
     for t in range(n):
         now, asked = slice(t, t + 1), f"The attention of one token has the shape {(1, d)}."
-        found = tensor(attend(q[now].clone(), k[now].clone(), v[now].clone(), cache), (1, d), asked)
+        found = shaped(attend(q[now].clone(), k[now].clone(), v[now].clone(), cache), (1, d), asked)
         rows = {name: len(cache[name]) for name in "kv"}
         for name, count in rows.items():
             require(
                 count != t or t == 0 and count,
                 f'cache["{name}"] has {count} rows after {t + 1} tokens. Add the new one to it: '
-                "the next token needs it.",
+                f'the next token needs it. (Assign to cache["{name}"]. A new dict with the name '
+                "cache is not seen outside of your function.)",
             )
             require(
                 count == t + 1,
@@ -334,6 +357,11 @@ def attention_with_a_cache(attend):
                 not is_near(found, plain), "the scores are not divided by the square root of d."
             )
         require(
+            is_near(found, right[now])
+            or all(is_near(cache[name], of[: t + 1]) for name, of in (("k", k), ("v", v))),
+            "keys and values in the cache do not fit together. Add each new row at the end.",
+        )
+        require(
             is_near(found, right[now]), f"token {t} is not what attention without a cache gives."
         )
     return f"{n} tokens one by one give the same as all of them at once under a causal mask."
@@ -347,7 +375,8 @@ def greedy_with_a_cache(generate):
         calls = []
 
         def step(tokens, cache, calls=calls, prompt=prompt):
-            tokens, known = tokens_of(tokens), tuple(cache or ())
+            tokens = tokens_of(tokens, "`step` should be given")
+            known = tuple(cache or ())
             require(len(calls) <= 2 * MOST, f"it does not stop after {MOST} new tokens.")
             if calls:
                 whole = tokens[: len(prompt)] == prompt

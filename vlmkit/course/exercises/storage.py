@@ -130,7 +130,7 @@ def largest_rank(rank, name, budget):
     return f"{needed:.2f} GB, and one rank more costs {a_rank / 1e6:.1f} MB."
 
 
-@exercise("skip list", of_type, (list, tuple), "a list of names")
+@exercise("skip list", of_type, (list, tuple, set), "a list of names")
 def skip_list(answer, name, config):
     """Entries for `llm_int8_skip_modules` that keep vision encoder, projector and head of `name`
     out of 4 bits, and nothing else."""
