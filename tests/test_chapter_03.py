@@ -1,5 +1,6 @@
 """Chapter 03. nbval runs it on pebble; here it runs on another family, and its numbers are true."""
 
+import math
 import re
 from statistics import NormalDist
 
@@ -43,6 +44,27 @@ def test_levels_are_bitsandbytes_values_to_the_last_bit(notebook):
     up, down = (torch.special.ndtri(step).float() for step in steps)
     levels = torch.cat([up, -down, torch.zeros(1)]).sort().values
     assert torch.equal(levels / levels.max(), torch.tensor(vk.formats.NF4))
+
+
+def test_what_the_exponent_of_a_tenth_stores(states):
+    fraction, exponent = math.frexp(0.1)  # 0.8 × 2^-3, which is 1.6 × 2^-4
+    for dtype, constant, stored in ((torch.float32, 127, 123), (torch.float16, 15, 11)):
+        assert round(1 - math.log2(torch.finfo(dtype).tiny)) == constant
+        assert exponent - 1 + constant == stored
+        states(f"{2 * fraction:.1f}", constant, stored)
+
+
+def test_tables_of_skip_lists(notebook, states):
+    """How many rows the museum shows, and how many tensors the audit's message is about."""
+    recorded = pd.read_csv(chapters.FOLDER.parent / "benchmarks" / "results" / "skip_lists.csv")
+    shown = recorded[recorded["method"] != "nvfp4"]["list"].nunique()
+    assert shown == recorded["list"].nunique() - 1
+    states(shown)
+    row = chapters.shown(cell(notebook, "parts, rows = "))["short names"]
+    wrong = [int(row[place]) for place in (0, 1, 3)]
+    message = cell(notebook, 'try:\n    vk.audit(loaded["short names"]').outputs[0].text
+    assert f" {sum(wrong)} of " in message
+    states(*wrong, sum(wrong))
 
 
 def test_the_levels_in_the_middle_are_used_five_times_as_often(scope, states):
