@@ -400,7 +400,7 @@ MISTAKES = {
         "lambda w, b, g: w[:, :8]": "the shape is (8, 8)",
         "lambda w, b, g: w * 0": "n − 1 gaps",
         "lambda w, b, g: w / 0": "not finite",
-        "lambda w, b, g: (w, None)[1]": "should be a tensor",
+        "lambda w, b, g: (w, None)[1]": "is the `return` missing?",
         "lambda w: w": "your function stops with TypeError",
     },
     "paired test": {
@@ -522,7 +522,7 @@ MISTAKES = {
         "lambda W, A, B, r, alpha: W.add_(alpha / r * B @ A)": "changes W itself",
         "lambda W, A, B, r, alpha: (W + alpha / r * B @ A).T": "has the shape (5, 4)",
         "lambda W, A, B, r, alpha: W - alpha / r * B @ A": "the shape is right",
-        "lambda W, A, B, r, alpha: 3": "a tensor",
+        "lambda W, A, B, r, alpha: 3": "the shape ()",
     },
     "mix old into new": {
         "lambda new, old, share: new + old[:20]": "on one side",
@@ -566,7 +566,7 @@ MISTAKES = {
         "lambda s, r: (s - r).norm(dim=-1) / r.norm()": "everything together",
         "lambda s, r: (s.norm(dim=-1) / r.norm(dim=-1) - 1).abs()": "compares lengths",
         "lambda s, r: (s - r).abs().mean(dim=-1)": "other numbers",
-        "lambda s, r: (s, None)[1]": "should be a tensor",
+        "lambda s, r: (s, None)[1]": "is the `return` missing?",
     },
     "is it named": {
         "lambda answer, thing, things: thing in answer.lower()": "compare whole words",

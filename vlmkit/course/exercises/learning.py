@@ -12,6 +12,7 @@ from vlmkit.course.exercises.answers import (
     of_type,
     reject,
     require,
+    tensor,
     whole,
 )
 
@@ -49,8 +50,7 @@ def merge_an_adapter(answer):
     W, A, B = (torch.randn(*shape, generator=generator) for shape in shapes)
     kept, update = W.clone(), B @ A
     with torch.no_grad():
-        found = answer(W, A, B, r, alpha)
-    require(isinstance(found, torch.Tensor), f"it should return a tensor, not {kind(found)}.")
+        found = tensor(answer(W, A, B, r, alpha), "the result").float()
     shape = tuple(found.shape)
     require(shape == (5, 4), f"it returns the shape {shape}; W has the shape (5, 4).")
     require(torch.equal(W, kept), "your function changes W itself. Return a new tensor.")
@@ -206,7 +206,7 @@ def how_far(moved):
         torch.randn(3, 5, 8, generator=generator) * torch.tensor([1.0, 4, 16])[:, None, None]
     )
     states = reference + torch.randn(3, 5, 8, generator=generator)
-    found = of_type(moved(states, reference), torch.Tensor, "a tensor")
+    found = tensor(moved(states, reference), "the result").float()
     wanted = "(layers, tokens), here (3, 5)"
     require(found.shape == (3, 5), f"the shape is {(*found.shape,)}; it should be {wanted}.")
     difference, length = (states - reference).norm(dim=-1), reference.norm(dim=-1)

@@ -77,7 +77,7 @@ def with_a_zero_point(rounded):
 
     for bits, group, shift in ((2, 64, 0.0), (4, 32, 0.0), (3, 16, 1.0)):
         weight = torch.randn(8, 128, generator=torch.manual_seed(bits)) + shift
-        found = of_type(rounded(weight.clone(), bits, group), torch.Tensor, "a tensor")
+        found = tensor(rounded(weight.clone(), bits, group), "the result").float()
         require(
             found.shape == weight.shape,
             f"the shape is {(*found.shape,)}; it should be the weight's, {(*weight.shape,)}.",
