@@ -235,7 +235,9 @@ MISTAKES = {
         "6_285_398_016": "the dot behind the number",
         "8_925_322_771": "has the vision encoder and the projector in it",
         "1_409_351_680": "what these layers hold",
-        "8.03": "a whole number",
+        "8030.3": "in millions",
+        "8.03": "in billions",
+        "7_504_957_440": "lm_head, is missing",
     },
     "how little is enough": {
         "49": "the whole picture",

@@ -8,6 +8,7 @@ from vlmkit.course.exercises.answers import (
     function,
     kind,
     known,
+    number,
     of_type,
     reject,
     require,
@@ -15,7 +16,7 @@ from vlmkit.course.exercises.answers import (
 )
 
 
-@exercise("left over", whole, "a number of parameters")
+@exercise("left over", number, "a number of parameters")
 def left_over(found, model):
     """Parameters of the language model outside the layers with cross-attention, within half a
     million; model: a Llama 3.2 Vision, on the meta device."""
@@ -34,7 +35,9 @@ def left_over(found, model):
 
     right, everything = outside("."), anatomy["language_model"].parameters
     cross = anatomy["cross_attention"].parameters
-    require(found != right // 10**6, "this is in millions; give the number itself.")
+    for unit, name in ((1e6, "millions"), (1e9, "billions")):
+        near = abs(found - right / unit) < 0.005 * right / unit
+        require(not near, f"this is in {name}; give the number itself.")
     mistakes = {
         everything: "nothing is left out. These layers also have MLPs and norms, which belong to "
         "the language model and were added together with the cross-attention.",
@@ -42,6 +45,8 @@ def left_over(found, model):
         everything - cross: "cross-attention is not part of the language model here. Leave out the "
         "MLPs and norms of these layers.",
         everything - right: "this is what these layers hold. How much is left without them?",
+        right - model.lm_head.weight.numel(): "the output head, lm_head, is missing. It "
+        "belongs to the language model.",
         outside(""): f"layers.{crossed[0]} is also the beginning of layers.{crossed[0]}0 and "
         "others: compare with the dot behind the number.",
         outside(".", anatomy.parts): "this has the vision encoder and the projector in it.",
