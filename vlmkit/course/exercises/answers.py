@@ -89,6 +89,7 @@ def number(answer, what):
     with contextlib.suppress(Exception):
         answer = answer.item()  # of a tensor, an array or one of NumPy's numbers
     require(answer is not None, f"this is None, not {what}: is the `return` missing?")
+    require(not isinstance(answer, str), f"the answer should be {what}, without quotes.")
     real = isinstance(answer, (Real, Decimal)) and not isinstance(answer, bool)
     if real and not isinstance(answer, int):
         answer = float(answer)  # of a Fraction or a Decimal, too
@@ -122,7 +123,7 @@ def plan(answer):
     """`answer`, if it is a vk.Plan."""
     from vlmkit.plan import Plan
 
-    return of_type(answer, Plan, "a vk.Plan, such as vk.Plan()")
+    return of_type(answer, Plan, 'a vk.Plan, such as vk.Plan(language_model="nf4")')
 
 
 def function(answer):
