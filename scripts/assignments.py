@@ -14,6 +14,7 @@ that a person grades, because there the answer and its check are one cell. Nothi
 it after a change to the exercises; `tests/test_assignments.py` says when it is needed.
 """
 
+import json
 import re
 import shutil
 import sys
@@ -34,11 +35,29 @@ import sys
 sys.stderr = sys.stdout"""
 
 CONFIG = """# Made by `make assignments`. Set the name of your course here.
+import os
+from pathlib import Path
+
+# kernels/ holds a kernel that starts the Python with vlmkit in it. nbgrader's own has none.
+folders = [str(Path.cwd()), os.environ.get("JUPYTER_PATH")]
+os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, folders))
+
 c = get_config()
 c.CourseDirectory.course_id = "vlmkit"
 c.ClearSolutions.code_stub = {"python": "# Your answer comes here."}
 c.ExecutePreprocessor.timeout = 300
 """
+
+
+HEADER = """# Exercises: {title}
+
+These are the exercises of the chapter {name}. Keep the chapter open beside this notebook: a text
+such as "write that rule" means what the chapter says just above the exercise, and the chapter has a
+hint for most exercises.
+
+Run the cells one by one, from the top. Write each answer into the cell that says so, and run the
+check below it. The check prints what is wrong. `AssertionError` below a check means: no points yet.
+Please do not change the other cells."""
 
 
 def points(text):
@@ -62,7 +81,9 @@ def answer_and_check(stub, worth):
     """The two cells of an exercise."""
     name, code = grade_id(stub), stub.metadata["solution"]["code"]
     first, rest = solutions.split(stub)
-    answer = f"{first}\n### BEGIN SOLUTION\n{code}\n### END SOLUTION"
+    # nbgrader indents its "Your answer comes here" like the mark, so it comes into the function.
+    indent = "    " if first.startswith("def ") else ""
+    answer = f"{first}\n{indent}### BEGIN SOLUTION\n{code}\n{indent}### END SOLUTION"
     check = rest.replace(solutions.CHECK, f"assert {solutions.CHECK}")
     cells = v4.new_code_cell(answer), v4.new_code_cell(check)
     cells[0].metadata.update(metadata(f"{name}-answer", solution=True))
@@ -74,13 +95,7 @@ def assignment(path):
     """The notebook of the assignment for the chapter at `path`, with its solutions inside."""
     chapter = nbformat.read(path, as_version=4)
     title = chapter.cells[0].source.splitlines()[0].removeprefix("# ")
-    cells = [
-        v4.new_markdown_cell(
-            f"# Exercises: {title}\n\nRun the cells from the top. Write each answer into the cell "
-            "that says so, then run the check below it. A check prints what is wrong. Please do "
-            "not change the other cells."
-        )
-    ]
+    cells = [v4.new_markdown_cell(HEADER.format(title=title, name=path.stem))]
     for source in (TO_STDOUT, *solutions.setting(chapter)):
         cells.append(v4.new_code_cell(source))
     for cell in cells:
@@ -113,6 +128,11 @@ def write(path, course=COURSE):
         for cell in notebook.cells:
             cell.source = cell.source.replace(there, '"data/' if there[-1] == "/" else '"data')
     nbformat.write(notebook, folder / path.name)
+    kernel = course / "kernels" / "python3" / "kernel.json"
+    kernel.parent.mkdir(parents=True, exist_ok=True)
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = {"argv": argv, "display_name": "Python 3", "language": "python"}
+    kernel.write_text(json.dumps(spec, indent=1), encoding="utf-8")
     config = course / "nbgrader_config.py"
     if not config.exists():
         config.write_text(CONFIG, encoding="utf-8")

@@ -1,8 +1,9 @@
 """Make the two archives of the course from the last commit: `make releases`.
 
 build/releases/vlmkit-VERSION-students.zip has no solutions: no notebooks/solutions, no solutions in
-the metadata of the chapters' exercises, no quiz with answers, and no tests, which hold right and
-wrong answers. The other archive, for teachers, has everything.
+the metadata of the chapters' exercises, no quiz with answers, no notes for teachers, and no tests,
+which hold right and wrong answers. Links to what is left out become plain text. The other archive,
+for teachers, has everything.
 """
 
 import io
@@ -15,7 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "releases"
-LEFT_OUT = re.compile(r"(notebooks/solutions|tests)/|docs/(quiz|solutions)\.md$")
+LEFT_OUT = re.compile(r"(notebooks/solutions|tests)/|docs/(quiz|solutions|teaching)\.md$")
+GONE = r"\((?:\.\./)*(?:docs/|notebooks/)?(?:quiz|solutions|teaching)\b[^)]*\)"
+"""The target of a link to what is left out."""
 CHAPTER = re.compile(r"notebooks/\d\d_\w+\.ipynb$")
 
 
@@ -40,7 +43,17 @@ def for_students(files):
     for path, (data, mode) in kept.items():
         if CHAPTER.match(path):
             kept[path] = unsolved(data), mode
+        elif path.endswith(".md"):
+            kept[path] = without_links(data.decode()).encode(), mode
     return kept
+
+
+def without_links(text):
+    """Markdown without links to what is left out, and without their pages in a toctree."""
+    sentence = rf"[A-Z](?:[^.()\n]|\n(?!\n))*\[solutions\]{GONE}[^.]*\."
+    text = re.sub(sentence, "Your teacher has the solutions.", text)
+    text = re.sub(r"^(?:quiz|solutions|teaching)\n", "", text, flags=re.M)
+    return re.sub(rf"\[([^\]]+)\]{GONE}", r"\1", text)
 
 
 def unsolved(data):
@@ -49,8 +62,7 @@ def unsolved(data):
     for cell in notebook["cells"]:
         cell["metadata"].pop("solution", None)
         if cell["cell_type"] == "markdown":
-            text = "".join(cell["source"])
-            text = re.sub(r"\[([^\]]+)\]\(solutions/[^)]*\)", r"\1", text)
+            text = without_links("".join(cell["source"]))
             cell["source"] = text.splitlines(keepends=True)
     return (json.dumps(notebook, indent=1, ensure_ascii=False) + "\n").encode()
 

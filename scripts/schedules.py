@@ -1,13 +1,14 @@
 """Write the schedules of docs/teaching.md from the chapters' cards: `python scripts/schedules.py`.
 
 A schedule's minutes are the minutes of reading that the card of a chapter names, and the minutes
-that its exercises name. Run this after a change to a card; `tests/test_teaching.py` says when it is
+that its exercises name. Its points are those of the assignments for nbgrader. Run this after a change to a card; `tests/test_teaching.py` says when it is
 needed.
 """
 
 import re
 from pathlib import Path
 
+import assignments
 import nbformat
 import solutions
 import times
@@ -17,7 +18,8 @@ WORDS = {"half an hour": 30, "an hour": 60, "one hour": 60, "two hours": 120, "t
 WORDS |= {"three quarters of an hour": 45, "an hour and a half": 90, "one and a half hours": 90}
 
 TWO_HOURS = [("talk", 5, "one idea: components and a plan; predictions are written down")]
-TWO_HOURS += [("00", "read"), ("break", 10), ("04", "read")]
+TWO_HOURS += [("00", "read"), ("break", 10), ("04", "read", 40)]
+TWO_HOURS += [("talk", 5, "predictions against results, and a question of the quiz")]
 DAY = [("00", "read"), ("00", "exercises"), ("break", 15), ("01", "read"), ("03", "read")]
 DAY += [("lunch", 60), ("04", "read"), ("05", "read"), ("break", 15), ("08", "read")]
 DAY += [("talk", 20, "predictions of the day against results; what holds for your model?")]
@@ -29,8 +31,9 @@ WEEKS = {
     "What learns, and whether it looks": ("08", "09"),
     "How it is made, and large models": ("10", "11"),
 }
-SESSION = 90
-"""Minutes of one session of the course of six weeks."""
+SESSION, TALK = 90, 15
+"""Minutes of one session of the course of six weeks, and how many of them are for predictions, the
+quiz and questions."""
 
 
 def minutes(text):
@@ -44,8 +47,8 @@ def minutes(text):
 
 
 def chapters():
-    """{"00": {name, title, read, exercises, run}} of all chapters. Times are minutes, but `run`,
-    which is the card's words for the time of Run All."""
+    """{"00": {name, title, read, exercises, points, run}} of all chapters. Times are minutes, but
+    `run`, which is the card's words for the time of Run All."""
     found = {}
     for name in times.chapters():
         notebook = nbformat.read(times.NOTEBOOKS / f"{name}.ipynb", as_version=4)
@@ -61,6 +64,7 @@ def chapters():
             "title": re.search(r"^\*Chapter \d+\. (.+?)\.\*", card, re.M)[1],
             "read": minutes(reading[2]) - (exercises if reading[1] else 0),
             "exercises": exercises,
+            "points": sum(map(assignments.points, texts)),
             "run": times.said_by_card(card),
         }
     return found
@@ -71,18 +75,20 @@ def link(chapter):
 
 
 def timetable(steps, known, start, end):
-    """A table of `steps` by the clock. start, end: minutes since midnight. A step that would pass
-    the end becomes shorter, and says so."""
+    """A table of `steps` by the clock. start, end: minutes since midnight. A step is (kind, minutes,
+    text) or (chapter, "read" or "exercises", at most so many minutes). A step that is too long, or
+    would pass the end, becomes shorter and says so."""
     lines = ["| from | minutes | what | Run All |", "|---|---:|---|---|"]
     clock = start
-    for kind, what, *text in steps:
+    for kind, what, *more in steps:
+        most = end - clock
         if kind in known:
-            chapter = known[kind]
+            chapter, most = known[kind], min(most, *more, most)
             wanted, run = chapter[what], chapter["run"] if what == "read" else ""
             said = link(chapter) if what == "read" else f"the exercises of chapter {kind}"
         else:
-            wanted, run, said = what, "", text[0] if text else kind
-        given = min(wanted, end - clock)
+            wanted, run, said = what, "", more[0] if more else kind
+        given = min(wanted, most)
         if given <= 0:
             raise ValueError(f"no time is left for {said}")
         if given < wanted:
@@ -93,16 +99,19 @@ def timetable(steps, known, start, end):
 
 
 def weeks(known):
-    """The table of the course of six weeks, two chapters a week."""
-    lines = ["| week | session | reading | exercises | in class | at home |"]
-    lines.append("|---|---|---:|---:|---:|---:|")
+    """The table of the course of six weeks, two chapters a week, with the sums below it."""
+    lines = ["| week | session | reading | exercises | in class | at home | points |"]
+    lines.append("|---|---|---:|---:|---:|---:|---:|")
+    sums = [0] * 5
     for number, (title, pair) in enumerate(WEEKS.items(), 1):
         for week, chapter in zip((f"{number} {title}", ""), map(known.get, pair), strict=True):
             both = chapter["read"] + chapter["exercises"]
-            in_class = min(SESSION, both)
-            parts = chapter["read"], chapter["exercises"], in_class, both - in_class
-            lines.append(f"| {week} | {link(chapter)} | {' | '.join(map(str, parts))} |")
-    return "\n".join(lines)
+            in_class = min(SESSION - TALK, both)
+            row = chapter["read"], chapter["exercises"], in_class, both - in_class
+            row += (chapter["points"],)
+            sums = [a + b for a, b in zip(sums, row, strict=True)]
+            lines.append(f"| {week} | {link(chapter)} | {' | '.join(map(str, row))} |")
+    return "\n".join([*lines, f"| all | | {' | '.join(map(str, sums))} |"])
 
 
 def written(text):

@@ -3,12 +3,14 @@
     python scripts/slides.py 00 05
 
 A file of HTML for each chapter, in build/slides, and one for each session of a schedule that has
-several chapters. A chapter's slides are its card, a slide for each section's figure with the
-caption that stands below it, what the chapter does not show, and the questions of docs/quiz.md with
-their answers. Everything is what the chapter stores: nothing runs, and nothing comes from the
-network. In the browser the arrow keys turn the pages, and printing gives a PDF, a slide a page.
+several chapters. A chapter's slides are its card, the questions to predict, a slide for each
+figure with its caption, what the chapter does not show, and the questions of docs/quiz.md with
+their answers. A session begins with its timetable and the one idea of the course. Everything is
+what the chapter stores: nothing runs, and nothing comes from the network. In the browser the arrow
+keys turn the pages, a click on a figure enlarges it, and printing gives a PDF, a slide a page.
 """
 
+import ast
 import html
 import re
 import sys
@@ -21,6 +23,10 @@ from nbconvert.filters import markdown2html
 ROOT = solutions.CHAPTERS.parent
 FOLDER = ROOT / "build" / "slides"
 QUIZ = ROOT / "docs" / "quiz.md"
+INDEX = ROOT / "docs" / "index.md"
+
+PREDICTION = "(?:First your prediction|What does it cost to make it smaller)"
+"""How the heading begins under which a chapter asks for predictions."""
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -32,9 +38,13 @@ section {{ box-sizing: border-box; height: 100vh; padding: 4vh 6vw; scroll-snap-
   display: flex; flex-direction: column; overflow: auto; break-after: page; }}
 h1 {{ font-size: 1.9em; margin: auto 0 .5em; }} h2 {{ font-size: 1.3em; margin: 0 0 .4em; }}
 .first > :last-child {{ margin-bottom: auto; }}
-img {{ flex: 1 1 0; min-height: 0; max-width: 100%; object-fit: contain; object-position: left; }}
+img {{ flex: 1 1 0; min-height: 0; max-width: 100%; object-fit: contain; object-position: left;
+  cursor: zoom-in; }}
+img.large {{ flex: none; width: 100%; cursor: zoom-out; }}
+table {{ border-collapse: collapse; }} td, th {{ padding: .1em .8em .1em 0; text-align: left; }}
 .caption {{ font-size: .75em; color: #444; flex: none; }}
-code {{ background: #eee; padding: 0 .2em; }} a {{ color: inherit; }} details {{ margin-top: 1em; }}
+code, pre {{ background: #eee; padding: 0 .2em; }}
+pre {{ white-space: pre-wrap; font-size: .85em; }} a {{ color: inherit; }} details {{ margin-top: 1em; }}
 footer {{ font-size: .55em; color: #666; margin-top: auto; padding-top: .5em; }}
 @page {{ size: 13.33in 7.5in; margin: 0; }}
 @media print {{ section {{ height: 7.5in; }} }}
@@ -50,13 +60,16 @@ addEventListener("keydown", event => {{
   const here = Math.round(scrollY / innerHeight);
   pages[Math.max(0, Math.min(pages.length - 1, here + step))].scrollIntoView();
 }});
+addEventListener("click", event => event.target.matches("img") &&
+  event.target.classList.toggle("large"));
 </script></body></html>
 """
 
 
 def rendered(text):
     """Markdown as HTML. Links keep their text only: their targets are not beside the slides."""
-    return markdown2html(re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", text))
+    made = markdown2html(re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", text))
+    return re.sub(r'<a class="anchor-link".*?</a>', "", made)  # the "¶" of a heading
 
 
 def slide(body, source, kind=""):
@@ -81,13 +94,29 @@ def section(text, title):
     return found[1].strip() if found else ""
 
 
+def prediction(cells):
+    """The questions that everybody answers before the chapter runs, and the cell to answer in."""
+    number, text = next(
+        (number, found[0])
+        for number, cell in enumerate(cells)
+        if (found := re.search(rf"^## {PREDICTION}.*", cell.source, re.S | re.M))
+    )
+    for cell in cells[number:]:
+        if cell.cell_type == "code" and all(
+            isinstance(step, ast.Assign) for step in ast.parse(cell.source).body
+        ):
+            return f"{rendered(text)}<pre>{html.escape(cell.source)}</pre>"
+
+
 def of_chapter(path):
     """The slides of the chapter at `path`, a list of HTML."""
     cells = nbformat.read(path, as_version=4).cells
     title = cells[0].source.splitlines()[0].removeprefix("# ")
     source, card = f"vlmkit, {path.stem}", cells[0].source
     learn = re.search(r"\*\*What you will learn\.?\*\*.*?(?=\n\n\*\*|\Z)", card, re.S)
+    text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     slides = [slide(f"<h1>{rendered(title)}</h1>{rendered(learn[0])}", source, "first")]
+    slides.append(slide(prediction(cells), source))
     current = title
     for number, cell in enumerate(cells):
         if cell.cell_type == "markdown":
@@ -101,7 +130,6 @@ def of_chapter(path):
                 body = f"<h2>{rendered(current)}</h2>"
                 body += f'<img alt="{alt}" src="data:image/png;base64,{image.strip()}">'
                 slides.append(slide(f'{body}<div class="caption">{rendered(text)}</div>', source))
-    text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     limits = section(text, "[Ww]hat this does not show")
     if limits:
         slides.append(slide(f"<h2>What this does not show</h2>{rendered(limits)}", source))
@@ -115,12 +143,20 @@ def questions(number):
 
 
 def sessions():
-    """{name of a file: chapters} of the schedules whose sessions have several chapters."""
-    plans = {"two_hours": schedules.TWO_HOURS, "one_day": schedules.DAY}
-    return {
-        name: sorted({kind for kind, *_ in steps if kind.isdigit()})
-        for name, steps in plans.items()
+    """{name of a file: (first slides, chapters)} of the schedules whose sessions have several."""
+    known, index = schedules.chapters(), INDEX.read_text(encoding="utf-8")
+    plans = {
+        "two_hours": ("A tutorial of two hours", schedules.TWO_HOURS, 0, 120),
+        "one_day": ("A course of one day", schedules.DAY, 9 * 60, 17 * 60 + 30),
     }
+    found = {}
+    for name, (title, steps, start, end) in plans.items():
+        table = rendered(schedules.timetable(steps, known, start, end))
+        idea = rendered(section(index, "One idea"))
+        first = [slide(f"<h2>{title}</h2>{table}", "vlmkit")]
+        first.append(slide(f"<h2>One idea</h2>{idea}", "vlmkit"))
+        found[name] = first, sorted({kind for kind, *_ in steps if kind.isdigit()})
+    return found
 
 
 def main(numbers):
@@ -130,9 +166,8 @@ def main(numbers):
         if not numbers or path.name[:2] in numbers:
             made[path.name[:2]] = path.stem, of_chapter(path)
     files = dict(made.values())
-    for name, wanted in sessions().items():
-        if not numbers:
-            files[name] = [slide for number in wanted for slide in made[number][1]]
+    for name, (first, wanted) in sessions().items() if not numbers else ():
+        files[name] = first + [slide for number in wanted for slide in made[number][1]]
     for name, slides in files.items():
         page = PAGE.format(title=name.replace("_", " "), slides="\n".join(slides))
         (FOLDER / f"{name}.html").write_text(page, encoding="utf-8")

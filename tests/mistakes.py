@@ -493,12 +493,12 @@ MISTAKES = {
         "{'LLaVA': {'projector', 'language_model'}}": "keys should be 'LLaVA' and 'Qwen-VL'",
     },
     "steps to a share": {
-        "[19_700, 11_600]": "counted from 0",
-        "[197, 116]": "a line stands for 100 steps",
-        "[5_000, 1_700]": "steps of a stage",
-        "[11_700, 19_800]": "the other run",
-        "[19_800, 12_000]": "run 2 has",
-        "19_800": "a list of numbers",
+        "[12_700, 8_000]": "counted from 0",
+        "[127, 80]": "a line stands for 100 steps",
+        "[2_800, 1_200]": "steps of a stage",
+        "[8_100, 12_800]": "the other run",
+        "np.array([12_800, 8_500])": "run 2 has",
+        "12_800": "a list of numbers",
     },
     "rate": {
         "lambda step, stage: stage.learning_rate": "the full rate already",
