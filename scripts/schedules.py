@@ -1,8 +1,8 @@
 """Write the schedules of docs/teaching.md from the chapters' cards: `python scripts/schedules.py`.
 
 A schedule's minutes are the minutes of reading that the card of a chapter names, and the minutes
-that its exercises name. Its points are those of the assignments for nbgrader. Run this after a change to a card; `tests/test_teaching.py` says when it is
-needed.
+that its exercises name. Its points are those of the assignments for nbgrader. Run this after a
+change to a card; `tests/test_teaching.py` says when it is needed.
 """
 
 import re
@@ -75,9 +75,9 @@ def link(chapter):
 
 
 def timetable(steps, known, start, end):
-    """A table of `steps` by the clock. start, end: minutes since midnight. A step is (kind, minutes,
-    text) or (chapter, "read" or "exercises", at most so many minutes). A step that is too long, or
-    would pass the end, becomes shorter and says so."""
+    """A table of `steps` by the clock. start, end: minutes since midnight. A step is (kind,
+    minutes, text) or (chapter, "read" or "exercises", at most so many minutes). A step that is too
+    long, or would pass the end, becomes shorter and says so."""
     lines = ["| from | minutes | what | Run All |", "|---|---:|---|---|"]
     clock = start
     for kind, what, *more in steps:

@@ -44,7 +44,8 @@ img.large {{ flex: none; width: 100%; cursor: zoom-out; }}
 table {{ border-collapse: collapse; }} td, th {{ padding: .1em .8em .1em 0; text-align: left; }}
 .caption {{ font-size: .75em; color: #444; flex: none; }}
 code, pre {{ background: #eee; padding: 0 .2em; }}
-pre {{ white-space: pre-wrap; font-size: .85em; }} a {{ color: inherit; }} details {{ margin-top: 1em; }}
+pre {{ white-space: pre-wrap; font-size: .85em; }}
+a {{ color: inherit; }} details {{ margin-top: 1em; }}
 footer {{ font-size: .55em; color: #666; margin-top: auto; padding-top: .5em; }}
 @page {{ size: 13.33in 7.5in; margin: 0; }}
 @media print {{ section {{ height: 7.5in; }} }}

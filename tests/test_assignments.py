@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import assignments  # noqa: E402
 import solutions  # noqa: E402
 
-from vlmkit.course.exercises import attempted  # noqa: E402
+from vlmkit.course.exercises import attempted, seed  # noqa: E402
 
 CHAPTERS = sorted(solutions.CHAPTERS.glob("[0-9][0-9]_*.ipynb"))
 NBGRADER = os.environ.get("NBGRADER") or shutil.which("nbgrader")
@@ -78,54 +78,122 @@ def test_points_are_for_minutes():
 
 # --- nbgrader itself ------------------------------------------------------------------------------
 
+OTHERWISE = {
+    "patches": """
+def cut(picture, side):
+    return torch.nn.functional.unfold(picture[None], side, stride=side)[0].T""",
+    "attention": "attend = torch.nn.functional.scaled_dot_product_attention",
+    "heads": """
+def attend_in_heads(q, k, v, heads, mask):
+    parts = [x.unflatten(-1, (heads, -1)).transpose(0, 1) for x in (q, k, v)]
+    return attend(*parts, mask).transpose(0, 1).flatten(1)""",
+    "causal-mask": """
+def causal(n):
+    return torch.tensor([[0.0 if j <= i else -math.inf for j in range(n)] for i in range(n)])
 
-def submit(course, student, path, answers):
-    """Hand in the released notebook with the first `answers` of the solutions in it."""
-    folder = course / "submitted" / student / path.stem
-    shutil.copytree(course / "release" / path.stem, folder)
-    notebook = nbformat.read(folder / path.name, as_version=4)
-    cells = [cell for cell in notebook.cells if cell.metadata["nbgrader"]["solution"]]
-    for cell, stub in list(zip(cells, stubs(path), strict=True))[:answers]:
-        cell.source = stub.metadata["solution"]["code"]
-    nbformat.write(notebook, folder / path.name)
+
+import math""",
+}
+"""Right answers to exercises of chapter 01, written in another way than the solutions."""
+
+WRONG = {"heads": "def attend_in_heads(q, k, v, heads, mask):\n    return attend(q, k, v, mask)"}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not NBGRADER, reason="nbgrader is not installed (NBGRADER names its command)")
-@pytest.mark.parametrize("path", [CHAPTERS[0], CHAPTERS[4]], ids=lambda path: path.stem)
-def test_nbgrader_grades_a_right_a_half_right_and_an_empty_submission(path, tmp_path):
-    kernel = tmp_path / "jupyter" / "kernels" / "python3"
-    kernel.mkdir(parents=True)
-    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    spec = {"argv": argv, "display_name": "Python 3", "language": "python"}
-    (kernel / "kernel.json").write_text(json.dumps(spec))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JUPYTER_PATH": str(tmp_path / "jupyter")}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    # nbgrader calls alembic, which lies beside it.
-    environment["PATH"] = f"{Path(NBGRADER).parent}{os.pathsep}{environment['PATH']}"
-    course = tmp_path / "course"
-    assignments.write(path, course)
+class Course:
+    """A course of nbgrader with the assignment for one chapter."""
 
-    def nbgrader(*arguments):
+    def __init__(self, path, folder):
+        self.path, self.folder = path, folder / "course"
+        assignments.write(path, self.folder)
+        self("generate_assignment", path.stem)
+
+    def __call__(self, *arguments, **environment):
+        # nbgrader calls alembic, which lies beside it.
+        places = f"{Path(NBGRADER).parent}{os.pathsep}{os.environ['PATH']}"
+        environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [NBGRADER, *arguments], cwd=course, env=environment, capture_output=True, text=True
+            [NBGRADER, *arguments],
+            cwd=self.folder,
+            env=os.environ | environment | {"PATH": places},
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr[-3000:]
 
-    nbgrader("generate_assignment", path.stem)
-    released = (course / "release" / path.stem / path.name).read_text(encoding="utf-8")
-    for stub in stubs(path):
-        assert json.dumps(stub.metadata["solution"]["code"])[1:-1] not in released
-    for student, answers in {"right": None, "half": 1, "empty": 0}.items():
-        submit(course, student, path, answers)
-    nbgrader("autograde", path.stem)
-    nbgrader("generate_feedback", path.stem)
+    def submit(self, student, answers):
+        """Hand in the released notebook with `answers`: {exercise: code}."""
+        folder = self.folder / "submitted" / student / self.path.stem
+        shutil.copytree(self.folder / "release" / self.path.stem, folder)
+        notebook = nbformat.read(folder / self.path.name, as_version=4)
+        cells = {cell.metadata["nbgrader"]["grade_id"]: cell for cell in notebook.cells}
+        for name, code in answers.items():
+            cells[f"{name}-answer"].source = code
+        nbformat.write(notebook, folder / self.path.name)
 
-    nbgrader("export")
-    with open(course / "grades.csv", encoding="utf-8") as file:
-        scores = {row["student_id"]: row for row in csv.DictReader(file)}
-    worth = [mark["points"] for mark in assignments.marks(nbformat.read(path, 4)).values()]
-    found = {name: float(row["score"]) for name, row in scores.items()}
-    assert found == {"right": sum(worth), "half": worth[0], "empty": 0}
-    assert {float(row["max_score"]) for row in scores.values()} == {sum(worth)}
-    assert len(list(course.glob(f"feedback/*/{path.stem}/{path.stem}.html"))) == 3
+    def scores(self):
+        """{student: points}, all of them out of the points of the chapter."""
+        self("export")
+        with open(self.folder / "grades.csv", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert {float(row["max_score"]) for row in rows} == {sum(worth(self.path).values())}
+        return {row["student_id"]: float(row["score"]) for row in rows}
+
+
+def worth(path):
+    """{exercise: points} of a chapter."""
+    marks = assignments.marks(nbformat.read(path, as_version=4)).values()
+    return {mark["grade_id"]: mark["points"] for mark in marks}
+
+
+def solved(path):
+    """{exercise: its solution} of a chapter."""
+    return {assignments.grade_id(stub): stub.metadata["solution"]["code"] for stub in stubs(path)}
+
+
+nbgrader = pytest.mark.skipif(
+    not NBGRADER, reason="nbgrader is not installed (NBGRADER names its command)"
+)
+
+
+@pytest.mark.slow
+@nbgrader
+@pytest.mark.parametrize("number", [0, 1, 4])
+def test_nbgrader_grades_a_right_a_half_right_and_an_empty_submission(number, tmp_path):
+    path = CHAPTERS[number]
+    course, right = Course(path, tmp_path), solved(path)
+    released = (course.folder / "release" / path.stem / path.name).read_text(encoding="utf-8")
+    for code in right.values():
+        assert json.dumps(code)[1:-1] not in released
+    half = dict(list(right.items())[:1])
+    submissions = {"right": right, "half": half, "empty": {}}
+    expected = {"right": list(right), "half": list(half), "empty": []}
+    if set(OTHERWISE) <= set(right):
+        submissions |= {"otherwise": right | OTHERWISE, "wrong": right | WRONG}
+        expected |= {"otherwise": list(right), "wrong": [n for n in right if n not in WRONG]}
+    for student, answers in submissions.items():
+        course.submit(student, answers)
+    course("autograde", path.stem)
+    course("generate_feedback", path.stem)
+    points = worth(path)
+    assert course.scores() == {s: sum(points[n] for n in names) for s, names in expected.items()}
+    pages = list(course.folder.glob(f"feedback/*/{path.stem}/{path.stem}.html"))
+    assert len(pages) == len(submissions)
+
+
+@pytest.mark.slow
+@nbgrader
+def test_nbgrader_grades_each_student_by_their_own_numbers(tmp_path, monkeypatch):
+    """With a name for each student: their own number is right, and a copied one is wrong."""
+    course, exercise = Course(CHAPTERS[9], tmp_path), "what-fits"
+    sides = {}
+    for student in ("ada", "alan"):
+        monkeypatch.setenv("VLMKIT_STUDENT", student)
+        budget = 100 + seed() % 500  # MB, as the chapter says
+        across = int((budget * 1e6 / (4 * 28 * 4 * 128)) ** 0.5)  # tokens a side
+        sides[student] = max(n for n in range(28 * across + 28) if round(n / 28) == across)
+    handed_in = sides | {"copier": sides["ada"]}
+    for student, side in handed_in.items():
+        course.submit(student, {exercise: f"my_side = {side}"})
+        course("autograde", course.path.stem, "--student", student, VLMKIT_STUDENT=student)
+    point = worth(course.path)[exercise]
+    assert course.scores() == {"ada": point, "alan": point, "copier": 0}

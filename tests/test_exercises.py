@@ -83,7 +83,8 @@ class Chapter:
 def chapter(request):
     if request.param.stem == "06_the_recipe" and not BUNDLED["cobble"].is_current:
         pytest.skip("cobble is not in the cache: run vlmkit fetch cobble")
-    before = {name: os.environ.pop(name, None) for name in ("VLMKIT_MODEL", "MPLBACKEND")}
+    shell = ("VLMKIT_MODEL", "MPLBACKEND", "VLMKIT_STUDENT", "VLMKIT_SCORES")
+    before = {name: os.environ.pop(name, None) for name in shell}
     with as_found():
         yield Chapter(request.param)
     os.environ.update({name: value for name, value in before.items() if value is not None})
@@ -131,6 +132,30 @@ def test_solutions_are_right_and_print_what_is_committed(chapter):
         assert (output.name, output.text) == ("stdout", text)
     assert not any(stored.values())  # the statements of the chapter show nothing
     assert chapter.shown == ""
+
+
+def test_students_have_numbers_of_their_own(chapter, monkeypatch):
+    """Where a chapter uses `vk.course.seed`: another name asks for another answer, which is right,
+    and another student's answer is wrong."""
+    seeded = [s for s in script["setting"](chapter.notebook) if "vk.course.seed(" in s]
+    names = {name for source in seeded for name in script["Names"](ast.parse(source)).defined}
+    asked = [s for s in chapter.stubs if names & script["Names"](ast.parse(s.source)).used]
+    assert len(asked) == len(seeded) == (chapter.path.stem in ("09_uses", "10_making_pebble"))
+    answers = {}
+    for student in ("", "Ada", "Alan", "Grace"):
+        monkeypatch.setenv("VLMKIT_STUDENT", student)
+        scope = dict(chapter.scope)
+        for source in seeded:
+            printed(source.replace("../data/", "data/"), scope)
+        for stub in asked:
+            assert said(script["solved"](stub), scope).startswith("Right: ")
+            first, check = script["split"](stub)
+            name = first.partition(" = ")[0]
+            answers[student] = scope[name]
+            for other in answers.values():
+                right = said(check, scope | {name: other}).startswith("Right: ")
+                assert right == (other == scope[name])
+    assert len({str(answer) for answer in answers.values()}) == len(answers)
 
 
 def test_mistakes_are_named(chapter):

@@ -1,10 +1,12 @@
 """The kit for teachers: schedules, quiz, slides, and the archive for students."""
 
 import json
+import posixpath
 import re
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import chapters
 import nbformat
 import pytest
 
@@ -36,6 +38,10 @@ def test_a_timetable_adds_up_and_shortens_what_does_not_fit():
     rows = [line.split(" | ") for line in table.splitlines()[2:]]
     assert [row[0] for row in rows] == ["| 0:00", "| 1:00", "| 1:10", "| 1:20"]
     assert "first 10 of 15 minutes" in rows[2][2]
+    at_most = schedules.timetable([("00", "read", 40), ("break", 10)], {"00": chapter}, 0, 80)
+    rows = [line.split(" | ") for line in at_most.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| 0:00", "| 0:40", "| 0:50"]
+    assert "first 40 of 60 minutes" in rows[0][2]
     with pytest.raises(ValueError, match="no time is left"):
         schedules.timetable(steps, {"00": chapter}, 0, 70)
 
@@ -64,7 +70,16 @@ def test_three_questions_a_chapter_with_an_answer_and_why_the_others_tempt():
     assert max(map(right.count, "ABC")) <= 18  # no letter gives half of the answers away
 
 
-def test_slides_have_the_figures_and_the_questions():
+def test_the_quiz_about_easy_vqa_has_the_chapters_numbers():
+    chapter = nbformat.read(ROOT / "notebooks" / "08_lora_on_vqa.ipynb", as_version=4)
+    printed = "".join(o.get("text", "") for c in chapter.cells for o in c.get("outputs", ()))
+    share = float(re.search(r"([\d.]+)% right, 95%", printed)[1])
+    right, asked = re.search(r"pebble's words +(\d+) of (\d+) right", printed).groups()
+    quiz = (ROOT / "docs" / "quiz.md").read_text(encoding="utf-8")
+    chapters.states(quiz.partition("## 08 ")[2].partition("**2.**")[0], round(share), right, asked)
+
+
+def test_slides_have_the_figures_the_predictions_and_the_questions():
     pytest.importorskip("nbconvert")
     import slides
 
@@ -74,8 +89,27 @@ def test_slides_have_the_figures_and_the_questions():
         figures = sum("image/png" in o.get("data", {}) for cell in cells for o in cell.outputs)
         text = "\n".join(made)
         assert text.count("<img ") == figures and text.count("<details>") == 3
+        assert made[1].count("<pre>") == 1 and "anchor-link" not in text
         assert not re.search(r"(?:src|href)=\"(?!data:)", text)
         assert 'alt=""' not in text
+
+    for first, numbers in slides.sessions().values():
+        assert "<table>" in first[0] and "vision_encoder" in first[1] and len(numbers) >= 2
+
+
+def test_students_get_no_link_to_what_is_left_out():
+    files = releases.committed()
+    given = releases.for_students(files)
+    folders = {str(parent) for path in given for parent in PurePosixPath(path).parents}
+    for path, (data, _) in given.items():
+        if path.endswith(".md") or releases.CHAPTER.match(path):
+            text = data.decode()
+            if not path.endswith(".md"):
+                cells = nbformat.reads(text, as_version=4).cells
+                text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+            for link in re.findall(r"\]\(([^)#\s:]+)(?:#[^)]*)?\)", text):
+                there = posixpath.normpath(posixpath.join(posixpath.dirname(path), link))
+                assert there in given or there in folders, (path, link)
 
 
 def test_students_get_no_solutions():

@@ -159,11 +159,13 @@ def steps_to_a_share(answer, runs, column, share):
         right[::-1]: "each number is right for the other run.",
     }
     if found == right:
-        return "two runs of one recipe, and thousands of steps between them."
+        apart = max(right) - min(right)
+        return f"two runs of one recipe, and {apart:,} steps between them."
     reject(found, mistakes)
     one = next(n for n, steps in enumerate(found) if steps != right[n])
-    then = runs[one][column].iloc[max(0, min(len(runs[one]), found[one] // 100) - 1)]
-    raise Hint(f"after {found[one]:,} steps run {one + 1} has {then:.0%} right; when first?")
+    then = runs[one][column].ffill().iloc[max(0, min(len(runs[one]), found[one] // 100) - 1)]
+    has = f"has {then:.0%} right" if then == then else "was not asked yet"  # NaN in the log
+    raise Hint(f"after {found[one]:,} steps run {one + 1} {has}; when first?")
 
 
 @exercise("rate", function)
