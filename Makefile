@@ -13,7 +13,7 @@ BENCHMARK_ARGS ?=
 
 python := .venv/bin/python
 # Tests use no hub, and no variables that a reader's shell may have set.
-quietly := env -u VLMKIT_MODEL -u MPLBACKEND HF_HUB_OFFLINE=1
+quietly := env -u VLMKIT_MODEL -u VLMKIT_STUDENT -u VLMKIT_SCORES -u MPLBACKEND HF_HUB_OFFLINE=1
 pytest := $(quietly) $(python) -m pytest $(PYTEST_ARGS)
 # A notebook runs in the kernel of this environment, and must print the outputs that it stores.
 nbval := --nbval --nbval-current-env --nbval-cell-timeout=1800 notebooks

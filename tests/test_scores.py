@@ -4,6 +4,7 @@ import csv
 import io
 import json
 
+import pandas as pd
 import pytest
 
 import vlmkit as vk
@@ -90,6 +91,16 @@ def test_a_file_of_something_else_is_left_as_it_is(name, text, tmp_path):
     with pytest.raises(ExerciseError, match="no file of scores"):
         checked(RIGHT, scores=path)
     assert path.read_text() == text
+
+
+def test_the_files_of_a_class_become_one_table(tmp_path, monkeypatch):
+    """As the page for teachers does it."""
+    for student, answer in {"Ada": RIGHT, "Alan": 1.0}.items():
+        monkeypatch.setenv("VLMKIT_STUDENT", student)
+        checked(answer, scores=tmp_path / f"{student}.csv")
+    rows = pd.concat(map(pd.read_csv, tmp_path.glob("*.csv")))
+    table = rows.pivot_table(index="student", columns="exercise", values="points")
+    assert table[EXERCISE].to_dict() == {"Ada": 1, "Alan": 0}
 
 
 def test_a_file_of_scores_is_json_or_csv(tmp_path):
