@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import chapters
 import nbformat
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,8 +76,16 @@ def test_the_quiz_about_easy_vqa_has_the_chapters_numbers():
     printed = "".join(o.get("text", "") for c in chapter.cells for o in c.get("outputs", ()))
     share = float(re.search(r"([\d.]+)% right, 95%", printed)[1])
     right, asked = re.search(r"pebble's words +(\d+) of (\d+) right", printed).groups()
-    quiz = (ROOT / "docs" / "quiz.md").read_text(encoding="utf-8")
-    chapters.states(quiz.partition("## 08 ")[2].partition("**2.**")[0], round(share), right, asked)
+    quiz = (ROOT / "docs" / "quiz.md").read_text(encoding="utf-8").partition("## 08 ")[2]
+    first, second, third = re.split(r"^\*\*[23]\.\*\* ", quiz.partition("## 09 ")[0], flags=re.M)
+    chapters.states(first, round(share), right, asked)
+
+    runs = pd.read_csv(ROOT / "notebooks" / "data" / "08_lora_on_vqa.csv")
+    share = (100 * runs["right"] / runs["n"]).groupby([runs["old"], runs["trained"]]).max()
+    alone = share[0]
+    assert alone["language_model 2"] > 50 > alone["vision_encoder 148 + head 16"]
+    both = "projector full + language_model 128"
+    chapters.states(third, *(f"{share[old][both]:.1f}" for old in (0, 0.25)))
 
 
 def test_slides_have_the_figures_the_predictions_and_the_questions():
