@@ -158,6 +158,12 @@ def test_anatomy(llava, capsys):
         (["memory", "pebble", "--image-size", "1024"], "WIDTHxHEIGHT"),
         (["memory", "pebble", "--budget", "8 apples"], "'8 apples'"),
         (["memory", "pebble", "--budget", "-8 GB"], "'-8 GB'"),
+        (["memory", "pebble", "--budget", "4090"], "'RTX 4090'"),
+        (["memory", "pebble", "--budget", "NVIDIA GeForce RTX 3090"], "'RTX 3090'"),
+        (["memory", "pebble", "--plan", "4bit"], "'nf4'"),
+        (["memory", "pebble", "--train", "qlora"], "QLoRA is"),
+        (["fit", "Qwen/Qwen2.5-VL-7B", "--card", "T4"], "'Qwen/Qwen2.5-VL-7B-Instruct'"),
+        (["fit", "pebble", "--card", "24"], "'48 GB'"),
         (["memory", "pebble", "--rank", "4"], "--train"),
         (["memory", "pebble", "--train", "full", "--rank", "4"], "--train"),
         (["memory", "pebble", "--train", "visionencoder=full"], "'vision_encoder'"),
@@ -262,6 +268,15 @@ def test_a_budget_decides_the_exit_status(budget, status, capsys):
     assert f"{int(size):,} bytes" in out and ("Does not fit" in out) == bool(status)
     assert run("memory", NAME, "--budget", budget, "--json") == status
     assert printed(capsys)["fits"] is not bool(status)
+
+
+def test_a_card_as_budget_counts_a_gpu(capsys):
+    """So `memory` and `fit` say the same about a card."""
+    words = ["memory", "pebble", "--train", "lora", "--tokens", 16, "--images", 1, "--budget", "T4"]
+    assert run(*words, "--json") == 0
+    use = {"training": "lora", "tokens": 16, "images": 1}
+    counted = vk.memory.predict("pebble", allocator="cuda", **use).total
+    assert printed(capsys)["total"] == counted != vk.memory.predict("pebble", **use).total
 
 
 def test_fit_as_text_as_json_and_drawn(tmp_path, capsys):

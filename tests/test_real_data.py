@@ -526,6 +526,8 @@ def test_the_page_runs_on_files_of_your_own(tmp_path, monkeypatch):
     for i in (1, 2):
         picture(i).save(tmp_path / "pictures" / f"{i}.png")
     (tmp_path / "questions.jsonl").write_text(shown)
+    mine = [{"img": "pictures/1.png", "q": "What color is the car?", "a": "red"}]
+    (tmp_path / "mine.json").write_text(json.dumps(mine))
     (tmp_path / "exported").mkdir()
     data("chartqa", 2).to_parquet(tmp_path / "exported" / "validation-00000.parquet")
     data("chartqa", 2).to_parquet(tmp_path / "exported" / "train-00000.parquet")

@@ -117,7 +117,8 @@ def parse(training):
     if not isinstance(training, dict):
         raise FinetuningError(
             f"{training!r} does not say what to train. Give 'lora', 'full', or a dictionary such "
-            'as {"projector": "full", "language_model": vk.LoRA(r=16)}.'
+            'as {"projector": "full", "language_model": vk.LoRA(r=16)}. QLoRA is \'lora\' under a '
+            "plan with the language model in nf4, such as the recommended plan."
         )
     for component, way in training.items():
         require_component(component)

@@ -15,7 +15,10 @@ from vlmkit.catalog.bundled import BUNDLED
 from vlmkit.errors import CheckpointError, brief, did_you_mean, failed_import
 from vlmkit.folders import recover
 
-OFFLINE = 'vk.load("pebble") works without a network.'
+OFFLINE = (
+    "Without a network, pebble works, and so do anatomy and predictions of memory for the models "
+    "of vk.catalog.NAMES."
+)
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTERS = "adapters"  # a folder in a checkpoint's folder, as peft writes it
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -118,7 +121,9 @@ def _why_not_fetched(name, revision, error):
         "and the hub cannot be reached. Check the network (or HF_HUB_OFFLINE).",
         Exception: f"{name} could not be fetched from the hub: {brief(error)}.",
     }
-    return next(text for kind, text in reasons.items() if isinstance(error, kind)) + f" {OFFLINE}"
+    why = next(text for kind, text in reasons.items() if isinstance(error, kind))
+    near = "" if name in catalog.NAMES else did_you_mean(name, catalog.NAMES, 0.75)
+    return f"{why} {near}{OFFLINE}"
 
 
 def read_config(folder, *, trust_remote_code=False):

@@ -93,7 +93,9 @@ def require_free(path, overwrite):
     a folder that is not empty and not to be replaced."""
     if path.is_dir():
         if any(path.iterdir()) and not overwrite:
-            or_replace = "" if overwrite is None else ", or replace it: overwrite=True"
+            or_replace = (
+                "" if overwrite is None else ", or replace it: overwrite=True (--overwrite)"
+            )
             raise CheckpointError(f"{path} is not empty. Choose another folder{or_replace}.")
         if Path.cwd().is_relative_to(path):  # whoever works in it would be left in a removed one
             raise CheckpointError(

@@ -41,6 +41,12 @@ class Size(int):
     __repr__ = __str__
 
 
+def readable(size):
+    """Bytes as a text, in GB from one GB on and else in MB: "13.64 GB", "3.78 MB"."""
+    unit = "GB" if size >= GIGABYTE else "MB"
+    return f"{size / UNITS[unit.lower()]:,.2f} {unit}"
+
+
 def parse_size(text):
     """A Size from "8 GB", "8GiB", "8000MB" or a number of bytes.
 

@@ -115,12 +115,16 @@ def memory(
     gradient_checkpointing: Checkpointing = False,
     optim: Optim = None,
     allocator: option(
-        str, "Also count what PyTorch's allocator for that device rounds up to.", metavar="cuda"
+        str,
+        "Count what a GPU needs: its kernels, and what PyTorch's allocator rounds up to. Without "
+        "it, everything is counted as on a CPU, unless --budget names a card.",
+        metavar="cuda",
     ) = None,
     budget: option(
         str,
         'Say whether the model fits in SIZE, such as "8 GB", 8GiB or 8000MB, or on a card of the '
-        'catalog, such as "RTX 4090", less 1 GB for CUDA and other programs.',
+        'catalog, such as "RTX 4090", less 1 GB for CUDA and other programs, and counted as with '
+        "--allocator cuda.",
         metavar="SIZE",
     ) = None,
     revision: Revision = None,
@@ -134,9 +138,13 @@ def memory(
     GGUF), and without --plan, it shows the bytes in the weight files by component and format."""
     import vlmkit as vk
     from vlmkit.backend.quiet import quiet
-    from vlmkit.units import MEGABYTE
+    from vlmkit.catalog.gpus import GPUS
+    from vlmkit.memory.stored import loadable
+    from vlmkit.units import readable
 
     room = None if budget is None else _room(budget)
+    if budget in GPUS and allocator is None and (plan or loadable(name_of(model), revision)):
+        allocator = "cuda"  # of what only lies in files, as with AWQ, there is nothing to run
     more = {"revision": revision, "trust_remote_code": trust_remote_code, "allocator": allocator}
     use = _use(context.params)
     with quiet():
@@ -159,9 +167,9 @@ def memory(
             ]
         print_json(document | ({} if room is None else {"budget": int(room), "fits": fits}))
     else:
-        print(ledger if stored else _ledger_as_text(ledger))
+        print(ledger if stored else _ledger_as_text(ledger, allocator))
         if room is not None:
-            left = f"{abs(room - ledger.total) / MEGABYTE:,.2f} MB"
+            left = readable(abs(room - ledger.total))
             words = f"Fits in {room}: {left} are left."
             if not fits:
                 words = f"Does not fit in {room}: {left} too much."
@@ -171,7 +179,7 @@ def memory(
                 with quiet():
                     less = vk.memory.predict(name_of(model), plan, **more, **use).total
                 print(
-                    f"With --gradient-checkpointing it needs {less / MEGABYTE:,.2f} MB, which "
+                    f"With --gradient-checkpointing it needs {readable(less)}, which "
                     f"{'fits' if less <= room else 'does not fit either'}."
                 )
     return int(not fits)
@@ -180,11 +188,11 @@ def memory(
 def _room(budget):
     """The Size that a budget names, in bytes."""
     from vlmkit.catalog.gpus import GPUS, RESERVED
-    from vlmkit.memory.fitting import room_on
-    from vlmkit.units import Size, parse_size
+    from vlmkit.memory.fitting import memory_of, room_on
+    from vlmkit.units import Size
 
     if budget not in GPUS:
-        return parse_size(budget)
+        return memory_of(budget)
     return Size(room_on(budget), f"{budget}, less {RESERVED},")
 
 
@@ -375,7 +383,7 @@ def _training(text, rank):
     return {part.strip(): ways.get(way.strip(), way.strip()) for part, _, way in pairs}
 
 
-def _ledger_as_text(ledger):
+def _ledger_as_text(ledger, allocator):
     """A ledger with a row for each kind of bytes, which is what fits in a terminal."""
     from vlmkit.memory import BOUNDED
     from vlmkit.units import MEGABYTE
@@ -385,6 +393,10 @@ def _ledger_as_text(ledger):
     lines = [f"{ledger.title}, in MB (1 MB = 10^6 bytes)", "", table.to_string()]
     if ledger.bounded:
         lines.append("* bounded, not exact; the rest is to the byte")
+        if allocator is None:
+            lines.append(
+                "Counted as on a CPU. A GPU's operations need other amounts: add --allocator cuda."
+            )
     return "\n".join([*lines, *([""] if ledger.notes else []), *ledger.notes])
 
 

@@ -164,9 +164,9 @@ def with_limits(config, settings, limits):
     family = family_of(config)
     for name, value in limits.items():
         if name not in family.limits:
-            has = f"has {', '.join(family.limits)}" if family.limits else "has none"
+            has = f"It has {', '.join(family.limits)}." if family.limits else "It has none."
             raise SizeError(
-                f"{name} is no limit of {config.model_type}, which {has}. {family.no_limits}"
+                f"{config.model_type} has no limit called {name}. {has} {family.no_limits}"
             )
         _check_limit(name, value)
     given = {name: limits[name] for name in limits if "pixels" not in name}

@@ -253,9 +253,14 @@ def notes_of(path):
     """
     path = Path(path).expanduser()
     if not (path / NOTES).is_file():
+        inside = path / "adapters"  # of an output folder of `vlmkit train`
         raise FinetuningError(
-            f"{path} holds nothing that vk.finetuning.save wrote: there is no {NOTES}. Adapters of "
-            "peft alone load with peft.PeftModel.from_pretrained(model, path)."
+            f"{path} holds nothing that vk.finetuning.save wrote: there is no {NOTES}. "
+            + (
+                f"Give {inside}."
+                if (inside / NOTES).is_file()
+                else "Adapters of peft alone load with peft.PeftModel.from_pretrained(model, path)."
+            )
         )
     try:
         notes = json.loads((path / NOTES).read_text(encoding="utf-8"))

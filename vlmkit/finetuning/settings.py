@@ -281,6 +281,22 @@ class Config(Checked, what="a key"):
     evaluation: dict | TaskRows | SourceRows | None = None
     output: str | None = None
 
+    def __post_init__(self):
+        for key, example in _MAPPINGS.items():
+            if isinstance(getattr(self, key), str):
+                raise FinetuningError(
+                    f"{key} has keys of its own, such as `{key}: {example}`, and here it is the "
+                    f"text {shown(getattr(self, key))}."
+                )
+        super().__post_init__()
+
+
+_MAPPINGS = {
+    "train": "{language_model: lora}", "data": "{source: train.jsonl}",
+    "evaluation": "{source: held_out.jsonl}", "settings": "{max_steps: 100}",
+}  # fmt: skip
+"""Keys of a file whose value is a mapping: an example of each."""
+
 
 def read(path):
     """The Config in the YAML file `path`, checked.

@@ -71,6 +71,13 @@ FORMATS = {
 _EXPERIMENT = re.compile(r"(int[2-8]|nf4|fp4)(-(tensor|row|token|act|asym|sym|dq|[gb]\d+))*")
 
 
+_ELSEWHERE = {
+    "4bit": "nf4", "load_in_4bit": "nf4", "qlora": "nf4", "8bit": "int8", "load_in_8bit": "int8",
+    "fp8": "int8",     "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32",
+}  # fmt: skip
+"""What other programs call a format, or nearly the same format: the name here."""
+
+
 def format_named(name):
     """The Format called `name`. Raises PlanError, with the most similar name, if there is none."""
     if isinstance(name, str) and name in FORMATS:
@@ -82,10 +89,8 @@ def format_named(name):
             f"vk.sensitivity.quantized(model, scope, {name!r}). The formats of a plan are "
             f"{', '.join(FORMATS)}."
         )
-    raise PlanError(
-        f"{name!r} is not a number format. {did_you_mean(name, FORMATS, 0.4)}The formats are "
-        f"{', '.join(FORMATS)}."
-    )
+    near = did_you_mean(name, [*FORMATS, *_ELSEWHERE], 0.4, _ELSEWHERE)
+    raise PlanError(f"{name!r} is not a number format. {near}The formats are {', '.join(FORMATS)}.")
 
 
 def torch_dtype(name):

@@ -7,15 +7,16 @@
 which is an assumption and not a measurement.
 """
 
+import re
 from itertools import product
 
 from vlmkit.backend.quiet import quiet
 from vlmkit.catalog import NAMES
 from vlmkit.catalog.gpus import GPUS, RESERVED
-from vlmkit.errors import AnatomyError, SizeError, did_you_mean, public
+from vlmkit.errors import AnatomyError, SizeError, did_you_mean, public, shown
 from vlmkit.memory.predicting import predict
 from vlmkit.plan import Plan
-from vlmkit.units import GIGABYTE, parse_size
+from vlmkit.units import GIGABYTE, MEGABYTE, parse_size
 
 PLANS = {
     "bf16": Plan(),
@@ -23,6 +24,8 @@ PLANS = {
     "language model nf4": Plan.recommended(),
 }
 """The plans that are compared by default."""
+
+_SHORT = {"A100": "A100 80GB"}  # what people write: the card to suggest
 
 
 @public
@@ -105,16 +108,25 @@ def room_on(card, reserved=RESERVED):
 
 
 def memory_of(gpu):
-    """Bytes of a card, or of a size such as "12 GB". Raises SizeError for anything else."""
+    """Bytes of a card, or of a size such as "12 GB".
+
+    Raises SizeError for anything else, also for less than a megabyte: "24" is meant as 24 GB, and
+    "4090" as a card.
+    """
     if isinstance(gpu, str) and gpu in GPUS:
         return GPUS[gpu].bytes
     try:
-        return parse_size(gpu)
+        size, cause = parse_size(gpu), None
     except SizeError as error:
+        size, cause = 0, error
+    if size < MEGABYTE:
+        named = re.sub(r"nvidia|geforce", "", str(gpu), flags=re.IGNORECASE).strip()
         raise SizeError(
-            f"{gpu!r} is neither a card that the catalog has nor a size of memory such as '12 GB'. "
-            f"{did_you_mean(gpu, GPUS)}The cards are {', '.join(GPUS)}."
-        ) from error
+            f"{shown(gpu)} is neither a card of the catalog nor a size with its unit. "
+            f"{did_you_mean(named, [*GPUS, *_SHORT], 0.6, _SHORT)}The cards are "
+            f"{', '.join(GPUS)}. For another card, give its memory, such as '48 GB'."
+        ) from cause
+    return size
 
 
 def in_gigabytes(size):
