@@ -37,7 +37,7 @@ Examples:
 
 \b
   vlmkit doctor
-  vlmkit doctor --quick            # leaves out which models fit, which takes some seconds
+  vlmkit doctor --quick            # leaves out which models fit, which takes a minute
   vlmkit doctor --json
 
 The exit status is 1 if the course cannot run here. Without typer there is no command line. Then run

@@ -140,7 +140,7 @@ def _columns(lines):
 
 def _needed(row):
     if row["needed"] is None:
-        return "too long"
+        return row["why"].partition(":")[0]  # "too long" or "unknown", as `vk.fit` says it
     needed = row["needed"] / GIGABYTE
     return f"{needed:.{1 if needed >= 1 else 2}f}" + ("" if row["fits"] else "  does not fit")
 
@@ -200,7 +200,7 @@ def _fit(models, where, memory, progress):
         reserved=RESERVED,
         progress=progress,
     )
-    table = table[["model", "plan", "needed", "fits"]]
+    table = table[["model", "plan", "needed", "fits", "why"]]
     return tuple(table.astype(object).where(table.notna(), None).to_dict(orient="records"))
 
 

@@ -155,7 +155,8 @@ class DryRun:
         except Exception as error:  # an architecture that looks at values in ways of its own
             raise AnatomyError(
                 f"{type(unwrapped(self.model)).__name__} cannot be run without data, so that its "
-                f"cache and activations cannot be predicted: {brief(error)}"
+                f"cache and activations cannot be predicted: {brief(error)}. Its weights can be, "
+                "without tokens, pictures and training."
             ) from error
 
     def train(self, inputs, bf16):

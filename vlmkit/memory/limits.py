@@ -166,7 +166,7 @@ class Largest(Table):
         for column in ("needed", "left"):
             table[column] = [f"{size / GIGABYTE:.2f}" for size in table[column]]
         table = table.rename(columns={"needed": "GB needed", "left": "GB left"})
-        table = table.rename(index=lambda name: re.sub(r".* \+ ", "  + ", name))
+        table = table.rename(index=_short)
         return table.map(lambda cell: "-" if cell is None else str(cell))
 
     def _headline(self):
@@ -194,11 +194,17 @@ class Largest(Table):
                 yield f"The {use.name} does not fit: {missing:.2f} GB too much."
                 for saving in use.savings:
                     yield (
-                        f"  {saving.what}: {saving.saved / GIGABYTE:.2f} GB less, "
+                        f"  {_short(saving.what)}: {saving.saved / GIGABYTE:.2f} GB less, "
                         f"{'and it fits' if saving.fits else 'which is not enough'}."
                     )
                 if not use.savings or not use.savings[-1].fits:
                     yield "  Nothing that was tried makes it fit."
+
+
+def _short(name):
+    """The name of a use or a saving, without the list of what is saved together."""
+    use, plus, saving = name.rpartition(" + ")
+    return "  + " * bool(plus) + ("all of these together" if " and " in saving else saving)
 
 
 def _plain(arguments):
@@ -462,6 +468,7 @@ class _Model:
         if "training" in arguments and not arguments["optim"].startswith("paged"):
             yield "a paged 8-bit optimizer", {"optim": "paged_adamw_8bit"}
         formats = SMALLER[SMALLER.index(own) + 1 :] if own in SMALLER else SMALLER
+        formats = () if own == "nf4" else formats  # nf4-dq is the double quantization above
         for name in formats:
             yield f"the language model in {name}", {"plan": plan.with_format(LANGUAGE, name)}
         yield "every component in nf4-dq", {"plan": Plan.uniform("nf4-dq")}
