@@ -280,6 +280,12 @@ def test_models_are_held_against_the_memory_that_is_free(monkeypatch):
         assert text.count("does not fit") == sum(not fit for fit in fits.values())
 
 
+def test_a_model_without_a_number_says_which_kind_of_reason():
+    row = {"needed": None, "fits": False}
+    assert environment._needed(row | {"why": "too long: 9,000 tokens"}) == "too long"
+    assert environment._needed(row | {"why": "unknown: no rule"}) == "unknown"
+
+
 def test_on_a_gpu_it_is_the_one_with_most_free_memory(cuda):
     cuda((8, 0), 2 * 10**9, 3 * 10**9)
     assert environment._room() == ("GPU 1", 3 * 10**9)

@@ -237,6 +237,13 @@ def test_the_readme_says_what_plain_peft_leaves_out(both, tmp_path):
             vk.load(trained_part)
 
 
+def test_the_output_folder_of_a_training_names_its_adapters(tmp_path):
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "vlmkit.json").touch()
+    with pytest.raises(FinetuningError, match="Give .*adapters"):
+        vk.finetuning.load(vk.load("pebble", "bf16")[0], tmp_path)
+
+
 @pytest.mark.parametrize("file", PARTS)
 @pytest.mark.parametrize("damage", ["missing", "changed", "cut"])
 def test_a_folder_that_is_not_whole_is_refused(both, processor, tmp_path, file, damage):
