@@ -1,63 +1,77 @@
-"""The same training on one GPU, on two with a copy each, and on two that share a copy by FSDP.
+"""One training on one GPU and on two: with a copy each, and sharing a model that one cannot hold.
 
     make benchmark-several-gpus                     # two GPUs or more, 25 GB of disk, some minutes
     python benchmarks/several_gpus.py --output two.json
 
 Llama-3.2-11B-Vision from the catalog's config, with random weights, is trained with LoRA on its
-language model, two samples a step. For each way the result has the losses, which have to be the
-same, seconds a step, and the peak of memory on each GPU. accelerate launches the processes, as in
-docs/training.md.
+language model, two samples a step. In the ways of 16 GB, no process may take more of its GPU: bf16
+(21.3 GB) then fails on one, with an error that is recorded, and two share it by FSDP. For each way
+and process the result has the losses, which have to be the same, seconds a step, the peaks of the
+GPU in the load and in the training, and the peak of the host's memory in the load (RssAnon). One
+process of a way is killed after half of the steps, and the way is launched again. The adapters that
+it saved are loaded on one GPU. accelerate launches the processes with the configs of docs/launch.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import gpu_setups as setups
 import torch
+from loading import _Memory
 
 import vlmkit as vk
+from vlmkit.backend.losses import loss_of_answers
 from vlmkit.backend.quiet import quiet
+from vlmkit.errors import PlanError
+from vlmkit.finetuning import Collator, trainer
 
 MODEL = "meta-llama/Llama-3.2-11B-Vision-Instruct"
+LAUNCH = Path(__file__).parent.parent / "docs" / "launch"
+LIMIT = 16 * 10**9
+
+
+class Way(NamedTuple):
+    """The language model's format, a config of docs/launch, the bytes of its GPU that a process may
+    take (0: all), and whether a process is killed on the way."""
+
+    label: str
+    config: str
+    limit: int = 0
+    killed: bool = False
+
+
 WAYS = {
-    "one GPU, bf16": ("bf16", 1, False),
-    "two GPUs, bf16": ("bf16", 2, False),
-    "two GPUs, bf16, parted": ("bf16", 2, True),
-    "one GPU, nf4": ("nf4", 1, False),
-    "two GPUs, nf4": ("nf4", 2, False),
-    "two GPUs, nf4, parted": ("nf4", 2, True),
+    "one GPU, bf16": Way("bf16", "one_gpu"),
+    "one GPU of 16 GB, bf16": Way("bf16", "one_gpu", LIMIT),
+    "two GPUs, bf16": Way("bf16", "two_gpus"),
+    "two GPUs of 16 GB share, bf16": Way("bf16", "two_gpus_fsdp", LIMIT, killed=True),
+    "one GPU, nf4": Way("nf4", "one_gpu"),
+    "two GPUs of 16 GB share, nf4": Way("nf4", "two_gpus_fsdp", LIMIT),
 }
-"""Way -> the language model's format, processes, and whether FSDP parts the model."""
-PARTED = """\
-compute_environment: LOCAL_MACHINE
-distributed_type: FSDP
-fsdp_config:
-  fsdp_version: 2
-  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
-  fsdp_transformer_layer_cls_to_wrap: {layers}
-  fsdp_state_dict_type: FULL_STATE_DICT
-  fsdp_cpu_ram_efficient_loading: false
-  fsdp_reshard_after_forward: true
-num_machines: 1
-num_processes: {processes}
-"""
-LAYERS = "MllamaVisionEncoderLayer,MllamaCrossAttentionDecoderLayer,MllamaSelfAttentionDecoderLayer"
+PROCESSES = {"one_gpu": 1, "two_gpus": 2, "two_gpus_fsdp": 2}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("several_gpus.json"))
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--train", nargs=3, help=argparse.SUPPRESS)  # a process of a launch
+    parser.add_argument("--train", nargs=2, help=argparse.SUPPRESS)  # a process of a launch
+    parser.add_argument("--kill", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.train:
-        return train(*args.train, args.steps, args.output)
+        folder, way = args.train
+        if args.check:
+            return check(folder, WAYS[way], args.output, args.steps)
+        return train(folder, WAYS[way], args.output, args.steps, args.kill)
     if torch.cuda.device_count() < 2:
         parser.error(f"two GPUs are needed; found {torch.cuda.device_count()}")
     found = {"machine": setups.machine("cuda"), "model": MODEL, "steps": args.steps, "ways": {}}
@@ -65,68 +79,118 @@ def main(argv=None):
         with quiet():
             setups.make(setups.published(MODEL), Path(scratch, "model"), "cuda")
         torch.cuda.empty_cache()
-        for way in WAYS:
-            done = launch(way, Path(scratch), args.steps)
-            found["ways"][way] = done
-            print(way, json.dumps(done), flush=True)
+        for name in WAYS:
+            done = launch(name, Path(scratch), args.steps)
+            found["ways"][name] = done
+            print(name, json.dumps(done), flush=True)
             args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def launch(way, scratch, steps):
-    """What the processes of `way` found, one dictionary for each; or the end of what they said."""
-    label, processes, parted = WAYS[way]
+def launch(name, scratch, steps):
+    """What the processes of a way found, one dictionary for each; where they shared a model, also
+    what one GPU makes of the adapters; or the end of what they said."""
+    way, output = WAYS[name], scratch / name.replace(" ", "-")
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    if parted:
-        config = scratch / "fsdp.yaml"
-        config.write_text(PARTED.format(layers=LAYERS, processes=processes), encoding="utf-8")
-        command += ["--config_file", str(config)]
-    else:
-        command += ["--num_processes", str(processes), "--num_machines", "1"]
-        command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    output = scratch / f"{label}-{processes}-{'parted' if parted else 'whole'}"
-    command += [
-        __file__,
-        "--train",
-        str(scratch / "model"),
-        label,
-        str(scratch / f"runs-{output.name}"),
-    ]
+    command += ["--config_file", str(LAUNCH / f"{way.config}.yaml"), "--main_process_port", "0"]
+    command += [__file__, "--train", str(scratch / "model"), name]
     command += ["--steps", str(steps), "--output", str(output)]
+    if way.killed:
+        done = subprocess.run([*command, "--kill"], capture_output=True, text=True)
+        if f"-{signal.SIGKILL}" not in done.stderr:
+            return {"failed": done.stderr[-3000:]}
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"failed": done.stderr[-3000:]}
-    return [
-        json.loads(Path(f"{output}.{rank}").read_text(encoding="utf-8"))
-        for rank in range(processes)
-    ]
+    ranks = [*range(PROCESSES[way.config])]
+    if way.config.endswith("fsdp"):
+        ranks.append("check")
+        check = [sys.executable, *command[command.index(__file__) :], "--check"]
+        done = subprocess.run(check, capture_output=True, text=True)
+        if done.returncode:
+            return {"failed": done.stderr[-3000:]}
+    return [json.loads(Path(f"{output}.{r}").read_text(encoding="utf-8")) for r in ranks]
 
 
-def train(folder, label, runs, steps, output):
+def check(folder, way, output, steps):
+    """The loss of what was trained in shards, loaded in one process on one GPU without a limit."""
+    model, _ = vk.load(folder, vk.Plan(language_model=way.label), processor=False)
+    processor, rows = setups.processor_of(model.config), setups.rows(model.config, 2 * steps)
+    model = vk.finetuning.load(model, f"{output}-adapters")
+    found = {"loss_of_saved": _loss(model, processor, rows)}
+    Path(f"{output}.check").write_text(json.dumps(found), encoding="utf-8")
+    return 0
+
+
+def train(folder, way, output, steps, kill=False):
     """One process of a training. Writes what it found to `output`, with its rank as the ending."""
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    torch.cuda.set_device(rank)
-    model, _ = vk.load(
-        folder, vk.Plan(language_model=label), processor=False, device=f"cuda:{rank}"
-    )
-    processor, rows = setups.mllama_processor(model.config), setups.rows(model.config, 2 * steps)
-    model = vk.finetuning.add_adapters(model, language_model=vk.LoRA(r=16))
-    loaded = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    with setups.Clock(model) as clock:
-        run = vk.finetuning.train(
-            model, processor, rows, runs, max_steps=steps, save_steps=steps, learning_rate=1e-4,
-            per_device_train_batch_size=2 // int(os.environ.get("WORLD_SIZE", 1)),
-        )  # fmt: skip
-    found = {
-        "losses": [round(loss, 4) for loss in run.curve["loss"]],
-        "seconds_a_step": round(median(clock.seconds), 3),
-        "loaded": loaded,
-        "kept": torch.cuda.memory_allocated(),
-        "peak": torch.cuda.max_memory_allocated(),
-    }
+    rank, processes = (int(os.environ.get(n, d)) for n, d in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    _of_gpu("set_device", rank)
+    if way.limit:
+        share = way.limit / torch.cuda.get_device_properties(rank).total_memory
+        torch.cuda.set_per_process_memory_fraction(share, rank)
+    if kill and rank == processes - 1:
+        _kill_after(steps // 2)
+    plan, found = vk.Plan(language_model=way.label), {}
+    try:
+        with _Memory() as host:
+            model, _ = vk.load(folder, plan, processor=False)
+    except PlanError as error:
+        found["refused"] = str(error)
+    else:
+        found |= {"host": host.peak, "loaded": _of_gpu("memory_allocated")}
+        found["load"] = _of_gpu("max_memory_allocated")
+        found |= _trained(model, output, steps, processes)
     Path(f"{output}.{rank}").write_text(json.dumps(found), encoding="utf-8")
     return 0
+
+
+def _trained(model, output, steps, processes):
+    processor, rows = setups.processor_of(model.config), setups.rows(model.config, 2 * steps)
+    model = vk.finetuning.add_adapters(model, language_model=vk.LoRA(r=16))
+    _of_gpu("reset_peak_memory_stats")
+    with setups.Clock(model) as clock:
+        run = vk.finetuning.train(
+            model, processor, rows, f"{output}-runs", max_steps=steps, save_steps=steps // 2,
+            learning_rate=1e-4, per_device_train_batch_size=2 // processes,
+        )  # fmt: skip
+    peak = _of_gpu("max_memory_allocated")
+    vk.finetuning.save(model, f"{output}-adapters", overwrite=True)
+    return {
+        "losses": [round(loss, 4) for loss in run.curve["loss"]],
+        "continued_from": run.continued_from,
+        "seconds_a_step": clock.seconds and round(median(clock.seconds), 3),
+        "kept": _of_gpu("memory_allocated"),
+        "peak": peak,
+        "loss_after": _loss(model, processor, rows),
+    }
+
+
+def _of_gpu(name, *words):
+    """What a function of torch.cuda returns; 0 on a CPU, where a test runs this script."""
+    return getattr(torch.cuda, name)(*words) if torch.cuda.is_available() else 0
+
+
+def _kill_after(steps):
+    """Kill this process after so many steps, without a word."""
+    step = trainer.Trainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step > steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *args, **kwargs)
+
+    trainer.Trainer.training_step = training_step
+
+
+@torch.no_grad()
+def _loss(model, processor, rows):
+    """The loss of the first two rows, in the formats of the plan."""
+    batch = Collator(processor)([rows[0], rows[1]])
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    labels = batch.pop("labels")
+    batch["pixel_values"] = batch["pixel_values"].to(torch.bfloat16)
+    return round(loss_of_answers(model.eval()(**batch), labels).item(), 4)
 
 
 if __name__ == "__main__":

@@ -162,6 +162,4 @@ def test_the_configs_of_the_page_on_training_are_read(tmp_path):
     assert said.model == "Qwen/Qwen2.5-VL-7B-Instruct"
     assert said.settings["gradient_accumulation_steps"] == 16
     tried = yaml.safe_load((Path(__file__).parent / "data" / "fsdp.yaml").read_text())
-    layers = "fsdp_transformer_layer_cls_to_wrap"
-    same = [one["fsdp_config"] | {layers: ""} for one in (yaml.safe_load(fsdp), tried)]
-    assert same[0] == same[1]
+    assert yaml.safe_load(fsdp)["fsdp_config"] == tried["fsdp_config"]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from families import _FAMILIES
 from transformers import CONFIG_MAPPING
 
@@ -98,3 +99,21 @@ def test_the_peaks_of_recorded_trainings(benchmark):
             folder_of(row["model"]), vk.Plan.recommended(), checkpointing, 64
         )
         assert found == pytest.approx(row["peak"], rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_way_of_several_gpus_on_a_cpu(benchmark, monkeypatch, tmp_path):
+    """One process of it, and the check of its adapters. The rest needs two GPUs."""
+    monkeypatch.delitem(sys.modules, "loading", raising=False)
+    several = runpy.run_path(str(BENCHMARKS / "several_gpus.py"))
+    for way in several["WAYS"].values():
+        said = yaml.safe_load((several["LAUNCH"] / f"{way.config}.yaml").read_text())
+        assert said["num_processes"] == several["PROCESSES"][way.config]
+    sys.modules["gpu_setups"].make(config("mllama"), tmp_path / "model", "cpu")
+    way, output = several["WAYS"]["one GPU, nf4"], tmp_path / "out"
+    assert several["train"](tmp_path / "model", way, output, 4) == 0
+    assert several["check"](tmp_path / "model", way, output, 4) == 0
+    (found, check) = (json.loads(Path(f"{output}.{e}").read_text()) for e in ("0", "check"))
+    assert len(found["losses"]) == 4 and found["continued_from"] == 0
+    assert check["loss_of_saved"] == pytest.approx(found["loss_after"], abs=1e-3)

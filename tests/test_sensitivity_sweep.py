@@ -425,15 +425,21 @@ import sys
 import torch
 torch.set_num_threads(1)
 import vlmkit as vk
+from vlmkit.sensitivity import sweeping
 
+measured, made = sweeping.measured, []
+sweeping.measured = lambda *words: made.append(1) or measured(*words)
 questions = vk.tasks.dataset("all", n=12, seed=3)
 model, processor = vk.load("pebble", "bf16")
-table = vk.sensitivity.sweep(
-    model, processor, questions, ["int2", "int3"], ["projector", "language_model"],
-    path=sys.argv[1], progress=False,
-)
+for _ in range(2):
+    table = vk.sensitivity.sweep(
+        model, processor, questions, ["int2", "int3"], ["projector", "language_model"],
+        path=sys.argv[1], progress=False,
+    )
 import os
-table.to_json(sys.argv[1] + os.environ.get("RANK", "alone"))
+rank = os.environ.get("RANK", "alone")
+table.to_json(sys.argv[1] + rank)
+open(sys.argv[1] + rank + ".made", "w").write(str(len(made)))
 """
 
 
@@ -452,3 +458,5 @@ def test_two_processes_share_the_cells(tmp_path):
     assert len({path.read_text() for path in results}) == 1
     lines, others = (sorted(path.read_text().splitlines()) for path in (both, alone))
     assert lines == others and len(lines) == 5  # each cell once
+    made = [int(path.with_name(f"{path.name}.made").read_text()) for path in results]
+    assert made == [2, 2, 4]  # divided between the processes, and in the second call none again

@@ -10,8 +10,8 @@ import warnings
 from dataclasses import dataclass
 
 from vlmkit import COMPONENTS
-from vlmkit.anatomy import anatomy_of, component_finder, shape_of, unwrapped
-from vlmkit.backend import dora
+from vlmkit.anatomy import anatomy_of, component_finder, is_packed, shape_of, unwrapped
+from vlmkit.backend import dora, sharding
 from vlmkit.backend.validation import Checked, shown
 from vlmkit.errors import CheckpointError, FinetuningError, PlanError, brief, did_you_mean
 from vlmkit.plan import matching
@@ -195,7 +195,7 @@ def _all_of(model, component):
     for name, parameter in model.named_parameters():
         if component_of(name) != component:
             continue
-        if not parameter.is_floating_point():
+        if is_packed(parameter):
             raise FinetuningError(
                 f"{component} is to be trained in full, but {name} is quantized, and a quantized "
                 "weight cannot be trained. Plan a float format for it, or give it a vk.LoRA."
@@ -304,6 +304,7 @@ def adapted(model, training, seed=0):
     Raises FinetuningError as `targets` does, and where the LoRAs of two components differ in what
     peft has one setting for: lora_dropout, use_rslora and use_dora.
     """
+    sharding.reshard(model)  # what is frozen below are the shards, and not what was gathered
     found = targets(model, training)
     loras = [target for target in found if target.lora]
     for name in ("lora_dropout", "use_rslora", "use_dora"):
@@ -312,6 +313,11 @@ def adapted(model, training, seed=0):
                 f"peft has one {name} for all adapters of a model, and the LoRAs of "
                 f"{' and '.join(t.component for t in loras)} differ in it: make them equal."
             )
+    if sharding.is_sharded(model) and any(target.lora.use_dora for target in loras):
+        raise FinetuningError(
+            "DoRA reads the whole weight of each layer when it begins, and this model is in shards "
+            "(accelerate's FSDP config). Use a LoRA without use_dora, or one process."
+        )
     in_full = {target.component for target in found if not target.lora}
     component_of = component_finder(model)
     trained = [p for name, p in model.named_parameters() if component_of(name) in in_full]
@@ -320,7 +326,7 @@ def adapted(model, training, seed=0):
         model = _with_adapters(model, loras, seed)
     for parameter in trained:
         parameter.requires_grad_(True)
-    return model
+    return sharding.shard(model) if sharding.is_sharded(model) else model
 
 
 def _with_adapters(model, loras, seed):

@@ -96,6 +96,12 @@ def shape_of(parameter):
     return tuple(parameter.shape if state is None else state.shape)
 
 
+def is_packed(parameter):
+    """Whether `parameter` holds codes of a quantized format, which can be stored in a float dtype
+    (see vlmkit.backend.sharding)."""
+    return getattr(parameter, "quant_state", None) is not None or not parameter.is_floating_point()
+
+
 @dataclass(frozen=True)
 class Part:
     """One component of one model: the number of parameters and of tensors, and their paths.

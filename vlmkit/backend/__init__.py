@@ -15,6 +15,7 @@ optimizers.py      optimizers by name
 passes.py          attention, precision and checks of a model's passes while it is trained
 quantizing.py      4-bit quantization on a CPU: bitsandbytes' bytes in a tenth of its time
 quiet.py           no progress bars and no advice from the libraries
+sharding.py        a model in shards, each process with its own, from the file on
 storages.py        the tensors behind a quantized weight
 validation.py      dataclasses that check names, with those of other libraries, and types
 """

@@ -81,7 +81,9 @@ class MixedQuantizer(HfQuantizer):
 
     def param_element_size(self, model, param_name, param):
         part = self._part_of(model, param_name)
-        return param.element_size() if part is None else part.quantized_element_size
+        if part is None:
+            return param.element_size()
+        return part.quantized_element_size / getattr(model, "shards", 1)
 
     def get_quantize_ops(self):
         return _OfItsLayer(self, lambda part: part.get_quantize_ops())
@@ -117,4 +119,7 @@ class _OfItsLayer(ConversionOps):
         if part is None:  # the weight is not quantized
             return input_dict
         operation = self.operation_of(part)
-        return operation.convert(input_dict, full_layer_name=full_layer_name, model=model, **kwargs)
+        weights = operation.convert(
+            input_dict, full_layer_name=full_layer_name, model=model, **kwargs
+        )
+        return model.cut(weights) if hasattr(model, "cut") else weights  # see backend/sharding.py

@@ -78,5 +78,5 @@ def answering(model):
     pass does."""
     from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-    if isinstance(model, FSDPModule):
+    if isinstance(model, FSDPModule) and "generate" not in model.__dict__:
         register_fsdp_forward_method(model, "generate")

@@ -23,6 +23,11 @@ def state_tensors(module, parameter):
                 yield tensor
 
 
+def here(tensor):
+    """What this process holds of `tensor`, which can be a shard (see vlmkit.backend.sharding)."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 class Storages:
     """Counts distinct storages: each counts once, with its full size."""
 
@@ -31,7 +36,7 @@ class Storages:
 
     def nbytes(self, tensor):
         """Bytes of the storage of `tensor`, or 0 if this storage was counted before."""
-        storage = tensor.untyped_storage()
+        storage = here(tensor).untyped_storage()
         key = (tensor.device, storage.data_ptr())
         if key in self._seen:
             return 0

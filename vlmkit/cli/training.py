@@ -81,7 +81,7 @@ def _run(config, output):
         check_rows(questions)
     if unusable:
         _say(f"skipping   {unusable:,} of {len(rows):,} rows, which cannot be used")
-    model, processor = vk.load(config.model, config.plan, device=_device(), **config.load)
+    model, processor = vk.load(config.model, config.plan, **config.load)
     _say(f"model      {config.model}")
     scores = []
     if questions is not None:
@@ -149,14 +149,6 @@ def _share(row):
 def _is_first():
     """Whether this is the first of several processes, or the only one."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _device():
-    """The device of this process if there are several; None lets `vk.load` choose."""
-    import torch
-
-    own = os.environ.get("LOCAL_RANK")
-    return f"cuda:{own}" if own is not None and torch.cuda.is_available() else None
 
 
 def _say(text):

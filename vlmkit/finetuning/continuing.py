@@ -13,6 +13,8 @@ from pathlib import Path
 
 from vlmkit import COMPONENTS
 from vlmkit.anatomy import component_finder, is_adapter, plain_name, unwrapped
+from vlmkit.backend import sharding
+from vlmkit.backend.storages import here
 from vlmkit.errors import FinetuningError, brief, shown
 from vlmkit.folders import write_whole
 from vlmkit.loading.processors import limits_of
@@ -307,7 +309,7 @@ def _start(model):
     def does_nothing(name):
         """Whether this is the A of an adapter whose B is zero."""
         other = parameters.get(name.replace(".lora_A.", ".lora_B."))
-        return ".lora_A." in name and other is not None and not other.any()
+        return ".lora_A." in name and other is not None and not sharding.whole(other).any()
 
     trained = ((n, p) for n, p in parameters.items() if p.requires_grad and not does_nothing(n))
     return f"weights with the hash {_hash_of_tensors(trained)}"
@@ -316,16 +318,21 @@ def _start(model):
 def _hash_of_tensors(named):
     import torch
 
-    hasher = _hasher()
+    hasher, shards = _hasher(), False
     for name, parameter in named:
+        shards = shards or hasattr(parameter, "full_tensor")
         tensors = [parameter.detach()]
         state = getattr(parameter, "quant_state", None)
         if state is not None:
             tensors.append(state.absmax)
         hasher.update(name.encode())
         for tensor in tensors:
-            tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-            tensor = tensor.reshape(-1)
+            tensor = here(tensor).reshape(-1)
             some = tensor[:: max(1, len(tensor) // _SOME)].contiguous()
             hasher.update(some.view(torch.uint8).cpu().numpy().tobytes())
+    if shards:
+        hashes = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(hashes, hasher.hexdigest())
+        hasher = _hasher()  # of the hashes of all processes, and so the same in each
+        hasher.update("".join(hashes).encode())
     return hasher.hexdigest()

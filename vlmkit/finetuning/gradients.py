@@ -6,7 +6,7 @@ saved, and the adapter's weights are what they were.
 
 import re
 
-from vlmkit.anatomy import component_finder, plain_name, unwrapped
+from vlmkit.anatomy import component_finder, is_packed, plain_name, unwrapped
 from vlmkit.errors import FinetuningError
 
 _LAYER = re.compile(r"\.layers?\.(\d+)\.")
@@ -69,11 +69,11 @@ def not_finite(model, loss, step):
     )
 
 
-def require_finite(model, tensors):
-    """Raise FinetuningError if a trained weight is not finite: nothing of that kind is saved.
-    tensors: {full name: tensor}, which `saved.gathered` returned."""
+def require_finite(model):
+    """Raise FinetuningError, in every process, if a trained weight is not finite: nothing of that
+    kind is saved."""
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not tensors[name].isfinite().all():
+        if parameter.requires_grad and not _is_finite(parameter):
             raise FinetuningError(
                 f"The weight {plain_name(name)} is not finite after the last step, so it is not "
                 "saved: try a smaller learning_rate or max_grad_norm, or a longer warmup."
@@ -85,7 +85,8 @@ def _weight_not_finite(model):
     there is none."""
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)
-        for tensor in (parameter, getattr(state, "absmax", None)):
+        weight = None if is_packed(parameter) else parameter
+        for tensor in (weight, getattr(state, "absmax", None)):
             if tensor is not None and tensor.is_floating_point() and not _is_finite(tensor):
                 return plain_name(name), parameter.requires_grad
     return None, False

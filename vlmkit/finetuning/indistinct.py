@@ -6,7 +6,8 @@ Bartolo, 2024, arXiv 2405.05417). Their logits are alike too, whatever the layer
 learn: the model can learn "some such token", and not which.
 """
 
-from vlmkit.anatomy import unwrapped
+from vlmkit.anatomy import is_packed, unwrapped
+from vlmkit.backend import sharding
 from vlmkit.evaluation.prompts import answered_texts, turns_of
 
 ALIKE = 0.1
@@ -112,5 +113,5 @@ def _weight_of(layer):
     from peft.utils.integrations import dequantize_module_weight
 
     layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    weight = layer.weight
-    return (weight if weight.is_floating_point() else dequantize_module_weight(layer)).detach()
+    weight = sharding.whole(layer.weight)
+    return (dequantize_module_weight(layer) if is_packed(weight) else weight).detach()

@@ -17,7 +17,7 @@ import weakref
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-from vlmkit.backend import checkpointing
+from vlmkit.backend import checkpointing, sharding
 from vlmkit.errors import FinetuningError, VlmkitError, public
 from vlmkit.evaluation import check
 from vlmkit.evaluation.asking import context_of
@@ -78,8 +78,8 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
 
     Raises FinetuningError if nothing is trainable, if bf16 meets weights in fp16, if the dataset is
     empty or lacks a column, if a sample cannot be used, if the folder holds another training or one
-    of more steps, at the first step whose loss or gradients are not finite, or if a checkpoint
-    cannot be written (the last good one stays).
+    of more steps, at the first step whose loss or gradients are not finite, if a GPU has too little
+    memory, or if a checkpoint cannot be written (the last good one stays).
     """
     settings = Settings(**settings)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -91,12 +91,14 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
             "bf16=True computes in bf16, and this model has weights in fp16, with which PyTorch "
             "cannot mix it. Give bf16=False, or load the model with bf16 in place of fp16."
         )
+    sharding.reshard(model)
     dataset = _checked(dataset, processor, settings)
     _check_to_evaluate(eval_dataset, processor, settings)
     rows = len(dataset) if hasattr(dataset, "__len__") else None
     steps = settings.steps(rows, _processes())
     eval_steps = settings.steps_between_evaluations(rows, _processes())
     settings.require_warmup_within(steps)
+    import torch
     from accelerate.utils import gather_object
     from transformers import EarlyStoppingCallback, TrainerState
 
@@ -164,6 +166,13 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
                     "max_steps."
                     if had
                     else "The dataset gave no rows, so there is nothing to learn from."
+                ) from error
+            except torch.OutOfMemoryError as error:
+                raise FinetuningError(
+                    f"{model.device} has too little memory for a step of this training. Try, in "
+                    "this order, gradient_checkpointing=True, smaller pictures, and a smaller "
+                    "per_device_train_batch_size. Several GPUs can share one model: accelerate "
+                    "launch --config_file fsdp.yaml, with a config as in docs/cluster.md."
                 ) from error
             finally:
                 # accelerate leaves autocast around the model's forward, and the answers would not

@@ -20,8 +20,8 @@ import re
 import warnings
 from pathlib import Path
 
-from vlmkit.anatomy import component_finder, is_adapter, plain_name, shape_of, unwrapped
-from vlmkit.backend import dora
+from vlmkit.anatomy import component_finder, is_adapter, is_packed, plain_name, shape_of, unwrapped
+from vlmkit.backend import dora, sharding
 from vlmkit.catalog.bundled import BUNDLED
 from vlmkit.errors import FinetuningError, brief, public
 from vlmkit.folders import whole_folder
@@ -46,7 +46,7 @@ def save(model, path, *, overwrite=False):
     CheckpointError if the folder exists or cannot be written.
     """
     tensors = gathered(model)
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         with whole_folder(path, overwrite=overwrite) as folder:
             write(model, folder, tensors)
             _write_for_peft(model, folder)
@@ -54,13 +54,20 @@ def save(model, path, *, overwrite=False):
 
 
 def gathered(model):
-    """{full name: tensor} of what `write` needs, gathered where FSDP has sharded it: every process
-    has to call this."""
-    return {
-        name: parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad or is_adapter(name) or parameter.dim() == 1
-    }
+    """{full name: tensor} of what `write` needs. Shards are gathered, one after another, in the
+    host's memory of the first process, and every process has to call this."""
+    sharding.reshard(model)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or is_adapter(name) or parameter.dim() == 1:
+            tensor = sharding.whole(parameter)
+            if tensor is parameter or _is_first():
+                tensors[name] = tensor if tensor is parameter else tensor.cpu()
+    return tensors
+
+
+def _is_first():
+    return os.environ.get("RANK", "0") == "0"
 
 
 def write(model, folder, tensors):
@@ -241,6 +248,8 @@ def load(model, path, *, trainable=False):
         for name, parameter in model.named_parameters():
             if plain_name(name) in in_full:
                 parameter.requires_grad_(True)
+    if sharding.is_sharded(model):
+        sharding.shard(model)
     return model.train(trainable)
 
 
@@ -315,6 +324,7 @@ def _put(model, stored, path, warn=False):
     """
     import torch
 
+    sharding.reshard(model)
     held = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     for name, tensor in stored.items():
         if name not in held or shape_of(held[name]) != tuple(tensor.shape):
@@ -322,7 +332,7 @@ def _put(model, stored, path, warn=False):
             raise FinetuningError(
                 f"{path} holds {name}, of shape {tuple(tensor.shape)}; in this model it {found}."
             )
-        if not held[name].is_floating_point():
+        if is_packed(held[name]):
             raise FinetuningError(
                 f"{name} was trained in full, and in this model it is quantized: load the base "
                 "under a plan that keeps it in a float format."
@@ -331,7 +341,8 @@ def _put(model, stored, path, warn=False):
     with torch.no_grad():
         for name, tensor in stored.items():
             if warn and tensor.dtype != held[name].dtype:
-                rounded, before = tensor.to(held[name].dtype), held[name].cpu().float()
+                before = sharding.whole(held[name]).cpu().float()
+                rounded = tensor.to(held[name].dtype)
                 missed += (rounded.float() - tensor).square().sum().item()
                 changed += (tensor - before).square().sum().item()
             held[name].copy_(_sharded_like(held[name], tensor))
@@ -370,7 +381,7 @@ def _fingerprint(model, tensors):
 
 
 def _mean_of(vector):
-    return vector.detach().float().abs().mean().item()
+    return sharding.whole(vector).detach().float().abs().mean().item()
 
 
 def _require_base(model, path, notes):
@@ -409,6 +420,7 @@ def merge(model):
 
     from vlmkit.loading.audit import format_of
 
+    sharding.require_whole(model, "merged")
     if not hasattr(model, "peft_config"):
         raise FinetuningError(
             "the model has no adapters to merge: what is trained in full is part of it already"

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate.utils import str_to_bool
+from accelerate.utils import save_fsdp_optimizer, str_to_bool
 from tqdm import tqdm
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from vlmkit.anatomy import component_finder, unwrapped, vision_dtype
-from vlmkit.backend import passes
+from vlmkit.backend import passes, sharding
 from vlmkit.backend.losses import IGNORED, loss_of_answers
 from vlmkit.errors import FinetuningError, brief
 from vlmkit.evaluation import evaluate
@@ -39,7 +39,7 @@ class Trainer(transformers.Trainer):
     def __init__(self, model, *, rates, processor, description=None, **arguments):
         self.rates, self.processor, self.description = rates, processor, description
         self.attention = passes.attention_of(model)
-        self._loss_of_step = 0.0
+        self._loss_of_step, self._trained = 0.0, None
         with passes.trainable(model):
             super().__init__(model, compute_loss_func=loss_of_answers, **arguments)
         self._loss_shifts_labels = True  # so that the tokens of a step are counted as in the loss
@@ -49,6 +49,8 @@ class Trainer(transformers.Trainer):
                 f"(found: {self.accelerator.distributed_type.value}): each process would hold the "
                 "whole model. Launch on several GPUs, or without FSDP."
             )
+        if sharding.is_sharded(model):
+            sharding.shard(model, self.accelerator)  # now in the precision of the training
         # transformers' own callbacks print a line for each step.
         self.remove_callback(PrinterCallback)
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
@@ -136,7 +138,17 @@ class Trainer(transformers.Trainer):
             ],
             **arguments,
         )
+        if sharding.is_sharded(model):
+            self._trained = [list(group["params"]) for group in self.optimizer.param_groups]
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        # accelerate has just prepared the optimizer: it put in what FSDP2 made of each parameter,
+        # which it finds by its address. Shards without rows have none, and it mixes them up.
+        if self._trained is not None:
+            for group, parameters in zip(self.optimizer.param_groups, self._trained, strict=True):
+                group["params"] = parameters
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Accuracy of the model's generated answers, as `vk.evaluate` counts it, of all and, if
@@ -192,8 +204,8 @@ class Trainer(transformers.Trainer):
 
     def save_model(self, output_dir=None, _internal_call=False):
         model = self.accelerator.unwrap_model(self.model)
+        require_finite(model)
         tensors = saved.gathered(model)
-        require_finite(model, tensors)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -216,6 +228,16 @@ class Trainer(transformers.Trainer):
                 + (f"The last good one is {last}. " if last else "There is none before it. ")
                 + "Make room, and the same call continues from there."
             ) from error
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not (self.is_fsdp_enabled and sharding.is_sharded(self.model)):
+            return super()._save_optimizer_and_scheduler(output_dir)
+        # transformers would gather the weights too, the frozen ones if there is no adapter.
+        sharding.reshard(self.model)  # an evaluation has gathered some
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         saved.restore(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)

@@ -13,6 +13,7 @@ import os
 import warnings
 
 from vlmkit.anatomy import one_at_a_time
+from vlmkit.backend import sharding
 from vlmkit.backend.boundaries import join_dtypes
 from vlmkit.backend.cpu import guard_against_cpu_traps
 from vlmkit.backend.llama4 import complete_outputs
@@ -26,10 +27,12 @@ from vlmkit.loading.placing import (
     check_device_map,
     check_formats,
     check_placed,
+    check_shards,
     device_of,
     resolve_device,
     resolve_device_map,
     set_attention,
+    sharding_device,
 )
 from vlmkit.loading.processors import check_limits, load_processor, set_limits
 from vlmkit.loading.saving import save
@@ -65,7 +68,8 @@ def load(
     plan: a Plan or anything that `Plan.parse` takes. None is `Plan.recommended()`. For a checkpoint
         that is quantized already, None is what it holds, and any other plan has to agree with that.
     processor: False leaves the processor out. It is returned as None, and no file of it is needed.
-    device: "cpu", "cuda", …; None is cuda if there is one, otherwise the CPU.
+    device: "cpu", "cuda", …; None is cuda if there is one, otherwise the CPU. Under `accelerate
+        launch` None is this process's own GPU.
     device_map: transformers' own, in place of `device`: a device, "auto" (or another of
         `vlmkit.loading.placing.STRATEGIES`) to spread the model over all GPUs, or {name of a
         module: device} with "" for all others. A model is either on GPUs or on the CPU. A map that
@@ -88,6 +92,10 @@ def load(
     If the checkpoint's folder has a folder `adapters`, as cobble-chat has, they are put on the
     model, in whatever formats the plan gives it, and a PeftModel is returned.
 
+    Under `accelerate launch` with FSDP2, each process reads its own shards of the weights alone.
+    All processes have to call `load`, and whatever else computes with the model. See
+    docs/training.md.
+
     Several threads may load at once. Each waits until the one before it is done.
 
     Raises PlanError (the plan, the devices or the attention do not fit the model or this machine),
@@ -98,6 +106,10 @@ def load(
     plan = None if plan is None else Plan.parse(plan)
     if device is not None and device_map is not None:
         raise PlanError("device and device_map both say where the model goes. Give one of them.")
+    shards = sharding.is_asked()
+    if shards:
+        device = sharding_device(device, device_map)
+        device_map = None
     places = {"": resolve_device(device)} if device_map is None else resolve_device_map(device_map)
     check_limits(limits, processor)
     with quiet(bars=is_watched()):  # a download may take long
@@ -106,6 +118,8 @@ def load(
         with quiet():
             layout = layout_of(folder, plan, trust_remote_code=trust_remote_code)
             check_formats(layout, device_of(places))
+            if shards:
+                check_shards(layout)
             places = check_device_map(places, layout)
             if attn_implementation is not None:
                 set_attention(layout.config, attn_implementation, trust_remote_code)
@@ -118,13 +132,15 @@ def load(
             if limits:
                 set_limits(loaded_processor, layout.config, limits)
         with quiet(bars=_is_large(folder) and is_watched()):
-            model = load_weights(folder, layout, places, trust_remote_code)
+            model = load_weights(folder, layout, places, trust_remote_code, shards)
             check_placed(model)
             guard_against_cpu_traps(model)
             complete_outputs(model)
             join_dtypes(model, layout)
             audit_layout(model, layout)
             model = with_adapters(folder, model)
+            if shards:
+                sharding.shard(model)
     if layout.projector_hint:
         warnings.warn(layout.projector_hint, stacklevel=3)  # where `load` was called
     return model, loaded_processor

@@ -1,6 +1,10 @@
 """Placing: the devices that a load puts a model's modules on, and the attention that they use."""
 
+import os
+from math import prod
+
 from vlmkit.anatomy import on_meta
+from vlmkit.backend import sharding
 from vlmkit.errors import PlanError, brief, did_you_mean, shown
 from vlmkit.formats import FORMATS
 
@@ -9,14 +13,18 @@ STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def resolve_device(device=None):
-    """`torch.device` for `device`. None is cuda where there is one, otherwise the CPU.
+    """`torch.device` for `device`. None is cuda where there is one, otherwise the CPU; of several
+    processes that a launcher started, each gets its own GPU.
 
     Raises PlanError if this machine does not have the device.
     """
     import torch
 
     if device is None:
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        own = int(os.environ.get("LOCAL_RANK", 0))
+        return torch.device("cuda", own if own < torch.cuda.device_count() else 0)
     try:
         resolved = torch.device(device)
         torch.empty(1, device=resolved)
@@ -195,4 +203,47 @@ def check_attention(layout, device):
         raise PlanError(
             f"attn_implementation {', '.join(sorted(used - {''}))}: FlashAttention does not run "
             f"{where}. Use 'sdpa' there, or a GPU with bf16 or fp16."
+        )
+
+
+def sharding_device(device=None, device_map=None):
+    """The device of this process, where accelerate's FSDP config says that a model is in shards.
+
+    Raises PlanError for a `device_map`, and for a `device` of another process.
+    """
+    if device_map is not None:
+        raise PlanError(
+            "device_map says where a whole model goes, and under accelerate's FSDP config each "
+            "process holds a shard of it on its own device. Leave device_map out, or launch "
+            "without FSDP."
+        )
+    given = resolve_device(device)
+    here = sharding.device_here(cpu=given.type == "cpu")
+    if device is not None and given != here:
+        raise PlanError(
+            f"device {str(device)!r} is not the device of this process, which is {str(here)!r}. "
+            "Leave device out under `accelerate launch`."
+        )
+    return here
+
+
+def check_shards(layout):
+    """Raise PlanError if a format of `layout` cannot be in shards."""
+    if "int8" in layout.quantized.values():
+        raise PlanError(
+            "int8 cannot be in shards: bitsandbytes keeps its scales at the weight, where FSDP "
+            "loses them. Plan nf4 or bf16, or launch without FSDP, each process with the whole "
+            "model."
+        )
+    scalar = [row.name for row in layout.rows if not row.shape]
+    if scalar:
+        raise PlanError(
+            f"{scalar[0]} cannot be in shards: it is a single number without a dimension, which "
+            "FSDP does not take. Launch without FSDP."
+        )
+    odd = [r.name for r in layout.rows if FORMATS[r.format].quantized and prod(r.shape) % 4]
+    if odd:
+        raise PlanError(
+            f"{odd[0]} cannot be in shards in 4 bits: its number of weights is no multiple of 4. "
+            "Keep it in bf16 with plan.override."
         )

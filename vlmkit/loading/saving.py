@@ -13,6 +13,7 @@ import copy
 from pathlib import Path
 
 from vlmkit.anatomy import on_meta
+from vlmkit.backend import sharding
 from vlmkit.backend.quiet import quiet
 from vlmkit.checkpoints import stored_formats
 from vlmkit.errors import CheckpointError, public
@@ -47,6 +48,7 @@ def save(model, processor, path, *, overwrite=False):
             "trained: vk.finetuning.save(model, path). To save the adapters alone: "
             "model.save_pretrained(path)."
         )
+    sharding.require_whole(model, "saved")
     layout = layout_of(model, plan_of(model))
     size = audit_layout(model, layout).total
     need = f"The model takes {size / MEGABYTE:,.2f} MB."

@@ -5,13 +5,15 @@ import os
 from math import isfinite
 
 from vlmkit.anatomy import on_meta, shape_of
+from vlmkit.backend import sharding
 from vlmkit.backend.quiet import environment
 from vlmkit.backend.storages import state_tensors
 from vlmkit.checkpoints import ADAPTERS
-from vlmkit.errors import CheckpointError, brief
+from vlmkit.errors import CheckpointError, PlanError, brief
 from vlmkit.formats import torch_dtype
 from vlmkit.headers import NO_LONGER_SAVED, differences, some
 from vlmkit.loading.placing import device_of
+from vlmkit.units import GIGABYTE
 
 # transformers' own switch, since 5.21. With "1" it reads the weights in the main thread.
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -30,10 +32,11 @@ def require_headers(folder, layout, trust_remote_code=False):
     _raise_for(folder, *found.items())
 
 
-def load_weights(folder, layout, device_map, trust_remote_code=False):
+def load_weights(folder, layout, device_map, trust_remote_code=False, shards=False):
     """The model in `folder`, with each parameter in the format that `layout` gives it.
 
     device_map: what `vlmkit.loading.placing.resolve_device_map` returned.
+    shards: whether to read this process's shards alone (see `vlmkit.backend.sharding`).
 
     If the layout's config says that the weights are quantized already, they are read as they are.
     Otherwise each weight is quantized as soon as it is read, so no two weights are in memory in
@@ -42,18 +45,31 @@ def load_weights(folder, layout, device_map, trust_remote_code=False):
     Raises CheckpointError if weights are missing, left over, or of another shape than the model's,
     or if they hold infinities or NaN and are to be quantized.
     """
-    from transformers import AutoModelForImageTextToText
+    import torch
+    from transformers import AutoModelForImageTextToText as Model
 
     config, kwargs = layout.config, {}
     quantization_config = layout.quantization_config()
+    if shards:
+        plain = type(on_meta(config, None, trust_remote_code))
+        Model = sharding.reading_shards(plain, device_of(device_map))
+        quantization_config = quantization_config and sharding.cutting(quantization_config)
     if getattr(config, "quantization_config", None):  # quantized already
         config.quantization_config = quantization_config and quantization_config.to_dict()
     elif quantization_config:
         kwargs = {"quantization_config": quantization_config}
+    if shards:
+        from transformers.distributed import DistributedConfig
+
+        kwargs["distributed_config"] = DistributedConfig()
     dtype = torch_dtype(layout.load_dtype)
     try:
-        with _quantizer(layout), _reader(device_map, config.dtype == dtype):
-            model, info = AutoModelForImageTextToText.from_pretrained(
+        with (
+            _quantizer(layout),
+            _reader(device_map, config.dtype == dtype),
+            sharding.every_process(),
+        ):
+            model, info = Model.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -64,15 +80,35 @@ def load_weights(folder, layout, device_map, trust_remote_code=False):
                 output_loading_info=True,
                 **kwargs,
             )
+    except torch.OutOfMemoryError as error:
+        raise PlanError(_too_large(layout, device_of(device_map), shards)) from error
     except Exception as error:  # damaged files fail in more ways than can be listed
         raise CheckpointError(
             f"{folder}: transformers could not load the weights: {brief(error)}"
         ) from error
+    if shards:
+        model.__class__ = plain
     parameters = dict(model.named_parameters(remove_duplicate=False))  # tied ones by both names
     _require_complete(folder, parameters, info, layout)
     _require_scales(folder, model, layout)
     _round_to_layout(model, parameters, layout)
     return model
+
+
+def _too_large(layout, device, shards):
+    """The message where a GPU has too little memory for a model."""
+    size = sum(row.bytes for row in layout.rows) / GIGABYTE
+    if shards:
+        return (
+            f"{device} has too little memory for this process's shard of the model, which takes "
+            f"{size:,.1f} GB in all. Launch more processes, on more GPUs, or give a plan with "
+            "fewer bits."
+        )
+    return (
+        f"The model takes {size:,.1f} GB under this plan, and {device} has too little memory for "
+        "it. Several GPUs can share it: accelerate launch --config_file fsdp.yaml, with a config "
+        "as in docs/cluster.md. On one GPU, give a plan with fewer bits: vk.fit shows which fits."
+    )
 
 
 def with_adapters(folder, model):
@@ -162,6 +198,9 @@ def _round_to_layout(model, parameters, layout):
         if state is not None:
             state.dtype = dtype  # the dtype that the weight is dequantized to
         elif parameter.is_floating_point() and parameter.dtype != dtype:
+            if hasattr(parameter, "full_tensor"):
+                sharding.set_dtype(model, parameter, dtype)
+                continue
             parameter.data = parameter.data.to(dtype)
     text = model.config.get_text_config()
     model.config.dtype = text.dtype = torch_dtype(layout.plan["language_model"])
