@@ -59,11 +59,15 @@ def test_runs_to_its_end_on_another_family(notebook, other_family, monkeypatch):
     four = "max_new_tokens=4"  # the default would allow more, because the answers are longer
     chapters.replace(
         notebook,
-        ("range(len(questions) * 2 // 3)", "range(6)"),
+        (
+            "few, scopes = questions.select(range(len(questions) // 2))",
+            "few, scopes = questions.select(range(6))",
+        ),
         ("tried, [scope])", f"tried, [scope], {four})"),
+        ("in_activations, scopes)", f"in_activations, scopes, {four})"),
         ("formats, components)", f"formats, components, {four})"),
         ("processor, questions)", f"processor, questions, {four})"),
-        ("n=360", "n=120"),
+        ("n=240", "n=120"),
     )
     start = chapters.cell(notebook, "components = ")
     first, last = start.source.split("questions = vk.course.in_its_words", 1)
@@ -190,7 +194,7 @@ def test_claims_about_the_live_figures(notebook):
     """Figures 3 and 8 again, by the notebook's own cells: two minutes."""
     matplotlib.use("agg")
     scope = {}
-    starts = ("import pandas", "name = vk.", "components = ", "formats = ", "few, parts = ")
+    starts = ("import pandas", "name = vk.", "components = ", "formats = ", "few, scopes = ")
     for start in starts:
         exec(cell(notebook, start).source, scope)
     table = scope["table"].set_index(["scope", "format"])
