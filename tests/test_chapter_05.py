@@ -60,7 +60,7 @@ def test_runs_to_its_end_on_another_family(notebook, other_family, monkeypatch):
     chapters.replace(
         notebook,
         (
-            "few, scopes = questions.select(range(len(questions) // 2))",
+            "few, scopes = questions.select(range(len(questions) // 3))",
             "few, scopes = questions.select(range(6))",
         ),
         ("tried, [scope])", f"tried, [scope], {four})"),
