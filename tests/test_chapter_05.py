@@ -60,7 +60,7 @@ def test_runs_to_its_end_on_another_family(notebook, other_family, monkeypatch):
     chapters.replace(
         notebook,
         (
-            "few, scopes = questions.select(range(len(questions) // 3))",
+            "few, scopes = questions.select(range(len(questions) // 2))",
             "few, scopes = questions.select(range(6))",
         ),
         ("tried, [scope])", f"tried, [scope], {four})"),
@@ -215,6 +215,10 @@ def test_claims_about_the_live_figures(notebook):
         assert points["int4-row"] < -10 and chance[f"{component}, outliers", "int4-g16"]
     assert 100 * found["difference"][f"{VISION}, outliers", "int8-act-tensor"] < -10
     assert chance[f"{VISION}, outliers", "int8-act-token"]
+    assert not chance[f"{VISION}, outliers", "int8-act-tensor"]
+    assert not chance[f"{VISION}, outliers", "int4"] and chance[f"{LANGUAGE}, outliers", "int4"]
+    changed = found.loc[(f"{LANGUAGE}, outliers", "int8-act-tensor"), ["regressions", "fixes"]]
+    assert tuple(changed) == (5, 0)
 
 
 @pytest.mark.slow
