@@ -218,7 +218,8 @@ def test_claims_about_the_live_figures(notebook):
     assert not chance[f"{VISION}, outliers", "int8-act-tensor"]
     assert not chance[f"{VISION}, outliers", "int4"] and chance[f"{LANGUAGE}, outliers", "int4"]
     changed = found.loc[(f"{LANGUAGE}, outliers", "int8-act-tensor"), ["regressions", "fixes"]]
-    assert tuple(changed) == (5, 0)
+    assert tuple(changed) == (6, 1)
+    assert round(mcnemar(*changed), 3) == 0.125
 
 
 @pytest.mark.slow
