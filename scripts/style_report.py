@@ -1,7 +1,7 @@
 """Print how long each chapter is: cells, words, lines of code, figures. A part of `make lint`.
 
-A star marks what is outside the usual range. Nothing fails: a chapter that needs more words for a
-plain sentence takes them, and a chapter with too many topics shows up here.
+No number has a limit: length follows clarity, and nothing fails. Below the table are the cells of
+more than `LONG` lines, because such a cell often holds more than one idea.
 """
 
 import re
@@ -11,15 +11,7 @@ from statistics import median
 import nbformat
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-USUAL = {
-    "cells": (34, 44),
-    "Markdown, %": (50, 70),
-    "words": (1000, 3000),
-    "lines of code": (0, 150),
-    "longest cell": (0, 15),
-    "median cell": (0, 10),
-    "figures": (3, 5),
-}
+LONG = 15
 
 
 def lengths(notebook):
@@ -40,15 +32,23 @@ def lengths(notebook):
     }
 
 
+def long_cells(notebook):
+    """[(number of lines, first line)] of the code cells that have more than `LONG` lines."""
+    code = [cell.source.splitlines() for cell in notebook.cells if cell.cell_type == "code"]
+    return [(len(lines), lines[0]) for lines in code if len(lines) > LONG]
+
+
 def report():
-    """The table of all chapters, as text."""
-    lines = [f"{'':20}" + "".join(f"{name:>15}" for name in USUAL)]
+    """The table of all chapters and the list of long cells, as text."""
+    rows, long = {}, []
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        row = lengths(nbformat.read(path, as_version=4))
-        marks = {n: "" if low <= row[n] <= high else "*" for n, (low, high) in USUAL.items()}
-        lines.append(f"{path.stem:20}" + "".join(f"{f'{row[n]:g}{marks[n]}':>15}" for n in USUAL))
-    ranges = ", ".join(f"{name} {low} to {high}" for name, (low, high) in USUAL.items())
-    return "\n".join([*lines, f"* outside of the usual range: {ranges}"])
+        notebook = nbformat.read(path, as_version=4)
+        rows[path.stem] = lengths(notebook)
+        long += [f"{path.stem}: {count} lines, {first}" for count, first in long_cells(notebook)]
+    names = next(iter(rows.values()))
+    lines = [f"{'':20}" + "".join(f"{name:>15}" for name in names)]
+    lines += [f"{n:20}" + "".join(f"{value:>15g}" for value in r.values()) for n, r in rows.items()]
+    return "\n".join([*lines, f"Cells of more than {LONG} lines: {len(long)}", *long])
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 The chapter trains pebble's connectors, so it does not run on another family.
 """
 
+import re
+
 import pandas as pd
 import pytest
 import torch
+from chapters import cell, shown
 
 import vlmkit as vk
 from vlmkit.models.pebble import connecting
@@ -70,6 +73,20 @@ def test_claims_about_the_longer_runs(recorded):
     # 49 queries are hardly better than 16.
     many, few = (second.loc[("resampler", tokens, "all"), "accuracy"] for tokens in (49, 16))
     assert abs(many - few) < 0.03
+
+
+def test_claims_about_the_short_training(notebook):
+    """Two connectors are better than guessing; captions and printed text stay near zero."""
+    (said,) = cell(notebook, "for label, found in scores").outputs
+    p = dict(re.findall(r"^(.+?) +\d+ lost.*: p = (\S+),", said.text, re.M))
+    table = shown(cell(notebook, "rows = list("))
+    assert set(p) == set(table) - {"task", "pebble", "guessing"} and len(p) == 4
+    assert {name for name in p if float(p[name]) < 0.001} == {"MLP", "resampler"}
+    for name in p:
+        right = dict(
+            zip(table["task"], (int(text.split(" ")[0]) for text in table[name]), strict=True)
+        )
+        assert max(right["caption"], right["ocr"]) <= 10
 
 
 @pytest.mark.slow

@@ -59,11 +59,15 @@ def test_runs_to_its_end_on_another_family(notebook, other_family, monkeypatch):
     four = "max_new_tokens=4"  # the default would allow more, because the answers are longer
     chapters.replace(
         notebook,
-        ("range(len(questions) * 2 // 3)", "range(6)"),
+        (
+            "few, scopes = questions.select(range(len(questions) // 2))",
+            "few, scopes = questions.select(range(6))",
+        ),
         ("tried, [scope])", f"tried, [scope], {four})"),
+        ("in_activations, scopes)", f"in_activations, scopes, {four})"),
         ("formats, components)", f"formats, components, {four})"),
         ("processor, questions)", f"processor, questions, {four})"),
-        ("n=360", "n=120"),
+        ("n=240", "n=120"),
     )
     start = chapters.cell(notebook, "components = ")
     first, last = start.source.split("questions = vk.course.in_its_words", 1)
@@ -190,7 +194,7 @@ def test_claims_about_the_live_figures(notebook):
     """Figures 3 and 8 again, by the notebook's own cells: two minutes."""
     matplotlib.use("agg")
     scope = {}
-    starts = ("import pandas", "name = vk.", "components = ", "formats = ", "few, parts = ")
+    starts = ("import pandas", "name = vk.", "components = ", "formats = ", "few, scopes = ")
     for start in starts:
         exec(cell(notebook, start).source, scope)
     table = scope["table"].set_index(["scope", "format"])
@@ -211,6 +215,11 @@ def test_claims_about_the_live_figures(notebook):
         assert points["int4-row"] < -10 and chance[f"{component}, outliers", "int4-g16"]
     assert 100 * found["difference"][f"{VISION}, outliers", "int8-act-tensor"] < -10
     assert chance[f"{VISION}, outliers", "int8-act-token"]
+    assert not chance[f"{VISION}, outliers", "int8-act-tensor"]
+    assert not chance[f"{VISION}, outliers", "int4"] and chance[f"{LANGUAGE}, outliers", "int4"]
+    changed = found.loc[(f"{LANGUAGE}, outliers", "int8-act-tensor"), ["regressions", "fixes"]]
+    assert tuple(changed) == (6, 1)
+    assert round(mcnemar(*changed), 3) == 0.125
 
 
 @pytest.mark.slow

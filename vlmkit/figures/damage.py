@@ -34,7 +34,8 @@ def damage(table, worst=None, ax=None):
     from matplotlib.patches import Rectangle
 
     scopes, formats = _in_order(table)
-    ax = style.axes_of(ax, 2.2 + 0.95 * len(formats), 1.1 + 0.55 * len(scopes))
+    labels = 1.2 + 0.075 * max(map(len, scopes))  # inches, with those of the color scale
+    ax = style.axes_of(ax, labels + 1.05 * len(formats), 1.1 + 0.55 * len(scopes))
     loss = np.full((len(scopes), len(formats)), np.nan)
     for row in table.itertuples():
         loss[scopes.index(row.scope), formats.index(row.format)] = -100 * row.difference
@@ -67,6 +68,8 @@ def damage_by_bytes(table, ax=None):
 
     table: as for `damage`, with the column bytes_saved as well, greater than 0.
     """
+    from matplotlib.ticker import LogLocator
+
     ax = style.axes_of(ax, 7.2, 3.6)
     ax.axhline(0, color="black", lw=0.8)
     shapes = dict(zip(dict.fromkeys(table["format"]), cycle("o^sDvPX"), strict=False))
@@ -81,6 +84,7 @@ def damage_by_bytes(table, ax=None):
     for format, shape in shapes.items():
         ax.plot([], [], shape, color=style.GRAY, label=format)
     style.use_log_x(ax)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.set(xlabel="MB saved (logarithmic)", ylabel="right answers, change in points")
     return style.finish(ax, legend={"loc": "lower left"})
 

@@ -37,17 +37,19 @@ def questions(rows, answers=None, ax=None, across=None):
         left += width + gap
     whole = max((x + width for (x, _), width in zip(places, widths, strict=True)), default=1)
     ax = axes_of(ax, 1.7 * whole, 2.6 - 1.72 * top, layout=None)
+    highest = 0.0
     for row, caption, width, (left, top) in zip(rows, captions, widths, places, strict=True):
         for number, image in enumerate(row["images"]):
             picture = read(image).copy()
             picture.thumbnail((MOST, MOST))
             wide, high = (side / max(picture.size) for side in picture.size)
+            highest = max(highest, top + high)
             start = left + number + 0.97 * (1 - wide) / 2
             place = (start, start + 0.97 * wide, top, top + high)
             ax.imshow(picture, extent=place, interpolation="nearest")
         place = (left + width / 2, top - 0.06)
         ax.text(*place, caption, ha="center", va="top", fontsize=9, parse_math=False)
-    ax.set(xlim=(0, whole), ylim=(top, 1), aspect="equal")
+    ax.set(xlim=(0, whole), ylim=(top, highest or 1), aspect="equal")
     ax.set_axis_off()
     return ax
 

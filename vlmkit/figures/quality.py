@@ -1,5 +1,7 @@
 """How good a model or format is, with intervals, and what that costs."""
 
+from itertools import cycle
+
 from vlmkit.figures import style
 from vlmkit.units import MEGABYTE
 
@@ -67,7 +69,7 @@ def accuracy_against(costs, scores, references=None):
 
     costs: DataFrame with a row per model and a column per cost.
     scores: {model: Scores of `vlmkit.evaluation`}, all of the same tasks.
-    references: the same for models without costs, which are drawn as dashed lines.
+    references: the same for models without costs, each drawn as a line of its own dashes.
     """
     from matplotlib import pyplot as plt
 
@@ -85,11 +87,10 @@ def accuracy_against(costs, scores, references=None):
     )
     for row, cost in zip(axes, costs.columns, strict=True):
         # Side by side where several cost the same.
-        apart = 0.025 * (costs[cost].max() - costs[cost].min() or 1)
+        apart = 0.05 * (costs[cost].max() - costs[cost].min() or 1)
         for ax, task in zip(row, tasks, strict=True):
-            for name, level in levels.items():
-                ax.axhline(level[task], color=style.GRAY, ls="--", lw=1)
-                ax.text(0.01, level[task] + 1, name, fontsize=7, transform=ax.get_yaxis_transform())
+            for (name, level), dashes in zip(levels.items(), cycle(("--", ":")), strict=False):
+                ax.axhline(level[task], color=style.DARK_GRAY, ls=dashes, lw=1.2, label=name)
             for number, (model, share) in enumerate(shares.items()):
                 color, shape = style.mark(number)
                 x = costs.loc[model, cost] + apart * (number - (len(shares) - 1) / 2)
@@ -101,7 +102,7 @@ def accuracy_against(costs, scores, references=None):
         row[0].set_ylabel("right answers, %")
     for ax, task in zip(axes[0], tasks, strict=True):
         ax.set_title(task, fontsize=10)
-    legend = {"loc": "outside upper center", "ncols": len(shares), "frameon": False}
+    legend = {"loc": "outside upper center", "ncols": len(shares | levels), "frameon": False}
     axes[0, 0].figure.legend(*axes[0, 0].get_legend_handles_labels(), **legend)
     return axes
 
@@ -116,8 +117,10 @@ def frontier(table, column="accuracy", ax=None):
         high (from 0 to 1), or kl, kl_low and kl_high, as `Planner.frontier` returns.
     column: "accuracy", or "kl", in nats a token on a logarithmic axis that leaves out 0.
     """
+    from matplotlib import patheffects
     from matplotlib.ticker import MaxNLocator
 
+    halo = [patheffects.withStroke(linewidth=2, foreground="white")]  # over the lines, readable
     ax = style.axes_of(ax, 7.6, 3.8)
     low, high, scale, label = {
         "accuracy": ("low", "high", 100, "right answers, %"),
@@ -131,15 +134,17 @@ def frontier(table, column="accuracy", ax=None):
         x, columns = own["bytes"] / MEGABYTE, (own[name] for name in (column, low, high))
         look = {"color": style.MARKS[0][0], "marker": "o", "zorder": 3}
         if name != "planned":
-            color, below = (style.GRAY, -9) if number else (style.BLACK, 4)
+            color, beside = (style.GRAY, (5, -13)) if number else (style.BLACK, (3, 9))
             look = {"color": color, "marker": "sD"[number % 2], "ls": "--", "lw": 1}
             for plan, *place in zip(parts[0][own.index], x, scale * own[column], strict=True):
-                style.write(ax, plan.removeprefix("uniform "), place, (5, below), fontsize=7)
+                text = plan.removeprefix("uniform ")
+                style.write(ax, text, place, beside, fontsize=8, zorder=5, path_effects=halo)
         style.draw_intervals(ax, x, *columns, scale, capsize=2, markersize=5, label=name, **look)
     if column == "kl":
         ax.set_yscale("log")
     style.use_log_x(ax)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
+    ax.margins(y=0.1)  # leaves room for the names
     ax.set(xlabel="MB of the whole model (logarithmic)", ylabel=label)
     return style.finish(ax, legend={})
 
