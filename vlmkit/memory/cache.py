@@ -122,7 +122,7 @@ def _layers(cache, places):
             raise TypeError(f"{type(part).__name__} is not a cache of transformers with layers")
         for place, layer in enumerate(layers):
             component, read = places.get(place, (LANGUAGE, place))
-            grow = grows and component != CROSS
+            grow = grows and CROSS not in (component, component[0])  # with its card, if it has one
             yield f"{word} {place}", component, grow, layer, layers[read]
 
 

@@ -35,9 +35,9 @@ class DryRun:
         self.model = model
         self.config = unwrapped(model).config
         self.device = device
-        self.tracker = AllocationTracker(device)
+        self.tracker = self._tracker()
         self.skipped = None if last is ALL else SkippedLayers(self.tracker, model, last)
-        self.tracker.watch(model)
+        self.tracker.watch(model, self._label_of())
         if last is ALL:
             self.tracker.empty(model)
         self.before = [
@@ -46,6 +46,12 @@ class DryRun:
             for place in (vars(part), part._buffers)
         ]
         self.listens = False
+
+    def _tracker(self):
+        return AllocationTracker(self.device)
+
+    def _label_of(self):
+        return component_finder(self.model)
 
     def _layer_of(self, name):
         return self.skipped and self.skipped.layer_of(name)
@@ -139,7 +145,10 @@ class DryRun:
         with self.tracker, torch.no_grad():
             output = self._run(model, inputs)
         self.encoded = getattr(output, "encoder_last_hidden_state", None)
-        return cache_of(output), _named(self.tracker.by_component)
+        return cache_of(output), self._peak()
+
+    def _peak(self):
+        return named(self.tracker.by_component)
 
     def _restart(self):
         if self.skipped:
@@ -188,7 +197,11 @@ class DryRun:
             self.tracker.component = LANGUAGE
             loss.backward()
             self.tracker.component = None
-        return self._gradients(), _named(self.tracker.by_component), self.tracker.live
+            self._end()
+        return self._gradients(), self._peak(), self.tracker.live
+
+    def _end(self):
+        """What happens at the end of a backward pass: nothing, where one card has the model."""
 
     def _loss(self, inputs, bf16):
         ids, pictures = inputs["input_ids"], image_id(self.config)
@@ -196,26 +209,32 @@ class DryRun:
         inputs = {**inputs, "use_cache": False}
         if writes_apart(self.config):  # its decoder reads the labels
             inputs["labels"] = labels
+        outputs = self._outputs(inputs, bf16)
+        return outputs.loss if "labels" in inputs else loss_of_answers(outputs, labels)
+
+    def _outputs(self, inputs, bf16):
         with _autocast(self.device) if bf16 else nullcontext():
             outputs = self._run(self.model, inputs)
-        if "labels" in inputs:
-            return outputs.loss
-        if bf16:  # accelerate does so in the forward pass of a model that it prepares
+        if bf16 and "labels" not in inputs:  # as accelerate does for a model that it prepares
             outputs = convert_to_fp32(outputs)
-        return loss_of_answers(outputs, labels)
+        return outputs
 
     def _labelling(self, owner):
         return lambda parameter: self.tracker.relabel(parameter.grad, owner)
 
     def _gradients(self):
         parameters, found = self.parameters(), {}
-        for name, parameter in parameters.items():
-            layer = self._layer_of(name)
-            if layer in self.stand_ins:
-                parameter = parameters[self.stand_ins[layer] + name[len(layer) :]]
-            if parameter.grad is not None:
-                found[name] = storage_of(parameter.grad).nbytes()
+        for name in parameters:
+            gradient = parameters[self._stand_in(name)].grad
+            if gradient is not None:
+                found[name] = storage_of(gradient).nbytes()
         return found
+
+    def _stand_in(self, name):
+        """The parameter that shows what the parameter `name` does: its own name, or in a layer that
+        was skipped that of the layer like it."""
+        layer = self._layer_of(name)
+        return self.stand_ins[layer] + name[len(layer) :] if layer in self.stand_ins else name
 
 
 @contextmanager
@@ -235,7 +254,7 @@ def _autocast(device):
         torch.set_autocast_enabled("cuda", before)
 
 
-def _named(parts):
+def named(parts):
     """Bytes by component. What is made between components (the merging of pictures and words, the
     loss) counts as the language model's."""
     named = {}

@@ -11,14 +11,15 @@ BUFFER = "buffer"
 ADAPTER, UPCAST = "adapter", "float32 upcast"
 GRADIENT, OPTIMIZER = "gradient", "optimizer state"
 CACHE, INPUT, ACTIVATION = "kv cache", "input", "activation"
+GATHERED = "gathered weights"
 ROUNDING, UNUSED = "allocator rounding", "allocator unused"
 ALL_KINDS = (
-    *KINDS, STORED, STATE, BUFFER, ADAPTER, UPCAST, GRADIENT, OPTIMIZER, CACHE, INPUT, ACTIVATION,
-    ROUNDING, UNUSED,
+    *KINDS, STORED, STATE, BUFFER, ADAPTER, UPCAST, GRADIENT, OPTIMIZER, CACHE, INPUT, GATHERED,
+    ACTIVATION, ROUNDING, UNUSED,
 )  # fmt: skip
 """What bytes are used for, in the order of tables: the kinds of parameters, then the rest."""
 
-BOUNDED = (ACTIVATION, ROUNDING, UNUSED)
+BOUNDED = (GATHERED, ACTIVATION, ROUNDING, UNUSED)
 """Kinds that a prediction knows within some percent. It knows the others to the byte."""
 
 

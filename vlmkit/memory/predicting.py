@@ -20,6 +20,7 @@ from vlmkit.memory.allocator import CachingAllocator, check_allocator, loaded, o
 from vlmkit.memory.batch import batch_of, picture_of, smallest
 from vlmkit.memory.ledger import Ledger
 from vlmkit.memory.parameters import predicted_weights
+from vlmkit.memory.several import FSDP, check_cards, notes_of, on_cards
 from vlmkit.memory.stored import loadable, stored
 from vlmkit.memory.training_state import adapter_entries
 
@@ -57,6 +58,8 @@ def predict(
     bf16=True,
     allocator=None,
     attn_implementation=None,
+    gpus=1,
+    shard=None,
     **limits,
 ):
     """Ledger of what `x` needs under `plan`, without reading a weight.
@@ -102,6 +105,12 @@ def predict(
     attn_implementation: as for `vk.load`. By default it is what `vk.load` uses by default ("sdpa"
         where the model has it), or that of a model `x`. "eager" keeps a matrix of all positions by
         all positions for each head, so its activations are larger.
+    gpus: cards that share the model. With more than one the result is a `vlmkit.memory.Cards`: a
+        Ledger of each card, and by itself that of the fullest.
+    shard: how they share it. "layers" is transformers' `device_map="auto"`: each card has some of
+        the layers. It is the default for loading and for a prompt. "fsdp" is FSDP2 through
+        accelerate, with the layers of the model's `_no_split_modules` as units; each card takes
+        `batch_size` samples. It is the default for training.
     limits: min_pixels, max_pixels, size, … as for `vk.load`: they change the visual tokens of a
         picture and of a video, see `vlmkit.families.with_limits`.
 
@@ -122,14 +131,16 @@ def predict(
     _check_training(training, new_tokens, gradient_checkpointing, prepare_kbit)
     check_optimizer(optim)
     check_allocator(allocator)
-    use = (tokens, new_tokens, images, num_frames, training, allocator)
+    shard = check_cards(gpus, shard, training, tokens or images or num_frames)
+    use = (tokens, new_tokens, images, num_frames, training, allocator, shard)
     if plan is None and not any(use) and isinstance(x, (str, Path)) and not loadable(x, revision):
         return stored(x, revision=revision, trust_remote_code=trust_remote_code)
     model = Predictor(x, plan, revision, trust_remote_code, allocator, attn_implementation)
     return model.ledger(
         tokens=tokens, new_tokens=new_tokens, images=images, image_size=image_size,
         batch_size=batch_size, training=training, gradient_checkpointing=gradient_checkpointing,
-        optim=optim, prepare_kbit=prepare_kbit, bf16=bf16, num_frames=num_frames, **limits,
+        optim=optim, prepare_kbit=prepare_kbit, bf16=bf16, num_frames=num_frames, gpus=gpus,
+        shard=shard, **limits,
     )  # fmt: skip
 
 
@@ -139,7 +150,7 @@ class Predictor:
 
     def __init__(self, x, plan, revision, trust_remote_code, allocator, attn_implementation=None):
         self.x, self.revision, self.allocator = x, revision, allocator
-        self.trust_remote_code = trust_remote_code
+        self.trust_remote_code, self.on_cards = trust_remote_code, {}
         with without_garbage_collection():
             self.layout = layout_of(
                 x, plan, loadable=False, revision=revision, trust_remote_code=trust_remote_code
@@ -193,7 +204,7 @@ class Predictor:
     def ledger(
         self, *, tokens=0, new_tokens=0, images=0, image_size=None, batch_size=1, training=None,
         gradient_checkpointing=False, optim="adamw_torch_fused", prepare_kbit=False, bf16=True,
-        num_frames=0,
+        num_frames=0, gpus=1, shard=None,
         **limits,
     ):  # fmt: skip
         """The Ledger of a use."""
@@ -202,13 +213,16 @@ class Predictor:
                 tokens, new_tokens, images, image_size, batch_size, limits, num_frames
             )
             title, weights, lies = self.weights
-            entries, notes = (), ()
+            entries, notes, how, seen = (), (), None, batch
             if training is not None:
                 from vlmkit.memory.steps import Training
 
                 bf16 = bf16 and not any(row.format == "fp16" for row in self.layout.rows)
                 how = Training(training, gradient_checkpointing, optim, prepare_kbit, bf16)
                 seen = batch or smallest(self.config, self.folder, limits)
+            if gpus > 1:
+                return self._cards(gpus, shard, batch, seen, how)
+            if how is not None:
                 entries, notes = self.runs.training_step(seen, how, whole=bool(batch))
             else:
                 if batch:
@@ -216,6 +230,37 @@ class Predictor:
                 entries = [*entries, *self.adapters]
             more = [] if self.allocator is None else overhead(self.load, weights, entries)
         return Ledger(title, (*weights, *entries, *more), (*batch.notes, *notes, *lies))
+
+    def _runs_on(self, gpus, shard):
+        """The dry runs on `gpus` cards."""
+        if (gpus, shard) not in self.on_cards:
+            given = self.build, self.layout, gpus, self.allocator
+            if shard == FSDP:
+                from vlmkit.memory.fsdp import ShardedRuns
+
+                self.on_cards[gpus, shard] = ShardedRuns(*given)
+            else:
+                from vlmkit.memory.layered import PlacedRuns
+
+                adapters = _adapters_of(self.x, self.revision)
+                self.on_cards[gpus, shard] = PlacedRuns(*given, adapters)
+        return self.on_cards[gpus, shard]
+
+    def _cards(self, gpus, shard, batch, seen, how):
+        """The Cards of a use."""
+        (title, weights, lies), runs = self.weights, self._runs_on(gpus, shard)
+        notes, before = [], 0
+        if how is not None:
+            found, notes, before = runs.steps(seen, how, weights, whole=bool(batch))
+        elif shard == FSDP:
+            entries, before = runs.weights(weights)
+            found = [entries] * gpus
+        else:
+            found = runs.prompts(batch) if batch else [[] for _ in range(gpus)]
+            for entry in (*weights, *self.adapters):
+                found[runs.card_of(entry.name)].append(entry)
+        notes = [*batch.notes, *notes_of(shard, gpus, before), *notes, *lies]
+        return on_cards(title, found, notes, self.allocator, before)
 
 
 def check_arguments(unknown):

@@ -68,7 +68,7 @@ class DryRuns:
         if self.of_prompts is None:
             model = as_loaded(self.build(), self.layout)
             model = model if self.adapters is None else as_stored(model, self.adapters)
-            self.of_prompts = DryRun(model, device=self.device)
+            self.of_prompts = self._dry_run(model)
         run = self.of_prompts
         run.reset()
         inputs = run.inputs(batch)
@@ -92,9 +92,9 @@ class DryRuns:
         peak = max(passes.prefill, passes.decode, key=lambda live: sum(live.values()))
         need = max(0, sum(peak.values()) - total)
         entries = [
-            *_input_entries(passes.inputs),
+            *input_entries(passes.inputs),
             *passes.cache,
-            *_activations(peak, beside, need, "the forward pass"),
+            *activations(peak, beside, need, "the forward pass"),
         ]
         return entries, []
 
@@ -102,12 +102,7 @@ class DryRuns:
     def training_step(self, batch, how, whole=True):
         """(entries, notes) of a training step: adapters, upcasts, gradients and optimizer states
         and, if `whole`, its inputs and activations. how: a Training."""
-        for run, upcasts in self._adapted(how):  # noqa: B007 (of the last)
-            run.reset()
-            inputs = run.inputs(batch)
-            learnt, peak, left = run.train(inputs, how.bf16)
-            if run.complete:
-                break
+        run, upcasts, inputs, learnt, peak, left = self.trained(batch, how)
         all_of_them, component_of = run.parameters(), component_finder(run.model)
         parameters = {
             name: (p.numel(), p.element_size()) for name, p in all_of_them.items() if name in learnt
@@ -120,14 +115,24 @@ class DryRuns:
             *optimizer_entries(how.optim, parameters, component_of),
         ]
         if whole:
-            entries += _input_entries(inputs)
+            entries += input_entries(inputs)
             stepping = left + step_bytes(how.optim, parameters)
-            entries += _step_activations(peak, stepping, gradients, parameters, component_of)
-        notes = list(_without_gradient(all_of_them, learnt))
+            entries += step_activations(peak, stepping, gradients, parameters, component_of)
+        notes = list(without_gradient(all_of_them, learnt))
         paged = paged_bytes(how.optim, parameters)
         if paged:
             notes.append(f"{paged / MEGABYTE:,.1f} MB of the optimizer's states are paged.")
         return entries, notes
+
+    def trained(self, batch, how):
+        """(DryRun, entries of upcasts, inputs, and what `DryRun.train` returned for them)."""
+        for run, upcasts in self._adapted(how):
+            run.reset()
+            inputs = run.inputs(batch)
+            found = run.train(inputs, how.bf16)
+            if run.complete:
+                break
+        return run, upcasts, inputs, *found
 
     def _adapted(self, how):
         """(DryRun, entries of upcasts) for each of LAST_LAYERS, from the one that sufficed last."""
@@ -152,8 +157,11 @@ class DryRuns:
                     if how.prepare_kbit:  # peft's own function leaves the hook where it is
                         model.enable_input_require_grads()
                 self.of_training = dict.fromkeys(self.of_training)  # frees the last
-                self.of_training[last] = DryRun(model, last, self.device), upcasts
+                self.of_training[last] = self._dry_run(model, last), upcasts
             yield self.of_training[last]
+
+    def _dry_run(self, model, last=1):
+        return DryRun(model, last, self.device)
 
 
 def _without_ranks(how):
@@ -165,14 +173,14 @@ def _without_ranks(how):
     return replace(how, what=what)
 
 
-def _input_entries(inputs):
+def input_entries(inputs):
     for name, tensor in inputs.items():
         component = VISION if tensor.is_floating_point() else LANGUAGE
         size = tensor.numel() * tensor.element_size()
         yield Row(name, component, INPUT, size)
 
 
-def _activations(peak, beside, need, name):
+def activations(peak, beside, need, name, kind=ACTIVATION):
     """Entries of `need` bytes in all. Each component gets its share of what is live at the `peak`
     less what other entries count already (`beside`). Both are {component: bytes}."""
     own = {c: max(0, size - beside.get(c, 0)) for c, size in peak.items()}
@@ -181,10 +189,10 @@ def _activations(peak, beside, need, name):
         share = need * (shared + own[component]) // whole - need * shared // whole
         shared += own[component]
         if share:
-            yield Row(name, component, ACTIVATION, share)
+            yield Row(name, component, kind, share)
 
 
-def _step_activations(peak, stepping, gradients, parameters, component_of):
+def step_activations(peak, stepping, gradients, parameters, component_of):
     """Entries of what a step holds at most beyond the gradients that exist at its end: at the
     `peak` of the two passes, or when the optimizer is at its largest parameter (`stepping`)."""
     there = sum(entry.bytes for entry in gradients)
@@ -193,10 +201,10 @@ def _step_activations(peak, stepping, gradients, parameters, component_of):
         component = component_of(largest)
         return [Row("the optimizer's step", component, ACTIVATION, stepping - there)]
     live = {c: size for c, size in peak.items() if not isinstance(c, tuple)}
-    return list(_activations(live, {}, sum(peak.values()) - there, "the training step"))
+    return list(activations(live, {}, sum(peak.values()) - there, "the training step"))
 
 
-def _without_gradient(parameters, learnt):
+def without_gradient(parameters, learnt):
     """A sentence that names the trained parameters that get no gradient, if there are any."""
     names = [n for n, p in parameters.items() if p.requires_grad and n not in learnt]
     if names:

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from vlmkit.anatomy import component_finder
 from vlmkit.memory.kernels import KERNELS
+from vlmkit.memory.ledger import GATHERED
 
 aten = torch.ops.aten
 INDEXING = (
@@ -241,12 +242,16 @@ class AllocationTracker(TorchDispatchMode):
         return id(storage_of(tensor)) in self._owner
 
     def now(self):
-        """Bytes that are live, by component."""
-        return dict(self.parts)
+        """Bytes that are live, by component, without weights that are gathered for a moment."""
+        return {
+            component: size
+            for component, size in self.parts.items()
+            if not (isinstance(component, tuple) and component[0] == GATHERED)
+        }
 
     def since(self, then):
         """Bytes by component that are live now and were not live `then`."""
-        return {component: size - then.get(component, 0) for component, size in self.parts.items()}
+        return {component: size - then.get(component, 0) for component, size in self.now().items()}
 
     def shift(self, parts):
         """Count bytes by component as live, or as no longer live, without a tensor."""
@@ -380,10 +385,11 @@ class AllocationTracker(TorchDispatchMode):
 
     # --- whose bytes -----------------------------------------------------------------------------
 
-    def watch(self, model):
+    def watch(self, model, component_of=None):
         """Count what is made while a component's module runs, forward or backward, as that
-        component's. A module belongs to the component of its full name."""
-        component_of = component_finder(model)
+        component's. A module belongs to the component of its full name, or to what `component_of`
+        says of that name."""
+        component_of = component_of or component_finder(model)
         for name, module in model.named_modules():
             component = component_of(name)
             if component and component != component_of(name.rpartition(".")[0]):

@@ -1,0 +1,111 @@
+"""Several cards: the bytes of each, where a model is larger than one.
+
+    vk.memory.predict(name, gpus=2, tokens=512, images=1)                # whole layers on each card
+    vk.memory.predict(name, gpus=2, training="lora", tokens=512, images=1)  # FSDP
+
+shard="layers" is transformers' `device_map="auto"`: each card has some of the layers, and one card
+computes while the others wait (`vlmkit.memory.layered`). shard="fsdp" is for a training
+(`vlmkit.memory.fsdp`).
+"""
+
+import re
+from dataclasses import dataclass, field
+
+from vlmkit.errors import SizeError, did_you_mean, shown
+from vlmkit.memory.allocator import CachingAllocator, overhead
+from vlmkit.memory.ledger import ALL_KINDS, Ledger
+from vlmkit.units import GIGABYTE
+
+FSDP, LAYERS = "fsdp", "layers"
+MOST_CARDS = 1024
+
+
+@dataclass(frozen=True)
+class Cards(Ledger):
+    """A Ledger for each of several cards, `cards`. What it says by itself (`total`, `by_kind`, …) is
+    what the fullest card needs.
+
+    before: bytes that each card holds for a moment if every process loads the whole model and
+        shards it then (FSDP), or 0.
+    """
+
+    cards: tuple = field(default=(), repr=False)
+    before: int = 0
+
+    def table(self):
+        """A pandas DataFrame of bytes: a row for each card, a column for each kind."""
+        import pandas as pd
+
+        rows = {f"card {place}": card.by_kind for place, card in enumerate(self.cards)}
+        kinds = sorted({k for row in rows.values() for k in row}, key=ALL_KINDS.index)
+        table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=kinds).fillna(0)
+        table = table.astype(int)
+        table["total"] = table.sum(axis=1)
+        return table
+
+    def _headline(self):
+        return f"{super()._headline()} on the fullest of {len(self.cards)} cards"
+
+
+def cards_of(text):
+    """(how many cards, one of them) of a text such as "2 x RTX 4090", "4x24 GB" or "RTX 4090"."""
+    match = (
+        re.fullmatch(r"\s*([0-9]{1,4})\s*[x×]\s*(\S.*?)\s*", text)
+        if isinstance(text, str)
+        else None
+    )
+    return (int(match[1]), match[2]) if match else (1, text)
+
+
+def check_cards(gpus, shard, training, prompt):
+    """How a model is put on `gpus` cards: FSDP, LAYERS, or None for one card.
+
+    Raises SizeError for numbers of cards and ways that cannot be.
+    """
+    if isinstance(gpus, bool) or not isinstance(gpus, int) or not 1 <= gpus <= MOST_CARDS:
+        raise SizeError(f"gpus is a whole number from 1 to {MOST_CARDS:,}, not {shown(gpus)}.")
+    if shard not in (None, FSDP, LAYERS):
+        raise SizeError(
+            f"{shown(shard)} is not a way to share a model. {did_you_mean(shard, (FSDP, LAYERS))}"
+            "The ways are 'fsdp', for a training, and 'layers', which is transformers' "
+            "device_map='auto', for a prompt."
+        )
+    if gpus == 1:
+        if shard:
+            raise SizeError(f"shard={shard!r} shares a model among cards: give gpus=2 or more.")
+        return None
+    shard = shard or (LAYERS if training is None else FSDP)
+    if shard == LAYERS and training is not None:
+        raise SizeError("a training on several cards is predicted for shard='fsdp' alone.")
+    if shard == FSDP and prompt and training is None:
+        raise SizeError("a prompt on several cards is predicted for shard='layers' alone.")
+    return shard
+
+
+def on_cards(title, ledgers, notes, allocator, before=0):
+    """The Cards of lists of entries."""
+    if allocator is not None:
+        ledgers = [[*own, *_overhead(own)] for own in ledgers]
+    cards = tuple(Ledger(f"{title}, card {k}", tuple(own)) for k, own in enumerate(ledgers))
+    fullest = max(cards, key=lambda card: card.total)
+    return Cards(title, fullest.entries, tuple(notes), cards, before)
+
+
+def _overhead(entries):
+    """What the allocator adds where each card is given its own part from the beginning."""
+    return overhead((CachingAllocator(), {}), (), entries)
+
+
+def notes_of(shard, gpus, before=0):
+    """Sentences on how the cards share a model."""
+    if shard == LAYERS:
+        return [
+            f"{gpus} cards with whole layers on each (device_map='auto'): one card computes at a "
+            "time. Predicted, not measured on several GPUs."
+        ]
+    return [
+        f"{gpus} cards that share the model by FSDP, batch_size samples on each. 4-bit weights are "
+        "not sharded. What NCCL takes for itself is not counted.",
+        f"If each process first loads the whole model, it holds {before / GIGABYTE:.2f} GB for a "
+        "moment.",
+    ]
