@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 from vlmkit.anatomy import component_finder, plain_name
 from vlmkit.architectures import LANGUAGE
+from vlmkit.backend.quiet import quiet
 from vlmkit.errors import PlanError
 from vlmkit.formats import torch_dtype
 from vlmkit.memory.dry_run import DryRun, named
@@ -17,6 +18,7 @@ from vlmkit.rows import Row
 UNLIMITED = 2**60
 
 
+@quiet()
 def device_map_of(model, layout, gpus):
     """{name of a module: card}: transformers' own `device_map="auto"` for empty cards.
 

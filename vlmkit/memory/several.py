@@ -22,8 +22,7 @@ MOST_CARDS = 1024
 
 @dataclass(frozen=True)
 class Cards(Ledger):
-    """A Ledger for each of several cards, `cards`. What it says by itself (`total`, `by_kind`, …) is
-    what the fullest card needs.
+    """A Ledger for each of several cards, `cards`. By itself it is the Ledger of the fullest card.
 
     before: bytes that each card holds for a moment if every process loads the whole model and
         shards it then (FSDP), or 0.
@@ -49,11 +48,7 @@ class Cards(Ledger):
 
 def cards_of(text):
     """(how many cards, one of them) of a text such as "2 x RTX 4090", "4x24 GB" or "RTX 4090"."""
-    match = (
-        re.fullmatch(r"\s*([0-9]{1,4})\s*[x×]\s*(\S.*?)\s*", text)
-        if isinstance(text, str)
-        else None
-    )
+    match = isinstance(text, str) and re.fullmatch(r"\s*([0-9]{1,4})\s*[x×]\s*(\S.*?)\s*", text)
     return (int(match[1]), match[2]) if match else (1, text)
 
 

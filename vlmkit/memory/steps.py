@@ -126,7 +126,7 @@ class DryRuns:
 
     def trained(self, batch, how):
         """(DryRun, entries of upcasts, inputs, and what `DryRun.train` returned for them)."""
-        for run, upcasts in self._adapted(how):
+        for run, upcasts in self._adapted(how):  # noqa: B007 (of the last)
             run.reset()
             inputs = run.inputs(batch)
             found = run.train(inputs, how.bf16)
