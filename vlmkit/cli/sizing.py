@@ -33,6 +33,7 @@ Examples:
       --train lora --rank 16 --gradient-checkpointing --budget "24 GB"
   vlmkit memory Qwen/Qwen2.5-VL-7B-Instruct --images 1 --image-size 4032x3024 --max-pixels 1003520
   vlmkit memory Qwen/Qwen3-VL-2B-Instruct --frames 32 --image-size 640x360 --tokens 100
+  vlmkit memory Qwen/Qwen2.5-VL-7B-Instruct --images 1 --tokens 512 --train lora --gpus 2
   vlmkit memory pebble --train projector=full,language_model=lora --tokens 64 --json
   vlmkit memory ./Qwen2.5-VL-7B-Instruct-AWQ
   vlmkit memory ./gemma-3-4b-it-Q4_K_M.gguf       # with the mmproj file beside it
@@ -47,6 +48,7 @@ Examples:
 
 \b
   vlmkit fit Qwen/Qwen2.5-VL-7B-Instruct --card "RTX 4090"
+  vlmkit fit Qwen/Qwen2.5-VL-7B-Instruct --card "2 x RTX 4090"
   vlmkit fit Qwen/Qwen2.5-VL-7B-Instruct --card "12 GB" --only prompt --image-size 1024x768
   vlmkit fit Qwen/Qwen2.5-VL-7B-Instruct --card L40S --serve --max-model-len 8192
   vlmkit fit
@@ -120,6 +122,13 @@ def memory(
         "it, everything is counted as on a CPU, unless --budget names a card.",
         metavar="cuda",
     ) = None,
+    gpus: option(
+        int,
+        "Cards that share the model: with --train by FSDP, otherwise with whole layers on each, as "
+        "device_map='auto' puts them. Shown is each card.",
+        metavar="N",
+        shown=True,
+    ) = 1,
     budget: option(
         str,
         'Say whether the model fits in SIZE, such as "8 GB", 8GiB or 8000MB, or on a card of the '
@@ -146,6 +155,7 @@ def memory(
     if budget in GPUS and allocator is None and (plan or loadable(name_of(model), revision)):
         allocator = "cuda"  # of what only lies in files, as with AWQ, there is nothing to run
     more = {"revision": revision, "trust_remote_code": trust_remote_code, "allocator": allocator}
+    more["gpus"] = gpus
     use = _use(context.params)
     with quiet():
         ledger = vk.memory.predict(name_of(model), plan, **more, **use)
@@ -160,6 +170,10 @@ def memory(
             "bounded": ledger.bounded,
             "notes": list(ledger.notes),
         }
+        if gpus > 1:
+            document["cards"] = [
+                {"total": card.total, "by_kind": card.by_kind} for card in ledger.cards
+            ]
         if stored:
             document["by_format"] = [
                 {"component": component or "unknown", "format": name, "bytes": size}
@@ -169,7 +183,7 @@ def memory(
     else:
         print(ledger if stored else _ledger_as_text(ledger, allocator))
         if room is not None:
-            left = readable(abs(room - ledger.total))
+            left = readable(abs(room - ledger.total)) + " of each card" * (gpus > 1)
             words = f"Fits in {room}: {left} are left."
             if not fits:
                 words = f"Does not fit in {room}: {left} too much."
@@ -222,6 +236,7 @@ def fit(
     gpu: option(
         list[str],
         'A card of the catalog, such as "RTX 4090", or a size, such as "12 GB"; may be repeated. '
+        'With MODEL also several, such as "2 x RTX 4090". '
         "The table has all cards of the catalog by default.",
         "--card",
         "--gpu",

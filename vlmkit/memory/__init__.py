@@ -1,7 +1,7 @@
 """Memory: the bytes that a model needs, predicted from a config, and measured.
 
 vk.memory.predict("pebble", plan)     # a Ledger, without reading a weight
-vk.memory.largest("pebble", "8 GB")   # the most that fits on a card
+vk.memory.largest("pebble", "8 GB")   # the most that fits on a card, or on "2 x RTX 4090"
 vk.memory.serving(name, "L40S")       # what vLLM would have left for its cache there
 vk.memory.measure(model)              # a Ledger of what the model really holds
 vk.memory.compare(predicted, measured)
@@ -14,6 +14,7 @@ from vlmkit.memory.limits import largest
 from vlmkit.memory.measuring import measure, measure_peak, storages_of
 from vlmkit.memory.predicting import predict, visual_tokens
 from vlmkit.memory.serving import serving
+from vlmkit.memory.several import Cards
 from vlmkit.memory.stored import stored
 from vlmkit.units import MEGABYTE, Size, parse_size
 
@@ -22,6 +23,7 @@ __all__ = [
     "BUFFER",
     "MEGABYTE",
     "STATE",
+    "Cards",
     "Ledger",
     "Size",
     "cache_of",

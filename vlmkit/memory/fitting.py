@@ -15,6 +15,7 @@ from vlmkit.catalog import NAMES
 from vlmkit.catalog.gpus import GPUS, RESERVED
 from vlmkit.errors import AnatomyError, SizeError, did_you_mean, public, shown
 from vlmkit.memory.predicting import predict
+from vlmkit.memory.several import cards_of
 from vlmkit.plan import Plan
 from vlmkit.units import GIGABYTE, MEGABYTE, parse_size
 
@@ -123,10 +124,16 @@ def memory_of(gpu):
         named = re.sub(r"nvidia|geforce", "", str(gpu), flags=re.IGNORECASE).strip()
         raise SizeError(
             f"{shown(gpu)} is neither a card of the catalog nor a size with its unit. "
+            f"{_several(gpu)}"
             f"{did_you_mean(named, [*GPUS, *_SHORT], 0.6, _SHORT)}The cards are "
             f"{', '.join(GPUS)}. For another card, give its memory, such as '48 GB'."
         ) from cause
     return size
+
+
+def _several(gpu):
+    number, card = cards_of(gpu)
+    return f"Only vk.memory.largest takes several cards such as {number} x {card}. " * (number > 1)
 
 
 def in_gigabytes(size):

@@ -16,6 +16,8 @@ from vlmkit.memory.tracker import AllocationTracker, storage_of
 from vlmkit.rows import Row
 
 UNLIMITED = 2**60
+LAST = 1
+"""Layers of a kind and of a card that a prompt runs at the end of a stack. See `DryRun`."""
 
 
 @quiet()
@@ -97,7 +99,7 @@ class PlacedRun(DryRun):
         self.card_of = card_of
         for name, module in model.named_modules():
             module.card = card_of(name)  # layers of different cards are of different kinds
-        super().__init__(model, device=device)
+        super().__init__(model, LAST, device)
         for name, module in model.named_modules():
             if plain_name(name) in placed:
                 self._copy_inputs(module)

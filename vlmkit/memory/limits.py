@@ -2,6 +2,7 @@
 
     vk.memory.largest("Qwen/Qwen2.5-VL-7B-Instruct", "RTX 4090")
     vk.memory.largest(name, "24 GB", plan, tokens=2048, training={"projector": "full"})
+    vk.memory.largest("Qwen/Qwen2.5-VL-32B-Instruct", "2 x RTX 4090")
 
 Every number is a total of `vk.memory.predict`. Memory grows along a straight line, or a line that
 gets steeper, as a batch or a prompt grows. So a limit is found with a few predictions: a line
@@ -15,12 +16,21 @@ from vlmkit.adapters import LoRA
 from vlmkit.architectures import LANGUAGE
 from vlmkit.backend.quiet import quiet, without_garbage_collection
 from vlmkit.catalog.gpus import GPUS, RESERVED
-from vlmkit.errors import AnatomyError, ImageError, SizeError, did_you_mean, public, shown
+from vlmkit.errors import (
+    AnatomyError,
+    FinetuningError,
+    ImageError,
+    SizeError,
+    did_you_mean,
+    public,
+    shown,
+)
 from vlmkit.families import family_of
 from vlmkit.memory.batch import batch_of
 from vlmkit.memory.fitting import room_on
 from vlmkit.memory.ledger import ADAPTER, GRADIENT, OPTIMIZER
 from vlmkit.memory.predicting import Predictor, check_arguments, folder_of
+from vlmkit.memory.several import FSDP, LAYERS, cards_of, check_cards
 from vlmkit.memory.training_state import TORCH
 from vlmkit.plan import Plan
 from vlmkit.rows import LINEAR
@@ -101,10 +111,11 @@ class Use:
 
 @dataclass(frozen=True)
 class Largest(Table):
-    """What fits on a card: `uses`, a Use for each of "load", "prompt" and "training step". A use
-    that does not fit is followed by the same use with the first saving that makes it fit.
+    """What fits on a card, or on several of one kind: `uses`, a Use for each of "load", "prompt" and
+    "training step". A use that does not fit is followed by the same use with the first saving that
+    makes it fit.
 
-    room: bytes of the card that can be used.
+    room: bytes of the card that can be used, or of each card.
     """
 
     model: str
@@ -170,12 +181,21 @@ class Largest(Table):
         return table.map(lambda cell: "-" if cell is None else str(cell))
 
     def _headline(self):
-        return f"{self.model} on {self.card}: {self.room / GIGABYTE:.2f} GB can be used"
+        each = " of each card" * (cards_of(self.card)[0] > 1)
+        return f"{self.model} on {self.card}: {self.room / GIGABYTE:.2f} GB{each} can be used"
 
     def _remarks(self):
-        has = f" nvidia-smi shows {GPUS[self.card].mebibytes:,} MiB;" if self.card in GPUS else ""
-        left = f"{self.reserved} of the card is left to CUDA and other programs."
+        several, card = cards_of(self.card)
+        has = f" nvidia-smi shows {GPUS[card].mebibytes:,} MiB;" if card in GPUS else ""
+        which = "each card" if several > 1 else "the card"
+        left = f"{self.reserved} of {which} is left to CUDA and other programs."
         yield f"1 GB = 10^9 bytes.{has} {left}"
+        if several > 1:
+            yield (
+                "GB are those of the fullest card. shard='layers' puts whole layers on each card "
+                "(transformers' device_map='auto'). shard='fsdp' cuts each weight (FSDP), and "
+                "batch_size is that of one card. Predicted, not measured."
+            )
         for use in self.uses:
             if use.arguments and " + " not in use.name:
                 yield f"{use.name}: {_in_words(use.arguments)}."
@@ -251,7 +271,10 @@ def largest(
     context and LoRA rank, for loading, a prompt and a training step.
 
     x, plan, revision, trust_remote_code, allocator, limits: as for `vk.memory.predict`.
-    card: a name of `vlmkit.catalog.gpus.GPUS`, or a size such as "12 GB".
+    card: a name of `vlmkit.catalog.gpus.GPUS`, or a size such as "12 GB"; or several of one kind,
+        such as "2 x RTX 4090". With several cards, loading and a prompt are those of transformers'
+        `device_map="auto"`, and a training step is that of FSDP, with `batch_size` samples on each
+        card. Then every number is that of the fullest card.
     tokens, images, image_size, num_frames, batch_size: where the search begins. Each of them grows
         while the others stay. images is 1 by default, or 0 with num_frames. image_size is one
         (width, height); it keeps its shape. With num_frames the search takes two to five times as
@@ -270,7 +293,9 @@ def largest(
     card, and whatever `vk.memory.predict` raises.
     """
     check_arguments(limits)
-    room = room_on(card, reserved)
+    gpus, one = cards_of(card)
+    check_cards(gpus, None, None, False)
+    room = room_on(one, reserved)
     model = _Model(x, plan, revision, trust_remote_code, allocator, limits, room)
     first = {"batch_size": batch_size, "tokens": tokens}
     images = int(not num_frames) if images is None else images
@@ -283,6 +308,9 @@ def largest(
     step = {"training": what, "gradient_checkpointing": gradient_checkpointing, "optim": optim}
     more = {"new_tokens": new_tokens} if new_tokens else {}
     asked = {LOAD: {}, PROMPT: first | more, TRAINING: first | step}
+    if gpus > 1:
+        ways = {LOAD: LAYERS, PROMPT: LAYERS, TRAINING: FSDP}
+        asked = {use: had | {"gpus": gpus, "shard": ways[use]} for use, had in asked.items()}
     for name in uses:
         if name not in asked:
             hint = did_you_mean(name, asked)
@@ -392,7 +420,7 @@ class _Model:
             trained = self.ledger(arguments).by_kind
             size = sum(trained.get(kind, 0) for kind in (ADAPTER, GRADIENT, OPTIMIZER))
         else:
-            weights = {name: arguments[name] for name in ("plan",) if name in arguments}
+            weights = {n: arguments[n] for n in ("plan", "gpus", "shard") if n in arguments}
             size = self.need(arguments) - self.need(weights)
         start = self.batch(arguments).length if axis == "tokens" else _extent(axis, arguments)
         return size / start
@@ -442,7 +470,7 @@ class _Model:
     def saving(self, what, change, arguments, needed):
         try:
             saved = needed - self.need(arguments | change)
-        except (SizeError, ImageError):
+        except (SizeError, ImageError, FinetuningError):  # such as int8, which FSDP cannot shard
             return None
         return Saving(what, change, saved, needed - saved <= self.room) if saved > 0 else None
 

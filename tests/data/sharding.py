@@ -1,0 +1,110 @@
+"""One of several processes that share models by FSDP: what it holds and needs, as JSON.
+
+    python sharding.py RANK PROCESSES FOLDER    # reads FOLDER/cases.json
+
+Run by tests/test_memory_several.py.
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+import vlmkit as vk
+from vlmkit.anatomy import plain_name, unwrapped
+from vlmkit.backend.checkpointing import enable
+from vlmkit.backend.losses import IGNORED, loss_of_answers
+from vlmkit.backend.passes import attending
+from vlmkit.backend.storages import state_tensors
+from vlmkit.families import image_id
+from vlmkit.memory import measure_peak
+from vlmkit.memory.batch import batch_of
+
+
+def main(rank, processes, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=processes
+    )
+    cases = json.loads(Path(folder, "cases.json").read_text())
+    found = {name: measured(**case) for name, case in cases.items()}
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def measured(folder, plan, training, bf16, checkpointing=False, batch=None):
+    model, _ = vk.load(folder, plan, processor=False)
+    model = vk.finetuning.add_adapters(model, **eval(training, {"LoRA": vk.LoRA}))
+    if checkpointing:
+        enable(model)
+    model = sharded(model, bf16)
+    parameters = {plain_name(name): p for name, p in model.named_parameters()}
+    found = {"weights": {name: size(p) for name, p in parameters.items()}}
+    found["states"] = sum(
+        size(t)
+        for module in model.modules()
+        for p in module.parameters(recurse=False)
+        for t in state_tensors(module, p)
+    )
+    found["buffers"] = sum(map(size, model.buffers()))
+    if batch is None:
+        return found
+    tensors = batch_of(unwrapped(model).config, folder, **batch).inputs(torch.randn)
+    labels = tensors["input_ids"].clone()
+    labels[labels == image_id(unwrapped(model).config)] = IGNORED
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+    def passes():
+        loss_of_answers(model(**tensors, use_cache=False), labels).backward()
+
+    model.train()
+    with attending(model, "eager" if bf16 else "sdpa"):
+        passes()
+        optimizer.step()
+        found["states of the optimizer"] = sum(
+            size(t) for state in optimizer.state.values() for t in state.values()
+        )
+        gradients = (p.grad for p in model.parameters() if p.grad is not None)
+        found["gradients"] = sum(
+            {s.data_ptr(): s.nbytes() for s in map(storage, gradients)}.values()
+        )
+        optimizer.zero_grad()
+        found["peak"] = measure_peak(passes)
+    return found
+
+
+def sharded(model, bf16):
+    """What accelerate makes of the model with the recipe of docs/training.md."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=sorted(
+            {type(m).__name__ for m in model.modules()} & set(model._no_split_modules)
+        ),
+        reshard_after_forward=True,
+        mixed_precision_policy="bf16" if bf16 else None,
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision="bf16" if bf16 else "no",
+        is_main_process=False,
+        device=torch.device("cpu"),
+    )
+    return fsdp2_prepare_model(accelerator, model)
+
+
+def storage(tensor):
+    return getattr(tensor, "_local_tensor", tensor).untyped_storage()
+
+
+def size(tensor):
+    return storage(tensor).nbytes()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
