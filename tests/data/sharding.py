@@ -41,15 +41,13 @@ def measured(folder, plan, training, bf16, checkpointing=False, batch=None):
     model = vk.finetuning.add_adapters(model, **eval(training, {"LoRA": vk.LoRA}))
     if checkpointing:
         enable(model)
+    layers = [(m, p) for m in model.modules() for p in m.parameters(recurse=False)]
+    states = sum(size(tensor) for layer in layers for tensor in state_tensors(*layer))
+    store_as_bf16(model)
     model = sharded(model, bf16)
     parameters = {plain_name(name): p for name, p in model.named_parameters()}
     found = {"weights": {name: size(p) for name, p in parameters.items()}}
-    found["states"] = sum(
-        size(t)
-        for module in model.modules()
-        for p in module.parameters(recurse=False)
-        for t in state_tensors(module, p)
-    )
+    found["states"] = states
     found["buffers"] = sum(map(size, model.buffers()))
     if batch is None:
         return found
@@ -68,13 +66,23 @@ def measured(folder, plan, training, bf16, checkpointing=False, batch=None):
         found["states of the optimizer"] = sum(
             size(t) for state in optimizer.state.values() for t in state.values()
         )
-        gradients = (p.grad for p in model.parameters() if p.grad is not None)
-        found["gradients"] = sum(
-            {s.data_ptr(): s.nbytes() for s in map(storage, gradients)}.values()
-        )
+        shards = [storage(p.grad) for p in model.parameters() if p.grad is not None]
+        found["gradients"] = sum({s.data_ptr(): s.nbytes() for s in shards}.values())
         optimizer.zero_grad()
         found["peak"] = measure_peak(passes)
     return found
+
+
+def store_as_bf16(model):
+    """Codes of 4 bits in a dtype that FSDP shards, as bitsandbytes' bnb_4bit_quant_storage does."""
+    for module in model.modules():
+        if getattr(getattr(module, "weight", None), "quant_state", None) is not None and hasattr(
+            module, "quant_storage"
+        ):
+            codes, module.quant_state = module.weight.data, module.weight.quant_state
+            module.quant_storage = torch.bfloat16
+            stored = codes.reshape(-1).view(torch.bfloat16)[:, None]
+            module.weight = torch.nn.Parameter(stored, requires_grad=False)
 
 
 def sharded(model, bf16):

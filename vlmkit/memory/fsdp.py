@@ -5,10 +5,12 @@ The rules are those of torch 2.13 (`torch.distributed.fsdp.fully_shard`) as acce
 
 - Each parameter is cut along its first axis. Every process holds ceil(n / processes) of its n rows;
   the last processes fill up with zeros, and optimizer states have no such rows.
-- bitsandbytes' 4-bit weights, stored as uint8, are not sharded, nor are quantization states and
-  buffers: every process holds them whole. Layers in int8 cannot be sharded.
+- The codes of 4-bit weights are sharded if they are stored as bf16, four codes to an
+  element. accelerate alone stores them as uint8 and shards none of them
+  (`whole_4bit`). Quantization states and buffers are whole in every process. Layers in int8 cannot
+  be sharded.
 - With bf16 all that is gathered is bf16, as are the gradients and their exchange. What is trained
-  is held in float32, except beside 4-bit weights.
+  is held in float32.
 - Each of the model's repeated layers is a unit, and so are the input embedding and the output head
   (one unit if they are tied). All other parameters are the unit of the root.
 - Before a unit runs, its weights are gathered, first into one buffer and then, parameter by
@@ -67,23 +69,26 @@ class Shard:
         return max(0, min(rows, self.shape[0] - rank * rows)) * prod(self.shape[1:])
 
 
-def shards_of(model, gpus, bf16):
+def shards_of(model, gpus, bf16, whole_4bit=False):
     """{full name: Shard} of the parameters of `model` that are sharded.
 
     Raises FinetuningError for parameters that cannot be.
     """
-    parameters = dict(model.named_parameters())
-    in_4bit = any(parameter.dtype == torch.uint8 for parameter in parameters.values())
     found = {}
-    for name, parameter in parameters.items():
-        if parameter.dtype == torch.int8 or not parameter.dim():
-            why = "is int8" if parameter.dim() else "has no axis"
-            raise FinetuningError(
-                f"FSDP cannot shard {plain_name(name)}, which {why}. Use bf16, or a 4-bit format "
-                "such as nf4, whose weights every process then holds whole."
+    for name, parameter in model.named_parameters():
+        in_4bit = parameter.dtype == torch.uint8
+        if parameter.dtype == torch.int8 or not parameter.dim() or in_4bit and len(parameter) % 2:
+            why = (
+                "is int8" if parameter.dtype == torch.int8 else f"has {parameter.numel()} elements"
             )
-        if parameter.dtype != torch.uint8:
-            wide = bf16 and parameter.requires_grad and not in_4bit
+            raise FinetuningError(
+                f"FSDP cannot shard {plain_name(name)}, which {why}. Use bf16, or 4 bits (nf4) for "
+                "layers with a multiple of 4 weights."
+            )
+        if in_4bit and not whole_4bit:
+            found[name] = Shard((len(parameter) // 2, 1), 2, gpus)
+        elif not in_4bit:
+            wide = bf16 and parameter.requires_grad
             width = 4 if wide else parameter.element_size()
             found[name] = Shard(tuple(parameter.shape), width, gpus)
     return found
@@ -115,11 +120,13 @@ class Unit:
 def units_of(model, names):
     """The Units of `model`, that of the root last. names: of the parameters that are sharded."""
     owner = {id(model.get_parameter(name)): name for name in names}
-    layers = getattr(model, "_no_split_modules", None) or ()
+    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    repeated = {type(layer).__name__ for layers in lists for layer in layers}
+    repeated &= set(getattr(model, "_no_split_modules", None) or repeated)
     groups = [
         ((module,), False)
         for _, module in reversed(list(model.named_modules()))
-        if type(module).__name__ in layers
+        if type(module).__name__ in repeated
     ]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
@@ -142,9 +149,9 @@ class Gathering:
     learnt: {parameter name: bytes of the shard of its gradient}, after a backward pass.
     """
 
-    def __init__(self, model, gpus, bf16):
+    def __init__(self, model, gpus, bf16, whole_4bit):
         self.model, self.gpus, self.bf16, self.tracker = model, gpus, bf16, None
-        self.shards = shards_of(model, gpus, bf16)
+        self.shards = shards_of(model, gpus, bf16, whole_4bit)
         self.units = units_of(model, self.shards)
         self.component_of = component_finder(model)
         self.measure()
@@ -160,6 +167,8 @@ class Gathering:
         the dtype in which they are gathered."""
         for name, shard in self.shards.items():
             parameter = self.model.get_parameter(name)
+            if parameter.dtype == torch.uint8:
+                continue
             self.shards[name] = replace(shard, shape=tuple(parameter.shape))
             if self.bf16 and parameter.dtype != torch.bfloat16:
                 parameter.data = parameter.data.bfloat16()
@@ -349,10 +358,11 @@ class _Listening(torch.autograd.Function):
 
 
 class ShardedRun(DryRun):
-    """The DryRun of one process of `gpus` that share `model`. bf16: as for a Training."""
+    """The DryRun of one process of `gpus` that share `model`. bf16: as for a Training.
+    whole_4bit: whether 4-bit weights are not sharded."""
 
-    def __init__(self, model, last, device, gpus, bf16):
-        self.gathering = Gathering(model, gpus, bf16)
+    def __init__(self, model, last, device, gpus, bf16, whole_4bit):
+        self.gathering = Gathering(model, gpus, bf16, whole_4bit)
         super().__init__(model, last, device)
         self.gathering.tracker = self.tracker
 
@@ -386,25 +396,21 @@ class ShardedRun(DryRun):
 class ShardedRuns(DryRuns):
     """The dry runs of one of several processes that share a model by FSDP."""
 
-    def __init__(self, build, layout, gpus, device=None):
+    def __init__(self, build, layout, gpus, device=None, whole_4bit=False):
         super().__init__(build, layout, device)
-        self.gpus = gpus
+        self.gpus, self.whole_4bit = gpus, whole_4bit
 
     def _dry_run(self, model, last=1):
-        return ShardedRun(model, last, self.device, self.gpus, self.how.bf16)
+        return ShardedRun(model, last, self.device, self.gpus, self.how.bf16, self.whole_4bit)
 
     def weights(self, weights):
-        """(entries of the weights of each process, bytes before). See `steps`."""
-        shards = shards_of(as_loaded(self.build(), self.layout), self.gpus, False)
-        return list(_held(weights, shards, {})), _before(weights, shards)
+        """Entries of the weights of each process. weights: entries of the whole model's."""
+        model = as_loaded(self.build(), self.layout)
+        return list(_held(weights, shards_of(model, self.gpus, False, self.whole_4bit), None))
 
     def steps(self, batch, how, weights, whole=True):
-        """(a list of entries for each process, notes, bytes before) of a training step.
-
-        Arguments: as for `training_step`. weights: entries of the whole model's. Bytes before are
-        what a process holds for a moment if it loads the whole model first: accelerate lets go of
-        the whole when all shards are made.
-        """
+        """(a list of entries for each process, notes) of a training step. Arguments: as for
+        `training_step`. weights: entries of the whole model's."""
         run, _, inputs, learnt, peak, left = self.trained(batch, how)
         shards, component_of = run.shards, component_finder(run.model)
         gradients = list(gradient_entries(learnt, component_of))
@@ -417,8 +423,7 @@ class ShardedRuns(DryRuns):
                 stepping = left + step_bytes(how.optim, own)
                 entries += _step(peak, stepping, gradients, own, component_of)
             found.append(entries)
-        notes = list(without_gradient(run.parameters(), learnt))
-        return found, notes, _before(weights, shards)
+        return found, list(without_gradient(run.parameters(), learnt))
 
 
 def _held(weights, shards, component_of):
@@ -430,18 +435,11 @@ def _held(weights, shards, component_of):
         if entry is None:
             yield Row(plain_name(name), component_of(name), ADAPTER, shard.nbytes)
             continue
-        narrow = shard.elements * (entry.bytes // prod(shard.shape))
+        narrow = shard.elements * entry.bytes // prod(shard.shape)
         yield Row(entry.name, entry.component, entry.kind, narrow)
         if shard.nbytes > narrow:
             yield Row(entry.name, entry.component, UPCAST, shard.nbytes - narrow)
     yield from planned.values()  # 4-bit weights
-
-
-def _before(weights, shards):
-    sharded = {plain_name(name) for name in shards}
-    left = (e for e in weights if e.kind in (STATE, BUFFER) or e.name not in sharded)
-    whole = sum(prod(shard.shape) * shard.width for shard in shards.values())
-    return whole + sum(e.bytes for e in left) + sum(shard.nbytes for shard in shards.values())
 
 
 def _step(peak, stepping, gradients, parameters, component_of):

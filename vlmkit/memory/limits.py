@@ -111,10 +111,10 @@ class Use:
 
 @dataclass(frozen=True)
 class Largest(Table):
-    """What fits on a card, or on several of one kind: `uses`, a Use for each of "load", "prompt" and
-    "training step". A use that does not fit is followed by the same use with the first saving that
-    makes it fit.
+    """What fits on a card, or on several of one kind.
 
+    uses: a Use for each of "load", "prompt" and "training step". A use that does not fit is
+        followed by the same use with the first saving that makes it fit.
     room: bytes of the card that can be used, or of each card.
     """
 

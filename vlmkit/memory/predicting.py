@@ -20,7 +20,7 @@ from vlmkit.memory.allocator import CachingAllocator, check_allocator, loaded, o
 from vlmkit.memory.batch import batch_of, picture_of, smallest
 from vlmkit.memory.ledger import Ledger
 from vlmkit.memory.parameters import predicted_weights
-from vlmkit.memory.several import FSDP, check_cards, notes_of, on_cards
+from vlmkit.memory.several import FSDP, check_cards, note_on, on_cards
 from vlmkit.memory.stored import loadable, stored
 from vlmkit.memory.training_state import adapter_entries
 
@@ -249,18 +249,17 @@ class Predictor:
     def _cards(self, gpus, shard, batch, seen, how):
         """The Cards of a use."""
         (title, weights, lies), runs = self.weights, self._runs_on(gpus, shard)
-        notes, before = [], 0
+        notes = ()
         if how is not None:
-            found, notes, before = runs.steps(seen, how, weights, whole=bool(batch))
+            found, notes = runs.steps(seen, how, weights, whole=bool(batch))
         elif shard == FSDP:
-            entries, before = runs.weights(weights)
-            found = [entries] * gpus
+            found = [runs.weights(weights)] * gpus
         else:
             found = runs.prompts(batch) if batch else [[] for _ in range(gpus)]
             for entry in (*weights, *self.adapters):
                 found[runs.card_of(entry.name)].append(entry)
-        notes = [*batch.notes, *notes_of(shard, gpus, before), *notes, *lies]
-        return on_cards(title, found, notes, self.allocator, before)
+        notes = [*batch.notes, note_on(shard, gpus), *notes, *lies]
+        return on_cards(title, found, notes, self.allocator)
 
 
 def check_arguments(unknown):

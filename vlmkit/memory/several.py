@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from vlmkit.errors import SizeError, did_you_mean, shown
 from vlmkit.memory.allocator import CachingAllocator, overhead
 from vlmkit.memory.ledger import ALL_KINDS, Ledger
-from vlmkit.units import GIGABYTE
 
 FSDP, LAYERS = "fsdp", "layers"
 MOST_CARDS = 1024
@@ -22,14 +21,9 @@ MOST_CARDS = 1024
 
 @dataclass(frozen=True)
 class Cards(Ledger):
-    """A Ledger for each of several cards, `cards`. By itself it is the Ledger of the fullest card.
-
-    before: bytes that each card holds for a moment if every process loads the whole model and
-        shards it then (FSDP), or 0.
-    """
+    """A Ledger for each of several cards, `cards`. By itself it is the Ledger of the fullest card."""
 
     cards: tuple = field(default=(), repr=False)
-    before: int = 0
 
     def table(self):
         """A pandas DataFrame of bytes: a row for each card, a column for each kind."""
@@ -77,13 +71,13 @@ def check_cards(gpus, shard, training, prompt):
     return shard
 
 
-def on_cards(title, ledgers, notes, allocator, before=0):
+def on_cards(title, ledgers, notes, allocator):
     """The Cards of lists of entries."""
     if allocator is not None:
         ledgers = [[*own, *_overhead(own)] for own in ledgers]
     cards = tuple(Ledger(f"{title}, card {k}", tuple(own)) for k, own in enumerate(ledgers))
     fullest = max(cards, key=lambda card: card.total)
-    return Cards(title, fullest.entries, tuple(notes), cards, before)
+    return Cards(title, fullest.entries, tuple(notes), cards)
 
 
 def _overhead(entries):
@@ -91,16 +85,14 @@ def _overhead(entries):
     return overhead((CachingAllocator(), {}), (), entries)
 
 
-def notes_of(shard, gpus, before=0):
-    """Sentences on how the cards share a model."""
+def note_on(shard, gpus):
+    """A sentence on how the cards share a model."""
     if shard == LAYERS:
-        return [
-            f"{gpus} cards with whole layers on each (device_map='auto'): one card computes at a "
-            "time. Predicted, not measured on several GPUs."
-        ]
-    return [
-        f"{gpus} cards that share the model by FSDP, batch_size samples on each. 4-bit weights are "
-        "not sharded. What NCCL takes for itself is not counted.",
-        f"If each process first loads the whole model, it holds {before / GIGABYTE:.2f} GB for a "
-        "moment.",
-    ]
+        return (
+            f"{gpus} cards with whole layers on each (device_map='auto'); one card computes at a "
+            "time. Predicted, not measured on GPUs."
+        )
+    return (
+        f"{gpus} cards that share the model by FSDP, batch_size samples on each. NCCL's own memory "
+        "is not counted. Weights were measured on two GPUs, the peak of a step was not."
+    )
