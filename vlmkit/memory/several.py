@@ -21,7 +21,7 @@ MOST_CARDS = 1024
 
 @dataclass(frozen=True)
 class Cards(Ledger):
-    """A Ledger for each of several cards, `cards`. By itself it is the Ledger of the fullest card."""
+    """A Ledger for each of several cards, `cards`. By itself it is that of the fullest card."""
 
     cards: tuple = field(default=(), repr=False)
 
