@@ -19,7 +19,6 @@ from transformers import CONFIG_MAPPING
 
 import vlmkit as vk
 from vlmkit.anatomy import on_meta
-from vlmkit.backend.quiet import quiet
 from vlmkit.errors import FinetuningError, SizeError
 from vlmkit.layout import layout_of
 from vlmkit.memory import steps
@@ -58,17 +57,21 @@ def by_name(ledger, kinds=WEIGHTS):
 # --- whole layers ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gpus", [2, 3])
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "mllama"])
+@pytest.mark.parametrize(
+    ("name", "gpus"),
+    [
+        ("llava", 2),
+        *(pytest.param(n, 3, marks=pytest.mark.slow) for n in ("llava", "qwen2_vl", "mllama")),
+    ],
+)
 def test_weights_lie_where_accelerate_puts_them(name, gpus):
     """transformers divides the memory, and accelerate's own function places modules in it."""
     from transformers.integrations.accelerate import get_balanced_memory
 
     model = on_meta(medium.config_of(name, 6), torch.bfloat16)
     layers = sorted(model._no_split_modules)
-    with quiet():
-        room = get_balanced_memory(model, dict.fromkeys(range(gpus), 2**60), layers)
-        theirs = infer_auto_device_map(model, room, layers)
+    room = get_balanced_memory(model, dict.fromkeys(range(gpus), 2**60), layers)
+    theirs = infer_auto_device_map(model, room, layers)
     expected = [0] * gpus
     for tensors in (model.named_parameters(), model.named_buffers()):
         for tensor, value in tensors:
@@ -79,7 +82,9 @@ def test_weights_lie_where_accelerate_puts_them(name, gpus):
     assert found.total == max(expected)
 
 
-@pytest.mark.parametrize("plan", ["nf4", "int8", "vision_encoder=int8,language_model=nf4"])
+@pytest.mark.parametrize(
+    "plan", ["nf4", pytest.param("vision_encoder=int8,language_model=nf4", marks=pytest.mark.slow)]
+)
 def test_quantized_weights_are_placed_too(plan):
     config = medium.config_of("llava", 6)
     whole = vk.memory.predict(config, plan)
@@ -91,7 +96,7 @@ def test_quantized_weights_are_placed_too(plan):
     assert set(placed.values()) == {0, 1}
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "mllama"])
+@pytest.mark.parametrize("name", ["qwen2_vl", pytest.param("mllama", marks=pytest.mark.slow)])
 def test_a_prompt_on_two_cards(name, monkeypatch):
     config = medium.config_of(name, 6)
     use = USE | {"new_tokens": 5}
@@ -110,8 +115,14 @@ def test_a_prompt_on_two_cards(name, monkeypatch):
 # --- FSDP -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_vl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [
+        ("llava", False),
+        pytest.param("llava", True, marks=pytest.mark.slow),
+        pytest.param("qwen2_vl", False, marks=pytest.mark.slow),
+    ],
+)
 def test_skipped_layers_change_nothing(name, checkpointing, monkeypatch):
     config = medium.config_of(name, 9)
     use = USE | {"training": LORA, "gpus": 2, "gradient_checkpointing": checkpointing}
@@ -121,6 +132,7 @@ def test_skipped_layers_change_nothing(name, checkpointing, monkeypatch):
     assert vk.memory.predict(config, "bf16", **use).by_kind == found.by_kind
 
 
+@pytest.mark.slow
 def test_a_rank_that_grows_is_that_of_a_new_model():
     model = Predictor("pebble", "bf16", None, False, None)
     for r in (2, 7):
@@ -239,23 +251,31 @@ def test_cards_in_words():
     assert cards_of(24) == (1, 24)
 
 
+def test_each_use_on_two_cards():
+    found = vk.memory.largest("pebble", "2 × 60 MB", "bf16", reserved="1 MB", uses=[LOAD])
+    assert found.room == 59_000_000
+    check_use(found[LOAD], "layers")
+
+
+@pytest.mark.slow
 def test_the_largest_on_two_cards():
-    found = vk.memory.largest("pebble", "2 x 21 MB", "bf16", reserved="1 MB", images=1)
-    ways = {LOAD: "layers", PROMPT: "layers", TRAINING: "fsdp"}
-    for name, way in ways.items():
-        use = found[name]
-        assert use.arguments["shard"] == way and use.arguments["gpus"] == 2
-        predicted = vk.memory.predict("pebble", "bf16", allocator="cuda", **use.arguments)
-        assert predicted.total == use.needed
-    use = found[PROMPT]
-    most = use.limits["batch_size"]
+    found = vk.memory.largest("pebble", "2 x 60 MB", "bf16", reserved="1 MB")
+    check_use(found[TRAINING], "fsdp")
+    most = check_use(found[PROMPT], "layers").limits["batch_size"]
     assert most.by == "memory"
     for size, fits in ((most.value, True), (most.value + 1, False)):
-        given = use.arguments | {"batch_size": size}
+        given = found[PROMPT].arguments | {"batch_size": size}
         ledger = vk.memory.predict("pebble", "bf16", allocator="cuda", **given)
         assert (max(card.total for card in ledger.cards) <= found.room) == fits
-    one = vk.memory.largest("pebble", "21 MB", "bf16", reserved="1 MB", uses=[PROMPT])
+    one = vk.memory.largest("pebble", "60 MB", "bf16", reserved="1 MB", uses=[PROMPT])
     assert one[PROMPT].limits["batch_size"].value < most.value
+
+
+def check_use(use, way):
+    assert use.arguments["shard"] == way and use.arguments["gpus"] == 2
+    predicted = vk.memory.predict("pebble", "bf16", allocator="cuda", **use.arguments)
+    assert predicted.total == use.needed
+    return use
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Whole layers on each of several cards, as transformers' `device_map="auto"` puts them there."""
 
+import contextlib
+import logging
 from functools import cached_property
 
 import torch
@@ -37,15 +39,28 @@ def device_map_of(model, layout, gpus):
             quantizer.preprocess_model(
                 model=model, dtype=torch_dtype(layout.load_dtype), device_map="auto"
             )
-    room = get_balanced_memory(model, dict.fromkeys(range(gpus), UNLIMITED), whole, quantizer)
-    room = room if quantizer is None else quantizer.adjust_max_memory(room)
-    found = infer_auto_device_map(
-        model, room, whole, hf_quantizer=quantizer,
-        no_placement_params=getattr(model, "_no_placement_params", None),
-    )  # fmt: skip
+    with _without_notes():
+        room = get_balanced_memory(model, dict.fromkeys(range(gpus), UNLIMITED), whole, quantizer)
+        room = room if quantizer is None else quantizer.adjust_max_memory(room)
+        found = infer_auto_device_map(
+            model, room, whole, hf_quantizer=quantizer,
+            no_placement_params=getattr(model, "_no_placement_params", None),
+        )  # fmt: skip
     if set(found.values()) - set(range(gpus)):  # cannot be, where cards have no limit
         raise PlanError(f"transformers puts modules on {set(found.values())}.")
     return found
+
+
+@contextlib.contextmanager
+def _without_notes():
+    """accelerate (1.15) notes for each card that this machine does not have it."""
+    logger = logging.getLogger("accelerate.utils.modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class PlacedRuns(DryRuns):
