@@ -171,13 +171,15 @@ def overhead(load, weights, more=()):
     ]
 
 
-def loaded(cuda, layout):
+def loaded(cuda, layout, rows=None):
     """{component: bytes of its blocks} after a load under `layout` from a checkpoint in a float
-    format, which is repeated on the CachingAllocator `cuda`."""
+    format, which is repeated on the CachingAllocator `cuda`. rows: those of the layout that lie on
+    this card; by default all."""
+    rows = layout.rows if rows is None else rows
     width = torch_dtype(layout.load_dtype).itemsize
-    cuda.release(cuda.allocate(int(sum(_taken_at_first(row, width) for row in layout.rows))))
+    cuda.release(cuda.allocate(int(sum(_taken_at_first(row, width) for row in rows))))
     blocks = {}
-    for row in sorted(layout.rows, key=lambda row: _in_order(row.name)):
+    for row in sorted(rows, key=lambda row: _in_order(row.name)):
         read = cuda.allocate(prod(row.shape) * width)
         if FORMATS[row.format].quantized:
             blocks[row] = _quantized(cuda, row)

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from vlmkit.anatomy import component_finder, plain_name
 from vlmkit.architectures import LANGUAGE
 from vlmkit.errors import FinetuningError
+from vlmkit.memory.allocator import CachingAllocator
 from vlmkit.memory.dry_run import DryRun
 from vlmkit.memory.ledger import ADAPTER, BUFFER, GATHERED, GRADIENT, STATE, UPCAST
 from vlmkit.memory.parameters import as_loaded
@@ -402,6 +403,12 @@ class ShardedRuns(DryRuns):
 
     def _dry_run(self, model, last=1):
         return ShardedRun(model, last, self.device, self.gpus, self.how.bf16, self.whole_4bit)
+
+    @property
+    def loads(self):
+        """For each card an allocator without weights: shards are given their blocks like all
+        else."""
+        return [(CachingAllocator(), {})] * self.gpus
 
     def weights(self, weights):
         """Entries of the weights of each process. weights: entries of the whole model's."""

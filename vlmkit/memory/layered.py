@@ -12,6 +12,7 @@ from vlmkit.architectures import LANGUAGE
 from vlmkit.backend.quiet import quiet
 from vlmkit.errors import PlanError
 from vlmkit.formats import torch_dtype
+from vlmkit.memory.allocator import CachingAllocator, loaded
 from vlmkit.memory.dry_run import DryRun, named
 from vlmkit.memory.steps import DryRuns, activations, input_entries
 from vlmkit.memory.tracker import AllocationTracker, storage_of
@@ -79,6 +80,16 @@ class PlacedRuns(DryRuns):
         parts = plain_name(name).split(".")
         outer = (".".join(parts[:k]) for k in range(len(parts), -1, -1))
         return next((self.map[module] for module in outer if module in self.map), 0)
+
+    @cached_property
+    def loads(self):
+        """For each card the allocator after a load, and the bytes of its blocks by component."""
+        found = []
+        for card in range(self.gpus):
+            cuda = CachingAllocator()
+            rows = [row for row in self.layout.rows if self.card_of(row.name) == card]
+            found.append((cuda, loaded(cuda, self.layout, rows)))
+        return found
 
     def _dry_run(self, model, last=1):
         return PlacedRun(model, self.map, self.card_of, self.device)

@@ -253,13 +253,13 @@ class Predictor:
         if how is not None:
             found, notes = runs.steps(seen, how, weights, whole=bool(batch))
         elif shard == FSDP:
-            found = [runs.weights(weights)] * gpus
+            found = [runs.weights(weights) for _ in range(gpus)]
         else:
             found = runs.prompts(batch) if batch else [[] for _ in range(gpus)]
             for entry in (*weights, *self.adapters):
                 found[runs.card_of(entry.name)].append(entry)
         notes = [*batch.notes, note_on(shard, gpus), *notes, *lies]
-        return on_cards(title, found, notes, self.allocator)
+        return on_cards(title, found, notes, runs.loads if self.allocator else None)
 
 
 def check_arguments(unknown):

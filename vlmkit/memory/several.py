@@ -12,11 +12,13 @@ import re
 from dataclasses import dataclass, field
 
 from vlmkit.errors import SizeError, did_you_mean, shown
-from vlmkit.memory.allocator import CachingAllocator, overhead
-from vlmkit.memory.ledger import ALL_KINDS, Ledger
+from vlmkit.memory.allocator import overhead
+from vlmkit.memory.ledger import ALL_KINDS, BUFFER, STATE, Ledger
+from vlmkit.rows import KINDS
 
 FSDP, LAYERS = "fsdp", "layers"
 MOST_CARDS = 1024
+IN_LOAD = (*KINDS, STATE, BUFFER)
 
 
 @dataclass(frozen=True)
@@ -71,18 +73,19 @@ def check_cards(gpus, shard, training, prompt):
     return shard
 
 
-def on_cards(title, ledgers, notes, allocator):
-    """The Cards of lists of entries."""
-    if allocator is not None:
-        ledgers = [[*own, *_overhead(own)] for own in ledgers]
+def on_cards(title, ledgers, notes, loads=None):
+    """The Cards of lists of entries.
+
+    loads: a CachingAllocator for each card and {component: bytes of its blocks} of the weights that
+        lie there already, or None to leave out what an allocator adds.
+    """
+    if loads is not None:
+        for own, load in zip(ledgers, loads, strict=True):
+            there = [e for e in own if load[1] and e.kind in IN_LOAD]
+            own += overhead(load, there, [e for e in own if not (load[1] and e.kind in IN_LOAD)])
     cards = tuple(Ledger(f"{title}, card {k}", tuple(own)) for k, own in enumerate(ledgers))
     fullest = max(cards, key=lambda card: card.total)
     return Cards(title, fullest.entries, tuple(notes), cards)
-
-
-def _overhead(entries):
-    """What the allocator adds where each card is given its own part from the beginning."""
-    return overhead((CachingAllocator(), {}), (), entries)
 
 
 def note_on(shard, gpus):
