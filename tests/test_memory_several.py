@@ -257,6 +257,19 @@ def test_each_use_on_two_cards():
     check_use(found[LOAD], "layers")
 
 
+def test_the_commands_know_several_cards(capsys):
+    from vlmkit.cli import main
+
+    assert main(["memory", "pebble", "--plan", "bf16", "--gpus", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    totals = [card["total"] for card in found["cards"]]
+    assert len(totals) == 2 and max(totals) == found["total"]
+    fit = ["fit", "pebble", "--plan", "bf16", "--card", "2 x 60 MB", "--only", "load", "--json"]
+    assert not main(fit)
+    (use,) = json.loads(capsys.readouterr().out)["uses"]
+    assert use["arguments"]["gpus"] == 2 and use["needed"] >= found["total"]
+
+
 @pytest.mark.slow
 def test_the_largest_on_two_cards():
     found = vk.memory.largest("pebble", "2 x 60 MB", "bf16", reserved="1 MB")
