@@ -184,7 +184,7 @@ def test_what_processes_hold_that_share_a_model(gpus, tmp_path):
 def shared(cases, gpus, folder):
     """What each process found."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    script = str(Path(__file__).parent / "data" / "sharding.py")
+    script = str(Path(__file__).with_name("sharing.py"))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     running = [
         subprocess.Popen(

@@ -82,12 +82,14 @@ def measured_cache(cache, model, storages):
                 yield entry
 
 
-def places_of(model, stand_ins=None):
+def places_of(model, stand_ins=None, label_of=None):
     """{place in the cache: (component, place of the layer to read there)} of the layers of `model`.
 
     stand_ins: {name of a layer that a dry run skipped: name of a layer like it}.
+    label_of: what to say of a full name in place of its component, such as (component, card).
     """
     component_of = component_finder(model)
+    label_of = label_of or component_of
     base = unwrapped(model)
     encoder = set(base.get_encoder().modules()) if writes_apart(base.config) else ()
     where = {
@@ -101,9 +103,9 @@ def places_of(model, stand_ins=None):
         for skipped, like_it in (stand_ins or {}).items():
             if name.startswith(f"{skipped}."):
                 read = where[like_it + name[len(skipped) :]]
-        component = component_of(name)
-        if component in (LANGUAGE, CROSS):  # encoders number their layers too, but cache nothing
-            places[place] = component, read  # the attention, which is named after its layer
+        # Encoders number their layers too, but cache nothing.
+        if component_of(name) in (LANGUAGE, CROSS):
+            places[place] = label_of(name), read  # the attention, which is named after its layer
     return places
 
 

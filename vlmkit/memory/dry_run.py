@@ -95,7 +95,7 @@ class DryRun:
 
     @property
     def places(self):
-        return places_of(self.model, self.stand_ins)
+        return places_of(self.model, self.stand_ins, self._label_of())
 
     def inputs(self, batch):
         """The tensors of `batch`. Pixels are float32, as processors make them, or have the dtype of

@@ -137,18 +137,6 @@ class PlacedRun(DryRun):
         component_of = component_finder(self.model)
         return lambda name: (component_of(name), self.card_of(name)) if component_of(name) else None
 
-    @property
-    def places(self):
-        where = {
-            module.layer_idx: module.card
-            for module in self.model.modules()
-            if getattr(module, "layer_idx", None) is not None
-        }
-        return {
-            place: ((component, where[place]), read)
-            for place, (component, read) in super().places.items()
-        }
-
     def _restart(self):
         super()._restart()
         self.tracker.restart_cards()

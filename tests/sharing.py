@@ -1,6 +1,6 @@
 """One of several processes that share models by FSDP: what it holds and needs, as JSON.
 
-    python sharding.py RANK PROCESSES FOLDER    # reads FOLDER/cases.json
+    python sharing.py RANK PROCESSES FOLDER    # reads FOLDER/cases.json
 
 Run by tests/test_memory_several.py.
 """
