@@ -43,7 +43,7 @@ from vlmkit.memory.steps import (
     step_activations,
     without_gradient,
 )
-from vlmkit.memory.training_state import gradient_entries, optimizer_entries, step_bytes
+from vlmkit.memory.training_state import TORCH, gradient_entries, optimizer_entries, step_bytes
 from vlmkit.rows import Row
 
 
@@ -417,7 +417,15 @@ class ShardedRuns(DryRuns):
 
     def steps(self, batch, how, weights, whole=True):
         """(a list of entries for each process, notes) of a training step. Arguments: as for
-        `training_step`. weights: entries of the whole model's."""
+        `training_step`. weights: entries of the whole model's.
+
+        Raises FinetuningError for optimizers and formats that FSDP does not take.
+        """
+        if how.optim != TORCH:
+            raise FinetuningError(
+                f"optim={how.optim!r} does not train shards of FSDP: bitsandbytes' operators (0.50) "
+                f"take no DTensor. Use {TORCH!r}."
+            )
         run, _, inputs, learnt, peak, left = self.trained(batch, how)
         shards, component_of = run.shards, component_finder(run.model)
         gradients = list(gradient_entries(learnt, component_of))
