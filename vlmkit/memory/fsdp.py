@@ -423,8 +423,8 @@ class ShardedRuns(DryRuns):
         """
         if how.optim != TORCH:
             raise FinetuningError(
-                f"optim={how.optim!r} does not train shards of FSDP: bitsandbytes' operators (0.50) "
-                f"take no DTensor. Use {TORCH!r}."
+                f"optim={how.optim!r} does not train shards of FSDP: bitsandbytes 0.50 takes no "
+                f"DTensor. Use {TORCH!r}."
             )
         run, _, inputs, learnt, peak, left = self.trained(batch, how)
         shards, component_of = run.shards, component_finder(run.model)
