@@ -22,13 +22,13 @@ from vlmkit.anatomy import on_meta
 from vlmkit.errors import FinetuningError, SizeError
 from vlmkit.layout import layout_of
 from vlmkit.memory import steps
+from vlmkit.memory.cards import cards_of
 from vlmkit.memory.fsdp import ShardedRuns
 from vlmkit.memory.layered import device_map_of
 from vlmkit.memory.layers import ALL
 from vlmkit.memory.ledger import ADAPTER, BUFFER, GATHERED, STATE, UPCAST
 from vlmkit.memory.limits import LOAD, PROMPT, TRAINING
 from vlmkit.memory.predicting import Predictor
-from vlmkit.memory.several import cards_of
 from vlmkit.memory.steps import Training
 from vlmkit.memory.training_state import TORCH
 from vlmkit.rows import KINDS
@@ -159,7 +159,7 @@ def test_what_processes_hold_that_share_a_model(gpus, tmp_path):
     for name, (family, plan, training, checkpointing, bf16) in CASES.items():
         if not (tmp_path / family).exists():
             medium.save(family, tmp_path / family, 5)
-        use = USE | {"image_size": [48, 48]}
+        use = {"tokens": 200, "images": 1, "image_size": [48, 48]}
         cases[name] = {
             "folder": str(tmp_path / family), "plan": plan, "training": training, "bf16": bf16,
             "checkpointing": checkpointing, "batch": use,
@@ -177,7 +177,8 @@ def test_what_processes_hold_that_share_a_model(gpus, tmp_path):
             assert kinds.get(BUFFER, 0) == measured["buffers"], name
             assert kinds["gradient"] == measured["gradients"], name
             assert kinds["optimizer state"] == measured["states of the optimizer"], name
-            peak = kinds["activation"] + kinds["gradient"] + kinds[GATHERED]
+            # gloo copies what it gathers, which NCCL does not: so the activations are many here.
+            peak = kinds.get("activation", 0) + kinds["gradient"] + kinds[GATHERED]
             assert peak == pytest.approx(measured["peak"], rel=0.1), name
 
 

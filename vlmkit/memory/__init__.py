@@ -9,12 +9,12 @@ vk.memory.stored(folder)              # what lies in weight files, whatever quan
 """
 
 from vlmkit.backend.caching import cache_of
+from vlmkit.memory.cards import Cards
 from vlmkit.memory.ledger import BOUNDED, BUFFER, STATE, Ledger, compare
 from vlmkit.memory.limits import largest
 from vlmkit.memory.measuring import measure, measure_peak, storages_of
 from vlmkit.memory.predicting import predict, visual_tokens
 from vlmkit.memory.serving import serving
-from vlmkit.memory.several import Cards
 from vlmkit.memory.stored import stored
 from vlmkit.units import MEGABYTE, Size, parse_size
 

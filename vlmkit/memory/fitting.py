@@ -14,8 +14,8 @@ from vlmkit.backend.quiet import quiet
 from vlmkit.catalog import NAMES
 from vlmkit.catalog.gpus import GPUS, RESERVED
 from vlmkit.errors import AnatomyError, SizeError, did_you_mean, public, shown
+from vlmkit.memory.cards import cards_of
 from vlmkit.memory.predicting import predict
-from vlmkit.memory.several import cards_of
 from vlmkit.plan import Plan
 from vlmkit.units import GIGABYTE, MEGABYTE, parse_size
 

@@ -27,10 +27,10 @@ from vlmkit.errors import (
 )
 from vlmkit.families import family_of
 from vlmkit.memory.batch import batch_of
+from vlmkit.memory.cards import FSDP, LAYERS, cards_of, check_cards
 from vlmkit.memory.fitting import room_on
 from vlmkit.memory.ledger import ADAPTER, GRADIENT, OPTIMIZER
 from vlmkit.memory.predicting import Predictor, check_arguments, folder_of
-from vlmkit.memory.several import FSDP, LAYERS, cards_of, check_cards
 from vlmkit.memory.training_state import TORCH
 from vlmkit.plan import Plan
 from vlmkit.rows import LINEAR

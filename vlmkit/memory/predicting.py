@@ -18,9 +18,9 @@ from vlmkit.layout import layout_of
 from vlmkit.loading.placing import set_attention
 from vlmkit.memory.allocator import CachingAllocator, check_allocator, loaded, overhead
 from vlmkit.memory.batch import batch_of, picture_of, smallest
+from vlmkit.memory.cards import FSDP, check_cards, note_on, on_cards
 from vlmkit.memory.ledger import Ledger
 from vlmkit.memory.parameters import predicted_weights
-from vlmkit.memory.several import FSDP, check_cards, note_on, on_cards
 from vlmkit.memory.stored import loadable, stored
 from vlmkit.memory.training_state import adapter_entries
 
