@@ -23,6 +23,7 @@ import vlmkit as vk
 from vlmkit.anatomy import plain_name, shape_of
 from vlmkit.backend import sharding
 from vlmkit.backend.storages import state_tensors
+from vlmkit.errors import FinetuningError
 from vlmkit.finetuning import runs, trainer
 
 RANK, PROCESSES = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -84,6 +85,14 @@ def train(out, model, plan, *, die_after=None):
     model = vk.finetuning.add_adapters(model, **WAYS)
     settings = {"max_steps": 4, "save_steps": 2, "bf16": False}
     settings["per_device_train_batch_size"] = 4 // PROCESSES
+    refused = ""
+    if PROCESSES > 1:
+        try:
+            vk.finetuning.train(
+                model, processor, rows, Path(out, "other"), optim="adamw_8bit", **settings
+            )
+        except FinetuningError as error:
+            refused = str(error)
     run = vk.finetuning.train(model, processor, rows, Path(out, "run"), **settings)
     unbroken = run
     if run.continued_from:
@@ -95,6 +104,7 @@ def train(out, model, plan, *, die_after=None):
         "unbroken": unbroken.curve["loss"].tolist(),
         "trained": sorted(plain_name(n) for n, p in model.named_parameters() if p.requires_grad),
         "continued_from": run.continued_from,
+        "refused": refused,
         "before": before.answers["predicted"].tolist(),
         "after": vk.evaluate(model, processor, rows.select(range(4))).answers["predicted"].tolist(),
     }

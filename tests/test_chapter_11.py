@@ -196,3 +196,11 @@ def test_what_checkpointing_saves_each_model(notebook):
     for name in ("LLaVA-1.5-7B", "Qwen2.5-VL-7B"):
         assert saved[name] == pytest.approx(0.4, abs=0.02)
     assert saved["LLaVA-1.6-7B"] == max(saved.values()) == pytest.approx(2 / 3, abs=0.02)
+
+
+def test_claims_about_a_step_on_several_cards(notebook):
+    """With split weights two cards of 16 GB are just too small in bf16, and four are enough."""
+    rows = shown(cell(notebook, "name, rows = "))
+    bf16, nf4 = (list(map(float, rows[plan])) for plan in ("bf16", "nf4"))
+    assert bf16[0] > bf16[1] > 15 > bf16[2] and 15 > nf4[0] > nf4[1] > nf4[2]
+    assert bf16[1] > bf16[0] / 2

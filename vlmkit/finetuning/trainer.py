@@ -49,6 +49,12 @@ class Trainer(transformers.Trainer):
                 f"(found: {self.accelerator.distributed_type.value}): each process would hold the "
                 "whole model. Launch on several GPUs, or without FSDP."
             )
+        if self.is_fsdp_enabled and not self.args.optim.startswith("adamw_torch"):
+            raise FinetuningError(
+                f"optim={self.args.optim.value!r} is an optimizer of bitsandbytes, which cannot "
+                "work on the shards of FSDP. Leave optim out: with FSDP, each process has its part "
+                "of the states."
+            )
         if sharding.is_sharded(model):
             sharding.shard(model, self.accelerator)  # now in the precision of the training
         # transformers' own callbacks print a line for each step.
