@@ -340,7 +340,7 @@ WORKS = {
     "tokenizer_config.json: a folder", "tokenizer_config.json: missing",
     "tokenizer_config.json: an empty object",
     *(f"chat_template.jinja: {name}" for name in UNUSED if name != "not utf-8"),  # asking fails
-    "save to a link to nothing",
+    "override: '' nf4", "device: b'cpu'", "device: 'cpu:9'", "save to a link to nothing",
     *(f"lint: {repr(entries)[:30]}" for entries in (
         ["re:.*visual.*"], [".*vision.*"], ["("], ["*"], [None], [5], [""], [[]], ["x" * 10**5]
     )),  # findings
