@@ -200,7 +200,8 @@ def test_what_checkpointing_saves_each_model(notebook):
 
 def test_claims_about_a_step_on_several_cards(notebook):
     """With split weights two cards of 16 GB are just too small in bf16, and four are enough."""
-    rows = shown(cell(notebook, "name, rows = "))
-    bf16, nf4 = (list(map(float, rows[plan])) for plan in ("bf16", "nf4"))
-    assert bf16[0] > bf16[1] > 15 > bf16[2] and 15 > nf4[0] > nf4[1] > nf4[2]
-    assert bf16[1] > bf16[0] / 2
+    table = shown(cell(notebook, "name, totals = "))
+    one, two, four = (float(table[gpus][0]) for gpus in ("1", "2", "4"))
+    assert one > two > 15 > four and two > one / 2
+    in_nf4 = shown(cell(notebook, "learning = "))["Llama-3.2-11B-Vision"]
+    assert float(in_nf4[0]) < 15
