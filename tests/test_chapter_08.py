@@ -126,8 +126,18 @@ def test_claims_about_components(components):
     assert low > 0.95
 
 
+def test_the_same_training_on_a_cpu_comes_to_less(recorded):
+    """In about five and a half minutes on two cores."""
+    (on_cpu,) = recorded[recorded["device"] == "cpu"].to_dict("records")
+    same = recorded[(recorded["device"] == "cuda") & (recorded["old"] == 0)]
+    same = same[(same["trained"] == on_cpu["trained"]) & (same["rate"] == on_cpu["rate"])]
+    assert 310 < on_cpu["seconds"] < 350 and on_cpu["n"] == 9673
+    assert on_cpu["right"] < same["right"].item()
+
+
 def test_claims_about_forgetting(recorded):
     """New rows alone cost most old answers; one old row in four keeps most, for some new ones."""
+    recorded = recorded[recorded["device"] == "cuda"]
     share = recorded.assign(old_share=recorded["old_right"] / recorded["old_n"])
     both = share[share["trained"] == f"{PROJECTOR} full + {LANGUAGE} 128"]
     for _, rate in both.groupby("rate"):
