@@ -17,12 +17,12 @@ pebble, is not repeated, so a benchmark that was stopped continues.
 
 import argparse
 import ast
-import csv
 import dataclasses
-import hashlib
 import math
 import sys
 from pathlib import Path
+
+from recorded_runs import digest, read, write
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "02_connectors.ipynb"
 OUTPUT = NOTEBOOK.parent / "data" / "02_connectors.csv"
@@ -95,13 +95,6 @@ def connectors_of(notebook):
     return made
 
 
-def digest():
-    """A short digest of pebble's weights."""
-    from vlmkit.models import pebble
-
-    return hashlib.sha256((pebble.path() / "model.safetensors").read_bytes()).hexdigest()[:12]
-
-
 def key(row):
     """What identifies a run, in a row that was read or is to be written."""
     return row["run"], row["connector"], int(row["visual_tokens"]), int(row["seed"])
@@ -114,11 +107,7 @@ class Bench:
         self.output, self.device, self.made, self.rows = args.output, args.device, made, rows
         self.pebble, self.processor = vk.load("pebble", vk.Plan.uniform("fp32"), device="cpu")
         self.weights = digest()
-        self.results = []
-        if self.output.exists():
-            with self.output.open(newline="", encoding="utf-8") as stream:
-                found = list(csv.DictReader(stream))
-            self.results = [row for row in found if row["weights"] == self.weights]
+        self.results = read(self.output, self.weights)
 
     def run(self, run, name, tokens, make, seed, stages):
         """Train one connector through the stages, and record its scores after each stage."""
@@ -163,19 +152,7 @@ class Bench:
                 )
             said = ", ".join(f"{task} {share:.1%}" for task, share in shares["accuracy"].items())
             print(f"{run}, {name}, {tokens} tokens, seed {seed}, {stage.name}: {said}", flush=True)
-        self.write()
-
-    def write(self):
-        from vlmkit.folders import write_whole
-
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.output, self._rows)
-
-    def _rows(self, path):
-        with path.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, self.results[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.results)
+        write(self.output, self.results)
 
 
 if __name__ == "__main__":

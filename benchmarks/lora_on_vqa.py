@@ -17,12 +17,12 @@ in the file already, for the same weights of pebble and on the same kind of devi
 """
 
 import argparse
-import csv
-import hashlib
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from recorded_runs import digest, read, write
 
 OUTPUT = Path(__file__).resolve().parent.parent / "notebooks" / "data" / "08_lora_on_vqa.csv"
 SEED = 20_260_800
@@ -110,13 +110,6 @@ def load(device="cpu"):
     return vk.load("pebble", vk.Plan(**formats), device=device)
 
 
-def digest():
-    """A short digest of pebble's weights."""
-    from vlmkit.models import pebble
-
-    return hashlib.sha256((pebble.path() / "model.safetensors").read_bytes()).hexdigest()[:12]
-
-
 def key(row):
     """What identifies a run, in a row that was read or is to be written."""
     return (row["device"], row["trained"], *(float(row[name]) for name in ("old", "rate", "steps")))
@@ -125,11 +118,7 @@ def key(row):
 class Bench:
     def __init__(self, args):
         self.args, self.output, self.weights = args, args.output, digest()
-        self.results = []
-        if self.output.exists():
-            with self.output.open(newline="", encoding="utf-8") as stream:
-                found = list(csv.DictReader(stream))
-            self.results = [row for row in found if row["weights"] == self.weights]
+        self.results = read(self.output, self.weights)
 
     def run(self, ranks, rate):
         """Train what `ranks` says, and record what it answers."""
@@ -158,19 +147,7 @@ class Bench:
         bits = f"{int(''.join(map(str, correct)), 2):x}"
         self.results.append(what | {"n": n, "right": int(correct.sum()), "bits": bits})
         print(*what.values(), f"{correct.sum()} of {n}", flush=True)
-        self.write()
-
-    def write(self):
-        from vlmkit.folders import write_whole
-
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.output, self._rows)
-
-    def _rows(self, path):
-        with path.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, self.results[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.results)
+        write(self.output, self.results)
 
 
 if __name__ == "__main__":

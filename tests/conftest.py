@@ -119,7 +119,9 @@ def states(notebook):
 def benchmark(request):
     """{name: object} of the script that records the chapter's results."""
     folder = Path(__file__).resolve().parent.parent / "benchmarks"
-    return runpy.run_path(str(folder / request.module.BENCHMARK))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))  # as where the script is run
+        return runpy.run_path(str(folder / request.module.BENCHMARK))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ llama4.py          a field that is missing in the output of Llama 4
 mixed.py           several quantized formats in one model
 optimizers.py      optimizers by name
 passes.py          attention, precision and checks of a model's passes while it is trained
+processes.py       how many processes a launch has, and whether this is the first
 quantizing.py      4-bit quantization on a CPU: bitsandbytes' bytes in a tenth of its time
 quiet.py           no progress bars and no advice from the libraries
 sharding.py        a model in shards, each process with its own, from the file on

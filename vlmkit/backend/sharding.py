@@ -23,6 +23,7 @@ import os
 import sys
 
 from vlmkit.anatomy import unwrapped
+from vlmkit.backend import processes
 from vlmkit.backend.quiet import environment
 from vlmkit.errors import CheckpointError, PlanError, brief
 
@@ -34,7 +35,7 @@ as one."""
 def is_asked():
     """Whether this is one of several processes that accelerate launched with FSDP2."""
     return (
-        int(os.environ.get("WORLD_SIZE", 1)) > 1
+        processes.count() > 1
         and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         and os.environ.get("FSDP_VERSION", "1") == "2"
     )
@@ -54,7 +55,7 @@ def reading_shards(kind, device):
     import torch
     from torch.distributed.device_mesh import init_device_mesh
 
-    mesh = init_device_mesh(device.type, (int(os.environ["WORLD_SIZE"]),))
+    mesh = init_device_mesh(device.type, (processes.count(),))
 
     def prepare_distribute_model(cls, distributed_config, device_map=None):
         return distributed_config, device_map, None

@@ -1,11 +1,11 @@
 """`vlmkit train`: a training that a YAML file describes."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from vlmkit.backend.processes import is_first
 from vlmkit.errors import FinetuningError
 
 EXAMPLES = """\
@@ -46,7 +46,7 @@ def train(
     config = read(config)
     output = writable_folder(config.output)
     # Only the first process looks: when the others do, it can have begun to write.
-    if _is_first() and any(output.iterdir()) and not resume:
+    if is_first() and any(output.iterdir()) and not resume:
         raise FinetuningError(
             f"{output} is not empty. Give --resume to continue the training in it, or name another "
             "folder as output."
@@ -98,7 +98,7 @@ def _run(config, output):
     if questions is not None:
         scores.append(vk.evaluate(model, processor, questions))
     vk.finetuning.save(model, output / "adapters", overwrite=True)
-    if _is_first():
+    if is_first():
         run.curve.to_csv(output / "loss.csv", index=False)
         run.evaluations.to_csv(output / "evaluations.csv", index=False)
         summary = _summary(config.model, run, scores)
@@ -146,11 +146,6 @@ def _share(row):
     return f"{row['accuracy']:.1%} [{row['low']:.1%}, {row['high']:.1%}]"
 
 
-def _is_first():
-    """Whether this is the first of several processes, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _say(text):
-    if _is_first():
+    if is_first():
         print(text, flush=True)

@@ -9,7 +9,6 @@ Under `accelerate launch` it runs on several processes or GPUs.
 """
 
 import json
-import os
 import secrets
 import sys
 import warnings
@@ -17,7 +16,7 @@ import weakref
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-from vlmkit.backend import checkpointing, sharding
+from vlmkit.backend import checkpointing, processes, sharding
 from vlmkit.errors import FinetuningError, VlmkitError, public
 from vlmkit.evaluation import check
 from vlmkit.evaluation.asking import context_of
@@ -95,8 +94,8 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
     dataset = _checked(dataset, processor, settings)
     _check_to_evaluate(eval_dataset, processor, settings)
     rows = len(dataset) if hasattr(dataset, "__len__") else None
-    steps = settings.steps(rows, _processes())
-    eval_steps = settings.steps_between_evaluations(rows, _processes())
+    steps = settings.steps(rows, processes.count())
+    eval_steps = settings.steps_between_evaluations(rows, processes.count())
     settings.require_warmup_within(steps)
     import torch
     from accelerate.utils import gather_object
@@ -189,7 +188,7 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
 
 def _description(model, processor, dataset, settings, folder):
     """What this training is: see `continuing.description`."""
-    found = continuing.description(model, processor, dataset, asdict(settings), _processes())
+    found = continuing.description(model, processor, dataset, asdict(settings), processes.count())
     # A model that is given again has what it learnt. It began as it was in the first call.
     starts = _STARTS.setdefault(model, {})
     if not any(folder.glob("checkpoint-*")):
@@ -214,7 +213,7 @@ def _last(folder, description, steps):
                 f"{folder} holds a training of {continuing.step_of(last):,} steps by now, and this "
                 f"one has {steps:,}. Ask for as many or more, or choose another folder."
             )
-    elif _is_first():
+    elif processes.is_first():
         continuing.write_json(folder / SETTINGS, description)  # for people
     return last
 
@@ -240,7 +239,7 @@ def _warn_about_answers(model, processor, dataset):
     rows = (dataset[place] for place in range(min(len(dataset), continuing.MOST_TEXTS)))
     told = [row["answer"] for row in rows if isinstance(row.get("answer"), str)]
     warning = indistinct.warning_of(model, processor, told)
-    if warning and _is_first():
+    if warning and processes.is_first():
         warnings.warn(warning, stacklevel=3)
 
 
@@ -270,16 +269,8 @@ def _check_to_evaluate(dataset, processor, settings):
             raise type(error)(f"eval_dataset: {error}") from error
 
 
-def _processes():
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def _is_first():
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _say(text):
-    if _is_first():
+    if processes.is_first():
         print(text, file=sys.stderr, flush=True)
 
 
@@ -320,9 +311,9 @@ def _arguments(settings, model, output_dir, eval_steps, steps, name="run"):
         label_names=["labels"],
         run_name=name,
         use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu and _processes() > 1 else None,
+        ddp_backend="gloo" if on_cpu and processes.count() > 1 else None,
         # An adapter of a layer that feeds nothing gets no gradient, and DDP would wait for it.
-        ddp_find_unused_parameters=True if _processes() > 1 else None,
+        ddp_find_unused_parameters=True if processes.count() > 1 else None,
         **given,
     )
     # One process uses one GPU. Where it sees several, a Trainer would copy the model to all of them

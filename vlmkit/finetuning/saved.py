@@ -15,13 +15,12 @@ load, and peft says it in a warning when it loads the folder. docs/from_vlmkit.m
 
 import hashlib
 import json
-import os
 import re
 import warnings
 from pathlib import Path
 
 from vlmkit.anatomy import component_finder, is_adapter, is_packed, plain_name, shape_of, unwrapped
-from vlmkit.backend import dora, sharding
+from vlmkit.backend import dora, processes, sharding
 from vlmkit.catalog.bundled import BUNDLED
 from vlmkit.errors import FinetuningError, brief, public
 from vlmkit.folders import whole_folder
@@ -46,7 +45,7 @@ def save(model, path, *, overwrite=False):
     CheckpointError if the folder exists or cannot be written.
     """
     tensors = gathered(model)
-    if _is_first():
+    if processes.is_first():
         with whole_folder(path, overwrite=overwrite) as folder:
             write(model, folder, tensors)
             _write_for_peft(model, folder)
@@ -61,13 +60,9 @@ def gathered(model):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or is_adapter(name) or parameter.dim() == 1:
             tensor = sharding.whole(parameter)
-            if tensor is parameter or _is_first():
+            if tensor is parameter or processes.is_first():
                 tensors[name] = tensor if tensor is parameter else tensor.cpu()
     return tensors
-
-
-def _is_first():
-    return os.environ.get("RANK", "0") == "0"
 
 
 def write(model, folder, tensors):

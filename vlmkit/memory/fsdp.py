@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from vlmkit.anatomy import component_finder, plain_name
 from vlmkit.architectures import LANGUAGE
+from vlmkit.backend.sharding import layers_of
 from vlmkit.errors import FinetuningError
 from vlmkit.memory.allocator import CachingAllocator
 from vlmkit.memory.dry_run import DryRun
@@ -121,9 +122,7 @@ class Unit:
 def units_of(model, names):
     """The Units of `model`, that of the root last. names: of the parameters that are sharded."""
     owner = {id(model.get_parameter(name)): name for name in names}
-    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
-    repeated = {type(layer).__name__ for layers in lists for layer in layers}
-    repeated &= set(getattr(model, "_no_split_modules", None) or repeated)
+    repeated = layers_of(model)
     groups = [
         ((module,), False)
         for _, module in reversed(list(model.named_modules()))

@@ -1,8 +1,8 @@
 """Scopes × formats on a dataset: a row for each cell, compared with the unquantized model."""
 
-import os
 from pathlib import Path
 
+from vlmkit.backend.processes import count
 from vlmkit.errors import SensitivityError, public
 from vlmkit.evaluation import check, room_for_answers
 from vlmkit.evaluation.statistics import FLIPS, expected_width, mcnemar, needed, paired_interval
@@ -206,7 +206,7 @@ def _require_enough(n, width):
 
 def _processes(model):
     """accelerate's state if several processes were launched, else None."""
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+    if count() < 2:
         return None
     from accelerate import PartialState
 
