@@ -51,7 +51,7 @@ QUESTIONS, OLD_QUESTIONS = 9_673, 500
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Train pebble on easy-VQA, part by part.")
     parser.add_argument("--threads", type=int, help="of the CPU; by default all")
-    parser.add_argument("--device", default="auto", help="as for vk.load (auto)")
+    parser.add_argument("--device", help="as for vk.load; by default a GPU where there is one")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of training ({STEPS})")
     parser.add_argument("--n", type=int, default=QUESTIONS, help="test questions (all)")
     parser.add_argument("--only", type=int, help="the place of one run in RUNS, from 0")
@@ -123,13 +123,15 @@ class Bench:
     def run(self, ranks, rate):
         """Train what `ranks` says, and record what it answers."""
         import vlmkit as vk
+        from vlmkit.loading.placing import resolve_device
 
         n, steps, old = self.args.n, self.args.steps, ranks.get(OLD, 0)
-        model, processor = load(self.args.device)
-        what = {"weights": self.weights, "device": model.device.type, "trained": label(ranks)}
+        device = resolve_device(self.args.device)
+        what = {"weights": self.weights, "device": device.type, "trained": label(ranks)}
         what |= {"old": old, "rate": rate, "steps": steps}
         if key(what) in map(key, self.results):
             return
+        model, processor = load(device)
         model = vk.finetuning.add_adapters(model, seed=SEED, **training(ranks))
         what["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         with tempfile.TemporaryDirectory() as folder:
