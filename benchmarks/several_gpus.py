@@ -2,6 +2,7 @@
 
     make benchmark-several-gpus                     # two GPUs or more, 25 GB of disk, some minutes
     python benchmarks/several_gpus.py --output two.json
+    python benchmarks/several_gpus.py --one-gpu     # the processes of a way take turns on one GPU
 
 Llama-3.2-11B-Vision from the catalog's config, with random weights, is trained with LoRA on its
 language model, two samples a step. In the ways of 16 GB, no process may take more of its GPU: bf16
@@ -10,6 +11,9 @@ and process the result has the losses, which have to be the same, seconds a step
 GPU in the load and in the training, and the peak of the host's memory in the load (RssAnon). One
 process of a way is killed after half of the steps, and the way is launched again. The adapters that
 it saved are loaded on one GPU. accelerate launches the processes with the configs of docs/launch.
+
+With --one-gpu, the processes of a way are on the same GPU, each with its own memory, and NCCL moves
+what they gather over the loopback network. Bytes and losses are those of two GPUs; seconds are not.
 """
 
 import argparse
@@ -40,11 +44,12 @@ LIMIT = 16 * 10**9
 
 class Way(NamedTuple):
     """The language model's format, a config of docs/launch, the bytes of its GPU that a process may
-    take (0: all), and whether a process is killed on the way."""
+    take (0: all), whether its training has checkpointing, and whether a process is killed."""
 
     label: str
     config: str
     limit: int = 0
+    checkpointing: bool = False
     killed: bool = False
 
 
@@ -52,7 +57,7 @@ WAYS = {
     "one GPU, bf16": Way("bf16", "one_gpu"),
     "one GPU of 16 GB, bf16": Way("bf16", "one_gpu", LIMIT),
     "two GPUs, bf16": Way("bf16", "two_gpus"),
-    "two GPUs of 16 GB share, bf16": Way("bf16", "two_gpus_fsdp", LIMIT, killed=True),
+    "two GPUs of 16 GB share, bf16": Way("bf16", "two_gpus_fsdp", LIMIT, True, killed=True),
     "one GPU, nf4": Way("nf4", "one_gpu"),
     "two GPUs of 16 GB share, nf4": Way("nf4", "two_gpus_fsdp", LIMIT),
 }
@@ -63,6 +68,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("several_gpus.json"))
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--model", default=MODEL, help="a model of the catalog")
+    parser.add_argument("--folder", type=Path, help="keep the checkpoint and the trainings here")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS], metavar="WAY")
+    parser.add_argument("--one-gpu", action="store_true", help="all processes on the first GPU")
     parser.add_argument("--train", nargs=2, help=argparse.SUPPRESS)  # a process of a launch
     parser.add_argument("--kill", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
@@ -72,15 +81,24 @@ def main(argv=None):
         if args.check:
             return check(folder, WAYS[way], args.output, args.steps)
         return train(folder, WAYS[way], args.output, args.steps, args.kill)
-    if torch.cuda.device_count() < 2:
-        parser.error(f"two GPUs are needed; found {torch.cuda.device_count()}")
-    found = {"machine": setups.machine("cuda"), "model": MODEL, "steps": args.steps, "ways": {}}
+    if torch.cuda.device_count() < (1 if args.one_gpu else 2):
+        parser.error(
+            f"two GPUs are needed; found {torch.cuda.device_count()}. With --one-gpu, one is enough"
+        )
+    if args.one_gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "0"
+    found = {"machine": setups.machine("cuda"), "gpus": 1 if args.one_gpu else 2}
+    found |= {"model": args.model, "steps": args.steps, "ways": {}}
+    if args.output.exists():  # of a call with other ways
+        found["ways"] = json.loads(args.output.read_text(encoding="utf-8"))["ways"]
     with tempfile.TemporaryDirectory() as scratch:
-        with quiet():
-            setups.make(setups.published(MODEL), Path(scratch, "model"), "cuda")
-        torch.cuda.empty_cache()
-        for name in WAYS:
-            done = launch(name, Path(scratch), args.steps)
+        folder = args.folder or Path(scratch)
+        if not (folder / "model").exists():
+            with quiet():
+                setups.make(setups.published(args.model), folder / "model", "cuda")
+            torch.cuda.empty_cache()
+        for name in args.ways:
+            done = launch(name, folder, args.steps)
             found["ways"][name] = done
             print(name, json.dumps(done), flush=True)
             args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -98,18 +116,23 @@ def launch(name, scratch, steps):
     if way.killed:
         done = subprocess.run([*command, "--kill"], capture_output=True, text=True)
         if f"-{signal.SIGKILL}" not in done.stderr:
-            return {"failed": done.stderr[-3000:]}
+            return {"failed": _end_of(done.stderr)}
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        return {"failed": done.stderr[-3000:]}
+        return {"failed": _end_of(done.stderr)}
     ranks = [*range(PROCESSES[way.config])]
     if way.config.endswith("fsdp"):
         ranks.append("check")
         check = [sys.executable, *command[command.index(__file__) :], "--check"]
         done = subprocess.run(check, capture_output=True, text=True)
         if done.returncode:
-            return {"failed": done.stderr[-3000:]}
+            return {"failed": _end_of(done.stderr)}
     return [json.loads(Path(f"{output}.{r}").read_text(encoding="utf-8")) for r in ranks]
+
+
+def _end_of(stderr):
+    """The last of what the processes said, without what their launcher said of them."""
+    return stderr.partition("torch/distributed/elastic/multiprocessing/")[0][-3000:]
 
 
 def check(folder, way, output, steps):
@@ -125,10 +148,8 @@ def check(folder, way, output, steps):
 def train(folder, way, output, steps, kill=False):
     """One process of a training. Writes what it found to `output`, with its rank as the ending."""
     rank, processes = (int(os.environ.get(n, d)) for n, d in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    _of_gpu("set_device", rank)
-    if way.limit:
-        share = way.limit / torch.cuda.get_device_properties(rank).total_memory
-        torch.cuda.set_per_process_memory_fraction(share, rank)
+    if torch.cuda.is_available():
+        _take_a_gpu(rank, processes, way.limit)
     if kill and rank == processes - 1:
         _kill_after(steps // 2)
     plan, found = vk.Plan(language_model=way.label), {}
@@ -140,12 +161,25 @@ def train(folder, way, output, steps, kill=False):
     else:
         found |= {"host": host.peak, "loaded": _of_gpu("memory_allocated")}
         found["load"] = _of_gpu("max_memory_allocated")
-        found |= _trained(model, output, steps, processes)
+        found |= _trained(model, output, steps, processes, way.checkpointing)
     Path(f"{output}.{rank}").write_text(json.dumps(found), encoding="utf-8")
     return 0
 
 
-def _trained(model, output, steps, processes):
+def _take_a_gpu(rank, processes, limit):
+    gpus = torch.cuda.device_count()
+    torch.cuda.set_device(rank % gpus)
+    if limit:
+        share = limit / torch.cuda.get_device_properties(rank % gpus).total_memory
+        torch.cuda.set_per_process_memory_fraction(share, rank % gpus)
+    if processes > gpus:
+        # NCCL refuses a GPU to two processes of one host: each says that it is another host
+        os.environ |= {"NCCL_HOSTID": f"host{rank}", "NCCL_SOCKET_IFNAME": "lo", "LOCAL_RANK": "0"}
+        os.environ |= {"NCCL_IB_DISABLE": "1", "NCCL_SOCKET_NTHREADS": "4"}
+        os.environ |= {"NCCL_NSOCKS_PERTHREAD": "4"}
+
+
+def _trained(model, output, steps, processes, checkpointing):
     processor, rows = setups.processor_of(model.config), setups.rows(model.config, 2 * steps)
     model = vk.finetuning.add_adapters(model, language_model=vk.LoRA(r=16))
     _of_gpu("reset_peak_memory_stats")
@@ -153,8 +187,9 @@ def _trained(model, output, steps, processes):
         run = vk.finetuning.train(
             model, processor, rows, f"{output}-runs", max_steps=steps, save_steps=steps // 2,
             learning_rate=1e-4, per_device_train_batch_size=2 // processes,
+            gradient_checkpointing=checkpointing,
         )  # fmt: skip
-    peak = _of_gpu("max_memory_allocated")
+    peak, reserved = (_of_gpu(f"max_memory_{kind}") for kind in ("allocated", "reserved"))
     vk.finetuning.save(model, f"{output}-adapters", overwrite=True)
     return {
         "losses": [round(loss, 4) for loss in run.curve["loss"]],
@@ -162,6 +197,7 @@ def _trained(model, output, steps, processes):
         "seconds_a_step": clock.seconds and round(median(clock.seconds), 3),
         "kept": _of_gpu("memory_allocated"),
         "peak": peak,
+        "reserved": reserved,
         "loss_after": _loss(model, processor, rows),
     }
 
