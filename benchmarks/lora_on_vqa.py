@@ -3,6 +3,7 @@
     python benchmarks/lora_on_vqa.py                                       # the recorded runs
     python benchmarks/lora_on_vqa.py --steps 4 --n 24 --output trial.csv   # a trial
     python benchmarks/lora_on_vqa.py --only 10 --device cpu                # one of `RUNS`
+    python benchmarks/lora_on_vqa.py --only 10 --batch 16 --steps 1000     # another recipe
 
 In all runs the language model is in NF4, and the pictures and questions are those of easy-VQA's
 training half. Each run trains one component, or several (`RUNS`), for the same number of steps, at
@@ -53,6 +54,7 @@ def main(argv=None):
     parser.add_argument("--threads", type=int, help="of the CPU; by default all")
     parser.add_argument("--device", help="as for vk.load; by default a GPU where there is one")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of training ({STEPS})")
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"rows of a step ({BATCH})")
     parser.add_argument("--n", type=int, default=QUESTIONS, help="test questions (all)")
     parser.add_argument("--only", type=int, help="the place of one run in RUNS, from 0")
     parser.add_argument("--rate", type=float, help="one learning rate, in place of both")
@@ -112,7 +114,8 @@ def load(device="cpu"):
 
 def key(row):
     """What identifies a run, in a row that was read or is to be written."""
-    return (row["device"], row["trained"], *(float(row[name]) for name in ("old", "rate", "steps")))
+    numbers = ("old", "rate", "steps", "batch")
+    return (row["device"], row["trained"], *(float(row[name]) for name in numbers))
 
 
 class Bench:
@@ -125,10 +128,10 @@ class Bench:
         import vlmkit as vk
         from vlmkit.loading.placing import resolve_device
 
-        n, steps, old = self.args.n, self.args.steps, ranks.get(OLD, 0)
+        n, steps, batch, old = self.args.n, self.args.steps, self.args.batch, ranks.get(OLD, 0)
         device = resolve_device(self.args.device)
         what = {"weights": self.weights, "device": device.type, "trained": label(ranks)}
-        what |= {"old": old, "rate": rate, "steps": steps}
+        what |= {"old": old, "rate": rate, "steps": steps, "batch": batch}
         if key(what) in map(key, self.results):
             return
         model, processor = load(device)
@@ -137,8 +140,8 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             vk.finetuning.train(
-                model, processor, rows_of(BATCH * steps, old), folder, max_steps=steps,
-                learning_rate=rate, per_device_train_batch_size=BATCH, save_steps=steps,
+                model, processor, rows_of(batch * steps, old), folder, max_steps=steps,
+                learning_rate=rate, per_device_train_batch_size=batch, save_steps=steps,
             )  # fmt: skip
             what["seconds"] = round(time.perf_counter() - started)
         model = model.eval()
