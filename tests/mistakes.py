@@ -4,6 +4,7 @@ MISTAKES: for each exercise its wrong answers, as expressions that can use what 
 HELPERS, with words that the hint must contain.
 """
 
+import itertools
 import math
 import re
 
@@ -12,21 +13,27 @@ import torch
 from PIL import Image
 
 
-class Pooled(torch.nn.Module):
-    """A Linear layer on `pool` of the features."""
-
-    def __init__(self, pool, width=128):
-        super().__init__()
-        self.pool, self.proj = pool, torch.nn.Linear(width, 192)
-
-    def forward(self, features):
-        return self.proj(self.pool(features))
-
-
 def falling(step, stage):
     """A learning rate that comes down along a line."""
     share = max(0, step - 100) / (stage.max_steps - 100)
     return stage.learning_rate * min(1, (step + 1) / 100) * (1 - share * (1 - stage.final))
+
+
+def means_of_what_is_there(features, blocks):
+    """The mean of each block, without the zeros of the padding."""
+    sums, real = (
+        blocks(x).unflatten(2, (4, -1)).sum(2) for x in (features, torch.ones_like(features))
+    )
+    return sums / real
+
+
+def shared(means, points, directions=all):
+    """The pairs of formats that lose at most `points` in each other's format."""
+    found = set()
+    for a, b in itertools.combinations(means.index, 2):
+        losses = (means.loc[y, y] - means.loc[x, y] for x, y in ((a, b), (b, a)))
+        found |= {(a, b)} if directions(loss <= points for loss in losses) else set()
+    return found
 
 
 def flipped(rows, where):
@@ -112,12 +119,12 @@ def apart(x, weight, kept):
     return rest + x[:, kept] @ weight[:, kept].T
 
 
-HELPERS = {"Pooled": Pooled, "falling": falling, "flipped": flipped, "np": np}
+HELPERS = {"falling": falling, "flipped": flipped, "np": np, "re": re}
 HELPERS |= {"math": math, "tail": tail, "torch": torch, "squares": squares, "weights": weights}
 HELPERS |= {"in_heads": in_heads, "write": write, "write_with_cache": write_with_cache}
 HELPERS |= {"remember": remember, "look_first": look_first, "inf": math.inf}
 HELPERS |= {"in_blocks": in_blocks, "in_steps": in_steps, "apart": apart}
-HELPERS |= {"Pooled": Pooled, "falling": falling, "flipped": flipped, "np": np, "re": re}
+HELPERS |= {"shared": shared, "means_of_what_is_there": means_of_what_is_there}
 HELPERS["mirror"] = np.s_[:, :, ::-1]
 
 MISTAKES = {
@@ -246,14 +253,17 @@ MISTAKES = {
         "50": "has 49 patches",
     },
     "mean of a block": {
-        "Pooled(blocks, 512)": "a pixel shuffle",
-        "torch.nn.Linear(128, 192)": "(1, 49, 192); it should be (1, 16, 192)",
-        "lambda x: blocks(x).unflatten(2, (4, 128)).mean(dim=2)": "the tokens are 128 wide",
-        "lambda x: blocks(x) @ x": "your function stops with RuntimeError",
-        "Pooled": "this is the class Pooled",
-        "Pooled(lambda x: blocks(x).unflatten(2, (128, 4)).mean(dim=-1))": "neighboring channels",
-        "Pooled(lambda x: blocks(x)[..., :128])": "not the mean of its four patches",
-        "Pooled(lambda x: x[:, [24] * 9])": "the last column and row are lost",
+        "lambda f, linear: linear(f)": "for each patch",
+        "lambda f, linear: blocks(f).unflatten(2, (4, -1)).mean(2)": "apply the Linear layer",
+        "lambda f, linear: linear(blocks(f))": "your function stops with RuntimeError",
+        "torch.nn.Linear": "this is the class Linear",
+        "lambda f, linear: linear(blocks(f).unflatten(2, (-1, 4)).mean(3))": "neighboring channels",
+        "lambda f, linear: linear(blocks(f)[..., : f.shape[2]])": "the first patch",
+        "lambda f, linear: linear(blocks(f).unflatten(2, (4, -1)).sum(2))": "the sum",
+        "lambda f, linear: linear(blocks(f).unflatten(2, (4, -1)).amax(2))": "not the mean",
+        "lambda f, linear: linear(f[:, [24] * 9])": "the last column and row are lost",
+        "lambda f, linear: linear(means_of_what_is_there(f, blocks))": "divide by 4 as well",
+        "lambda f, linear: (f, None)[1]": "is the `return` missing?",
     },
     "first to learn": {
         "{'cross_attn_attn_gate'}": "1 of 2 are missing",
@@ -580,14 +590,18 @@ MISTAKES = {
         "lambda answer, thing, things: (thing, None)[1]": "should return True or False",
         "lambda answer: True": "your function stops with TypeError",
     },
-    "cells left out": {
-        '{"bf16": 88, "nf4": 68}': "the other way round",
-        '{"bf16": 88, "nf4": 88}': "88 for bf16 is too high",
-        '{"bf16": 68, "nf4": 50}': "50 for nf4 is too low",
-        '{"bf16": 0.68, "nf4": 0.88}': "these are shares",
-        '{"bf16": 68}': "a prediction for nf4 is missing",
-        '{"bf16": 68, "int8": 88}': "no format of a training here is int8",
-        '{"bf16": 68, "nf4": 880}': "from 0 to 100",
+    "who can share": {
+        "lambda means, points: shared(means, points, any)": "one direction is not enough",
+        "lambda means, points: shared(means.T[means.index], points)": "the same column",
+        "lambda means, points: shared(means.set_axis(means.index, axis=1), points)": "by their",
+        "lambda means, points: {(a, a) for a in means}": "two different formats",
+        "lambda means, points: {('nf4', 'nf4-dq')}": "no format here is nf4",
+        "lambda means, points: set(means)": "a set whose elements are pairs",
+        "lambda means, points: set()": "you found none",
+        "lambda means, points: 2": "a set of pairs",
+        "lambda means, points: (means, None)[1]": "is the `return` missing?",
+        "lambda means: set()": "your function stops with TypeError",
+        "{('bf16', 'int8')}": "should be a function",
     },
     "train where it is used": {
         'load("cobble-int3", "nf4")[0]': "reads 0 of 50",

@@ -256,6 +256,8 @@ def test_accuracy_against_costs_has_a_panel_for_each_cost_and_task():
     # Where both cost the same, one does not hide the other.
     first, second = (bars.lines[0].get_xdata()[0] for bars in axes[1, 0].containers)
     assert first != second
+    points = [bars.lines[0].get_xdata()[0] for bars in axes[0, 0].containers]
+    assert points == [49, 16]  # where the costs differ, nothing moves
 
 
 def plans():
@@ -278,6 +280,8 @@ def test_a_frontier_has_planned_and_uniform_plans_by_size():
     }
     assert interval(drawn["uniform"], 1) == pytest.approx([85, 92])
     assert set(texts(ax.texts)) == {"int8", "int2"} and "MB" in ax.get_xlabel()
+    as_good = plans().assign(high=lambda table: table["high"].where(table["bytes"] < 2e6, 1))
+    assert texts(figures.frontier(as_good).texts) == ["int2"]
     ax = figures.frontier(plans(), "kl")
     drawn = {bars.get_label(): bars.lines[0].get_xydata().tolist() for bars in ax.containers}
     assert drawn["uniform"] == [[1, 2.0]] and drawn["planned"] == [[2, 0.2]]  # not the 0

@@ -86,17 +86,20 @@ def accuracy_against(costs, scores, references=None):
         layout="constrained",
     )
     for row, cost in zip(axes, costs.columns, strict=True):
-        # Side by side where several cost the same.
+        # Side by side where several cost the same, and nowhere else.
         apart = 0.05 * (costs[cost].max() - costs[cost].min() or 1)
+        places = costs.groupby(cost).cumcount()
+        middles = (costs.groupby(cost)[cost].transform("size") - 1) / 2
+        shifted = costs[cost] + apart * (places - middles)
         for ax, task in zip(row, tasks, strict=True):
             for (name, level), dashes in zip(levels.items(), cycle(("--", ":")), strict=False):
                 ax.axhline(level[task], color=style.DARK_GRAY, ls=dashes, lw=1.2, label=name)
             for number, (model, share) in enumerate(shares.items()):
                 color, shape = style.mark(number)
-                x = costs.loc[model, cost] + apart * (number - (len(shares) - 1) / 2)
                 columns = share.loc[task, ["accuracy", "low", "high"]]
-                style.draw_intervals(ax, x, *columns, color=color, marker=shape, ls="", label=model)
-            ax.set(ylim=(-3, 105), xlabel=cost)
+                look = {"color": color, "marker": shape, "ls": "", "label": model}
+                style.draw_intervals(ax, shifted[model], *columns, **look)
+            ax.set(ylim=(-6, 105), xlabel=cost)  # a whole marker at 0
             ax.margins(x=0.12)
             style.finish(ax)
         row[0].set_ylabel("right answers, %")
@@ -112,6 +115,8 @@ def frontier(table, column="accuracy", ax=None):
 
     A line joins the planned ones. Dashed lines join the uniform ones, with the names of their
     formats; uniform plans that also quantize embeddings and head are a dashed line of their own.
+    In accuracy, plans that are as good as the best have no names, because these would lie on each
+    other: those whose interval reaches the highest accuracy.
 
     table: DataFrame with columns kind ("planned" or "uniform"), plan, bytes, and accuracy, low and
         high (from 0 to 1), or kl, kl_low and kl_high, as `Planner.frontier` returns.
@@ -127,6 +132,7 @@ def frontier(table, column="accuracy", ax=None):
         "kl": ("kl_low", "kl_high", 1, "KL divergence, nats a token"),
     }[column]
     shown = table[table[column] > 0] if column == "kl" else table
+    named = shown[high] < shown[column].max() if column == "accuracy" else shown[column] > 0
     parts = shown["plan"].str.partition(", ")[[0, 2]]
     lines = parts[2].where(shown["kind"] == "uniform", "").radd(shown["kind"] + ", ")
     for number, (name, own) in enumerate(shown.groupby(lines.str.removesuffix(", "), sort=False)):
@@ -136,8 +142,9 @@ def frontier(table, column="accuracy", ax=None):
         if name != "planned":
             color, beside = (style.GRAY, (5, -13)) if number else (style.BLACK, (3, 9))
             look = {"color": color, "marker": "sD"[number % 2], "ls": "--", "lw": 1}
-            for plan, *place in zip(parts[0][own.index], x, scale * own[column], strict=True):
-                text = plan.removeprefix("uniform ")
+            for index in own.index[named[own.index]]:
+                text = parts.loc[index, 0].removeprefix("uniform ")
+                place = x[index], scale * own.loc[index, column]
                 style.write(ax, text, place, beside, fontsize=8, zorder=5, path_effects=halo)
         style.draw_intervals(ax, x, *columns, scale, capsize=2, markersize=5, label=name, **look)
     if column == "kl":

@@ -6,12 +6,12 @@ from vlmkit.course.exercises.answers import (
     Hint,
     exercise,
     function,
-    kind,
     known,
     number,
     of_type,
     reject,
     require,
+    tensor,
     whole,
 )
 
@@ -83,42 +83,46 @@ def how_little(count, about, attention):
 
 
 @exercise("mean of a block", function)
-def mean_of_a_block(connector, features, blocks, width):
-    """A connector that takes the mean of the patches of a block and applies one Linear layer with
-    `width` outputs; blocks(features) has the four patches of each block side by side."""
+def mean_of_a_block(connector):
+    """A function of (features, linear), which takes the mean of the four patches of each block of
+    2 × 2, with zeros where a patch is missing, and applies the Linear layer to it."""
     import torch
+    from torch.nn import functional as F
 
-    patch, together = features.shape[-1], blocks(features)
-    means = together.unflatten(2, (-1, patch)).mean(dim=2)
-    with torch.no_grad():
-        found = connector(features)
-    require(isinstance(found, torch.Tensor), f"it should return a tensor, not {kind(found)}.")
-    shape, wanted = tuple(found.shape), (*means.shape[:2], width)
-    mistakes = {
-        (1, 9, width): "9 tokens: the last column and row are lost. `blocks` pads them with zeros.",
-        tuple(means.shape): f"the tokens are {patch} wide; one Linear layer makes them {width}.",
-    }
-    reject(shape, mistakes)
-    require(shape == wanted, f"it returns the shape {shape}; it should be {wanted}.")
-    module = connector.__wrapped__
-    require(isinstance(module, torch.nn.Module), "a Linear layer has to learn: give an nn.Module.")
-    weights = {tuple(p.shape): p for p in module.parameters()}
-    count = sum(p.numel() for p in module.parameters())
-    shuffled = (width, together.shape[-1]) in weights
-    require(not shuffled, f"{count:,} parameters: a pixel shuffle, with weights for each patch.")
-    needed = patch * width + width
-    require(
-        set(weights) == {(width, patch), (width,)},
-        f"{count:,} parameters; one Linear layer from {patch} to {width} has {needed:,}.",
-    )
-
-    def is_mean(tokens):
-        right = torch.nn.functional.linear(tokens, weights[width, patch], weights[width,])
-        return torch.allclose(found, right, atol=1e-4)
-
-    mixed = is_mean(together.unflatten(2, (patch, -1)).mean(dim=-1))
-    require(not mixed, "this is the mean of neighboring channels of one patch, not of 4 patches.")
-    require(is_mean(means), "the shape is right, but a token is not the mean of its four patches.")
+    for grid, width, wide in ((7, 128, 192), (4, 6, 10)):
+        features = torch.randn(2, grid**2, width, generator=torch.manual_seed(grid)) + 1
+        linear = torch.nn.Linear(width, wide).requires_grad_(False)
+        found = tensor(connector(features.clone(), linear), "the result")
+        together = F.unfold(
+            F.pad(features.mT.unflatten(2, (grid, grid)), (0, grid % 2, 0, grid % 2)), 2, stride=2
+        )
+        patches = together.unflatten(1, (width, 4)).permute(0, 3, 2, 1)  # (2, blocks, 4, width)
+        real = patches.abs().amax(dim=3, keepdim=True).gt(0).sum(dim=2)
+        shape, wanted = tuple(found.shape), (2, patches.shape[1], wide)
+        hints = {
+            (2, (grid // 2) ** 2, wide): "the last column and row are lost. `blocks` pads them.",
+            (2, grid**2, wide): "this is a token for each patch, not for each block.",
+            (2, patches.shape[1], width): "apply the Linear layer to the mean.",
+        }
+        require(
+            shape == wanted,
+            f"for features of the shape {(*features.shape,)} it returns the shape {shape}; it "
+            f"should be {wanted}. {hints.get(shape, '')}".rstrip(),
+        )
+        mixed = patches.flatten(2).unflatten(2, (width, 4))
+        mistakes = {
+            "this is the mean of neighboring channels of one patch, not of 4 patches.": mixed.mean(
+                3
+            ),
+            "this is the sum of the patches. Divide it by 4.": patches.sum(2),
+            "this is the first patch of each block.": patches[:, :, 0],
+            "at the edge, divide by 4 as well: a zero of the padding is a patch.": patches.sum(2)
+            / real,
+        }
+        for hint, tokens in mistakes.items():
+            require(not torch.allclose(found.float(), linear(tokens), atol=1e-4), hint)
+        right = torch.allclose(found.float(), linear(patches.mean(2)), atol=1e-4)
+        require(right, "the shape is right, but a token is not the mean of its four patches.")
     return "a mean forgets which patch was where; it has a quarter of a pixel shuffle's weights."
 
 

@@ -1,5 +1,6 @@
 """Exercises on fewer bits: what a difference is worth, formats, plans for layers, repair."""
 
+import itertools
 import math
 
 from vlmkit.course.exercises.answers import (
@@ -308,30 +309,53 @@ def make_up(answer, net, format):
     return f"{new:.3f} nats instead of {old:.3f}: one rounding can make up for another."
 
 
-@exercise("cells left out", of_type, dict, "a dict")
-def cells_left_out(answer, means, asked_in, within):
-    """{format that a projector was trained with: percent right, asked in `asked_in`}, for bf16 and
-    nf4; means: the recorded percents by both formats."""
-    trained = ("bf16", "nf4")
-    known(answer, trained, "format of a training")
-    missing = " and ".join(name for name in trained if name not in answer)
-    require(not missing, f"a prediction for {missing} is missing.")
-    found = {name: number(answer[name], "a percentage") for name in trained}
-    require(all(0 <= one <= 100 for one in found.values()), "percentages go from 0 to 100.")
-    right = {name: means[name, asked_in] for name in trained}
+@exercise("who can share", function)
+def who_can_share(pairs, means):
+    """A function of (means, points) that returns the pairs of formats that can share a projector:
+    trained in one and asked in the other, in both directions, it loses at most `points` against the
+    projector that was trained there. means: a DataFrame of percents, with a row for each format of
+    a training and a column for each format asked in."""
+    import numpy as np
+    import pandas as pd
 
-    def near(name, wanted):
-        return abs(found[name] - wanted) <= within
+    def sharing(table, points, directions=all, best=lambda trained, asked: asked):
+        """The pairs. directions: `any` if one is enough. best: whose own percent counts."""
 
-    require(max(found.values()) > 1, "these are shares; the answer should be percentages.")
-    swapped = near("bf16", right["nf4"]) and near("nf4", right["bf16"])
-    require(not swapped, "it is the other way round: which of the two knows such weights?")
-    hints = {
-        "bf16": f"{asked_in} has NF4's codes, so this projector loses about what it loses in NF4.",
-        "nf4": f"the weights in {asked_in} are nearly those that this projector was trained with.",
-    }
-    for name, hint in hints.items():
-        side = "high" if found[name] > right[name] else "low"
-        require(near(name, right[name]), f"{found[name]:g} for {name} is too {side}: {hint}")
-    recorded = " and ".join(f"{right[name]:.0f}%" for name in trained)
-    return f"recorded are {recorded}. To a projector, {asked_in} and NF4 are nearly the same."
+        def near(trained, asked):
+            own = best(trained, asked)
+            return table.loc[own, own] - table.loc[trained, asked] <= points
+
+        both = itertools.combinations(table.index, 2)
+        return {frozenset(p) for p in both if directions(near(*order) for order in (p, p[::-1]))}
+
+    def said(found):
+        return "; ".join(" and ".join(sorted(pair)) for pair in sorted(found, key=sorted)) or "none"
+
+    names, draw = list("pqrst"), np.random.default_rng(1)
+    for points in (2, 5, None):  # two new tables, in which each mistake changes something
+        loss = draw.choice([0, 2, 5, 6, 30], (5, 5)) * (1 - np.eye(5, dtype=int))
+        table = pd.DataFrame(draw.integers(70, 95, 5) - loss, names, names)[names[::-1]]
+        table, points = (means, 2) if points is None else (table, points)
+        found = pairs(table.copy(), points)
+        require(found is not None, "the result is None: is the `return` missing?")
+        found = of_type(found, (list, tuple, set, frozenset), "a set of pairs of formats")
+        pair = (list, tuple, set, frozenset), "a set whose elements are pairs such as ('a', 'b')"
+        found = {frozenset(of_type(one, *pair)) for one in found}
+        known([name for one in found for name in one], list(table.index), "format")
+        require(all(len(one) == 2 for one in found), "a pair has two different formats.")
+        right = sharing(table, points)
+        mistakes = {
+            "one direction is not enough: each of the two has to do in the other one's format.": (
+                sharing(table, points, any)
+            ),
+            "compare with the projector that was trained in the format that is asked in: the same "
+            "column, and the row of that name.": sharing(table, points, best=lambda t, a: t),
+            "rows and columns can be in another order. Take them by their names.": sharing(
+                table.set_axis(table.index, axis=1), points
+            ),
+        }
+        if found != right:
+            for hint, wrong in mistakes.items():
+                require(found != wrong, hint)
+            raise Hint(f"in a table tried here, {said(right)} can share; you found {said(found)}.")
+    return f"in the record, within 2 points, {said(right)}: nearly the same weights."
