@@ -1,5 +1,6 @@
 """Chapter 06: its record is a copy of the benchmark's, and its claims about the record are true."""
 
+import itertools
 import re
 
 import chapters
@@ -97,6 +98,13 @@ def test_claims_about_double_quantization(naming):
     for trained in ("bf16", "nf4"):
         row = naming.loc[trained]["mean"]
         assert abs(row["nf4-dq"] - row["nf4"]) < 1.5
+    six = naming["mean"].unstack()
+    share = {
+        frozenset(pair)
+        for pair in itertools.combinations(six.index, 2)
+        if all(six.loc[b, b] - six.loc[a, b] <= 2 for a, b in (pair, pair[::-1]))
+    }
+    assert len(six) == 6 and share == {frozenset(("bf16", "int8")), frozenset(("nf4", "nf4-dq"))}
 
 
 def test_claims_about_digits(cells, states):

@@ -300,8 +300,12 @@ def test_claims_about_what_cobbles_layers_lose(benchmark, cobble):
     assert outliers.loc[times.idxmax(), "layer"] == 11
 
 
-def test_claims_about_text_under_cobbles_plans(cobble):
+def test_claims_about_text_under_cobbles_plans(benchmark, cobble, states):
     _, plans = cobble
+    whole = pd.read_csv(benchmark["OUTPUT"] / "06_text.csv", index_col="format")["perplexity"]
+    for name in ("bf16", "nf4"):  # of chapter 06 and of this one, which asks a part of the text
+        both = whole[name], plans.loc[f"uniform {name}", "perplexity"]
+        states(*(f"{perplexity:.0f}" for perplexity in both))
     by_text, drawn = (
         plans[plans["kind"] == kind].groupby("budget")["perplexity"].agg(list).tolist()
         for kind in ("by text", "random")

@@ -97,7 +97,7 @@ def mean_of_a_block(connector):
             F.pad(features.mT.unflatten(2, (grid, grid)), (0, grid % 2, 0, grid % 2)), 2, stride=2
         )
         patches = together.unflatten(1, (width, 4)).permute(0, 3, 2, 1)  # (2, blocks, 4, width)
-        real = patches.abs().amax(dim=3, keepdim=True).gt(0).sum(dim=2)
+        there = patches.abs().amax(dim=3, keepdim=True).gt(0).sum(dim=2)
         shape, wanted = tuple(found.shape), (2, patches.shape[1], wide)
         hints = {
             (2, (grid // 2) ** 2, wide): "the last column and row are lost. `blocks` pads them.",
@@ -109,20 +109,22 @@ def mean_of_a_block(connector):
             f"for features of the shape {(*features.shape,)} it returns the shape {shape}; it "
             f"should be {wanted}. {hints.get(shape, '')}".rstrip(),
         )
-        mixed = patches.flatten(2).unflatten(2, (width, 4))
+        channels = patches.flatten(2).unflatten(2, (width, 4))
+        total = patches.sum(2)
         mistakes = {
-            "this is the mean of neighboring channels of one patch, not of 4 patches.": mixed.mean(
-                3
-            ),
-            "this is the sum of the patches. Divide it by 4.": patches.sum(2),
+            "this is the mean of neighboring channels of one patch.": channels.mean(3),
+            "this is the sum of the four patches, not their mean.": total,
             "this is the first patch of each block.": patches[:, :, 0],
-            "at the edge, divide by 4 as well: a zero of the padding is a patch.": patches.sum(2)
-            / real,
+            "at the edge, divide by 4 as well: the zeros are patches.": total / there,
         }
-        for hint, tokens in mistakes.items():
-            require(not torch.allclose(found.float(), linear(tokens), atol=1e-4), hint)
-        right = torch.allclose(found.float(), linear(patches.mean(2)), atol=1e-4)
-        require(right, "the shape is right, but a token is not the mean of its four patches.")
+
+        def gives(tokens, found=found, linear=linear):
+            return torch.allclose(found.float(), linear(tokens), atol=1e-4)
+
+        if not gives(total / 4):
+            for hint, tokens in mistakes.items():
+                require(not gives(tokens), hint)
+            raise Hint("the shape is right, but a token is not the mean of its four patches.")
     return "a mean forgets which patch was where; it has a quarter of a pixel shuffle's weights."
 
 
