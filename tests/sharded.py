@@ -18,6 +18,7 @@ import families
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
 
 import vlmkit as vk
 from vlmkit.anatomy import plain_name, shape_of
@@ -39,6 +40,19 @@ def on_cpus(made=runs._arguments):
     runs._arguments = arguments
 
 
+def as_on_gpus(copy=torch._foreach_copy_):
+    """FSDP2 gathers with this function, which gives all NaNs of bf16 the same bits on CUDA (pytorch
+    issue 159333). On a CPU it copies bits."""
+
+    def copying(tensors, others, *more):
+        copy(tensors, others, *more)
+        for tensor in tensors:
+            if tensor.dtype == torch.bfloat16:
+                tensor.masked_fill_(tensor.isnan(), torch.nan)
+
+    torch._foreach_copy_ = copying
+
+
 def facts(folder, plan):
     """What a load holds, its logits, and the loss and gradients of a step: a dictionary."""
     model, _ = vk.load(folder, plan, processor=False)
@@ -49,11 +63,15 @@ def facts(folder, plan):
     held = {}
     for path, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
-            codes = sharding.whole(parameter).detach()
-            if hasattr(parameter, "quant_state"):  # bf16 holds two codes' bytes
-                codes = codes.reshape(-1).view(torch.uint8)
             states = [t.clone() for t in state_tensors(module, parameter)]
-            held[f"{path}.{leaf}"] = shape_of(parameter), codes.clone(), states
+            held[f"{path}.{leaf}"] = [shape_of(parameter), states]
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+    for path, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            held[f"{path}.{leaf}"].append(parameter.detach().clone())  # what a layer computes with
+    sharding.reshard(model)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     model = vk.finetuning.add_adapters(model, **WAYS)
     batch = families.inputs(model)
@@ -140,6 +158,7 @@ def _anonymous():
 
 def main(what, out, *words):
     torch.set_num_threads(1)
+    as_on_gpus()
     if what == "facts":
         cases = zip(words[::2], words[1::2], strict=True)
         found = {f"{Path(folder).name} {plan}": facts(folder, plan) for folder, plan in cases}

@@ -43,7 +43,7 @@ def measured(folder, plan, training, bf16, checkpointing=False, batch=None):
         enable(model)
     layers = [(m, p) for m in model.modules() for p in m.parameters(recurse=False)]
     states = sum(size(tensor) for layer in layers for tensor in state_tensors(*layer))
-    store_as_bf16(model)
+    keep_codes_in_shards(model)
     model = sharded(model, bf16)
     parameters = {plain_name(name): p for name, p in model.named_parameters()}
     found = {"weights": {name: size(p) for name, p in parameters.items()}}
@@ -73,16 +73,13 @@ def measured(folder, plan, training, bf16, checkpointing=False, batch=None):
     return found
 
 
-def store_as_bf16(model):
-    """Codes of 4 bits in a dtype that FSDP shards, as bitsandbytes' bnb_4bit_quant_storage does."""
+def keep_codes_in_shards(model):
+    """Codes of 4 bits in plain parameters: accelerate leaves bitsandbytes' own out of FSDP."""
     for module in model.modules():
-        if getattr(getattr(module, "weight", None), "quant_state", None) is not None and hasattr(
-            module, "quant_storage"
-        ):
-            codes, module.quant_state = module.weight.data, module.weight.quant_state
-            module.quant_storage = torch.bfloat16
-            stored = codes.reshape(-1).view(torch.bfloat16)[:, None]
-            module.weight = torch.nn.Parameter(stored, requires_grad=False)
+        weight = module._parameters.get("weight")  # an adapter has its base's as a property
+        if getattr(weight, "quant_state", None) is not None:
+            module.quant_state = weight.quant_state
+            module.weight = torch.nn.Parameter(weight.data.reshape(-1, 1), requires_grad=False)
 
 
 def sharded(model, bf16):

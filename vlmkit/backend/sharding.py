@@ -12,9 +12,11 @@ for accelerate's config.
 
 - A float weight is a DTensor without data when transformers loads it, so that transformers reads
   the rows of this process and no others.
-- A weight in 4 bits is read and quantized whole, one weight at a time, and cut at once. Its bytes
-  are stored as bf16, since FSDP2 gathers float tensors. Its scales stay whole in each process: an
-  eighth of the bytes of the codes (NF4), or a thirtieth (NF4 with quantized scales).
+- A weight in 4 bits is read and quantized whole, one weight at a time, and cut at once. Its codes
+  stay bytes (uint8). bitsandbytes' and accelerate's pages recommend to store them as bf16
+  (`bnb_4bit_quant_storage`): then FSDP2 changes some of them on a GPU, see `require_codes`. The
+  scales stay whole in each process: an eighth of the bytes of the codes (NF4), or a thirtieth (NF4
+  with quantized scales).
 
 Since accelerate 1.15, transformers 5.24 and torch 2.13, until accelerate reads shards itself.
 """
@@ -25,12 +27,7 @@ import sys
 from vlmkit.anatomy import unwrapped
 from vlmkit.backend import processes
 from vlmkit.backend.quiet import environment
-from vlmkit.errors import CheckpointError, PlanError, brief
-
-STORAGE = "bfloat16"
-"""The dtype that holds the codes of 4 bits: of the weights around them, since one layer is gathered
-as one."""
-
+from vlmkit.errors import CheckpointError, FinetuningError, PlanError, brief
 
 def is_asked():
     """Whether this is one of several processes that accelerate launched with FSDP2."""
@@ -129,16 +126,14 @@ def _cut(model, name, weight, mesh):
 
     if getattr(weight, "quant_state", None) is None:
         return weight
-    dtype = getattr(torch, STORAGE)
     module = model.get_submodule(name.rpartition(".")[0])
-    module.quant_state, module.quant_storage = weight.quant_state, dtype
-    codes = weight.data.reshape(-1).view(torch.uint8)
-    whole = codes.view(dtype)[:, None]
-    rows, start = _rows_here(whole, mesh)
-    local = whole[start : start + rows].clone()
-    like = torch.nn.Parameter(torch.empty_like(whole, device="meta"), requires_grad=False)
+    module.quant_state, module.quant_storage = weight.quant_state, torch.uint8
+    codes = weight.data.reshape(-1).view(torch.uint8)[:, None]
+    rows, start = _rows_here(codes, mesh)
+    local = codes[start : start + rows].clone()
+    like = torch.nn.Parameter(torch.empty_like(codes, device="meta"), requires_grad=False)
     like.__dict__.update(weight.__dict__)
-    like.quant_storage = dtype
+    like.quant_storage = torch.uint8
     return _shard(like, local, mesh)
 
 
@@ -159,6 +154,21 @@ def require_whole(model, what):
             f"This model is in shards, one in each process, and cannot be {what}. Load it in one "
             "process, without accelerate's FSDP config."
         )
+
+
+def require_codes(model):
+    """Raise FinetuningError if codes of 4 bits in `model` are stored as floats, which FSDP2 changes
+    on a GPU: `torch._foreach_copy_`, with which it gathers, gives all NaNs of bf16 the same bits
+    (pytorch issue 159333, bitsandbytes issue 1945), and some pairs of bytes look like NaN.
+    """
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "quant_state") and parameter.is_floating_point():
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise FinetuningError(
+                f"The 4-bit codes of {name} are stored as {dtype}, and FSDP2 changes some of them "
+                "when it gathers them on a GPU. Load the model with vk.load, which also reads it "
+                "in shards, or leave bnb_4bit_quant_storage out of its BitsAndBytesConfig."
+            )
 
 
 def set_dtype(model, parameter, dtype):
@@ -201,7 +211,6 @@ def shard(model, accelerator=None):
     _take_off(model)
     named = model.named_parameters(remove_duplicate=False)
     held = {name: parameter for name, parameter in named if hasattr(parameter, "full_tensor")}
-    _check_precision(plugin, held)
     empty = {}
     for name, parameter in held.items():
         if parameter not in empty:
@@ -268,18 +277,6 @@ def _for_answers():
         is_main_process=False,
         device=None,
     )
-
-
-def _check_precision(plugin, held):
-    policy = plugin.mixed_precision_policy
-    dtype = getattr(policy, "param_dtype", None)
-    packed = any(hasattr(parameter, "quant_state") for parameter in held.values())
-    if packed and str(dtype) not in ("None", f"torch.{STORAGE}"):
-        raise PlanError(
-            f"FSDP would cast the weights to {dtype}, and weights in 4 bits are stored as "
-            f"{STORAGE}: their codes would change. Use mixed_precision 'no' or 'bf16' in "
-            "accelerate's config."
-        )
 
 
 def reshard(model):

@@ -55,6 +55,8 @@ class Trainer(transformers.Trainer):
                 "work on the shards of FSDP. Leave optim out: with FSDP, each process has its part "
                 "of the states."
             )
+        if self.is_fsdp_enabled and self.accelerator.is_fsdp2:
+            sharding.require_codes(model)
         if sharding.is_sharded(model):
             sharding.shard(model, self.accelerator)  # now in the precision of the training
         # transformers' own callbacks print a line for each step.

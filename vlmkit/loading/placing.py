@@ -1,7 +1,6 @@
 """Placing: the devices that a load puts a model's modules on, and the attention that they use."""
 
 import os
-from math import prod
 
 from vlmkit.anatomy import on_meta
 from vlmkit.backend import sharding
@@ -240,10 +239,4 @@ def check_shards(layout):
         raise PlanError(
             f"{scalar[0]} cannot be in shards: it is a single number without a dimension, which "
             "FSDP does not take. Launch without FSDP."
-        )
-    odd = [r.name for r in layout.rows if FORMATS[r.format].quantized and prod(r.shape) % 4]
-    if odd:
-        raise PlanError(
-            f"{odd[0]} cannot be in shards in 4 bits: its number of weights is no multiple of 4. "
-            "Keep it in bf16 with plan.override."
         )

@@ -5,12 +5,11 @@ The rules are those of torch 2.13 (`torch.distributed.fsdp.fully_shard`) as acce
 
 - Each parameter is cut along its first axis. Every process holds ceil(n / processes) of its n rows;
   the last processes fill up with zeros, and optimizer states have no such rows.
-- The codes of 4-bit weights are sharded if they are stored as bf16, four codes to an
-  element. accelerate alone stores them as uint8 and shards none of them
-  (`whole_4bit`). Quantization states and buffers are whole in every process. Layers in int8 cannot
-  be sharded.
-- With bf16 all that is gathered is bf16, as are the gradients and their exchange. What is trained
-  is held in float32.
+- The codes of 4-bit weights are sharded as bytes, two codes to a byte. accelerate alone shards none
+  of them (`whole_4bit`). Quantization states and buffers are whole in every process. Layers in int8
+  cannot be sharded.
+- With bf16 all floats that are gathered are bf16, as are the gradients and their exchange. What is
+  trained is held in float32. A unit that also has codes is gathered as bytes, of the same number.
 - Each of the model's repeated layers is a unit, and so are the input embedding and the output head
   (one unit if they are tied). All other parameters are the unit of the root.
 - Before a unit runs, its weights are gathered, first into one buffer and then, parameter by
@@ -33,6 +32,7 @@ from vlmkit.anatomy import component_finder, plain_name
 from vlmkit.architectures import LANGUAGE
 from vlmkit.backend.sharding import layers_of
 from vlmkit.errors import FinetuningError
+from vlmkit.loading.placing import check_shards
 from vlmkit.memory.allocator import CachingAllocator
 from vlmkit.memory.dry_run import DryRun
 from vlmkit.memory.ledger import ADAPTER, BUFFER, GATHERED, GRADIENT, STATE, UPCAST
@@ -72,24 +72,11 @@ class Shard:
 
 
 def shards_of(model, gpus, bf16, whole_4bit=False):
-    """{full name: Shard} of the parameters of `model` that are sharded.
-
-    Raises FinetuningError for parameters that cannot be.
-    """
+    """{full name: Shard} of the parameters of `model` that are sharded."""
     found = {}
     for name, parameter in model.named_parameters():
-        in_4bit = parameter.dtype == torch.uint8
-        if parameter.dtype == torch.int8 or not parameter.dim() or in_4bit and len(parameter) % 2:
-            why = (
-                "is int8" if parameter.dtype == torch.int8 else f"has {parameter.numel()} elements"
-            )
-            raise FinetuningError(
-                f"FSDP cannot shard {plain_name(name)}, which {why}. Use bf16, or 4 bits (nf4) for "
-                "layers with a multiple of 4 weights."
-            )
-        if in_4bit and not whole_4bit:
-            found[name] = Shard((len(parameter) // 2, 1), 2, gpus)
-        elif not in_4bit:
+        in_4bit = not parameter.is_floating_point()
+        if not (in_4bit and whole_4bit):
             wide = bf16 and parameter.requires_grad
             width = 4 if wide else parameter.element_size()
             found[name] = Shard(tuple(parameter.shape), width, gpus)
@@ -167,7 +154,7 @@ class Gathering:
         the dtype in which they are gathered."""
         for name, shard in self.shards.items():
             parameter = self.model.get_parameter(name)
-            if parameter.dtype == torch.uint8:
+            if not parameter.is_floating_point():
                 continue
             self.shards[name] = replace(shard, shape=tuple(parameter.shape))
             if self.bf16 and parameter.dtype != torch.bfloat16:
@@ -176,7 +163,8 @@ class Gathering:
             unit.size = unit.cast = 0
             for name in unit.names:
                 shard = self.shards[name]
-                width = 2 if self.bf16 else shard.width
+                is_float = self.model.get_parameter(name).is_floating_point()
+                width = 2 if self.bf16 and is_float else shard.width
                 unit.size += shard.elements * self.gpus * width
                 unit.cast += shard.elements * width * (width != shard.width)
 
@@ -394,9 +382,13 @@ class ShardedRun(DryRun):
 
 
 class ShardedRuns(DryRuns):
-    """The dry runs of one of several processes that share a model by FSDP."""
+    """The dry runs of one of several processes that share a model by FSDP.
+
+    Raises PlanError for formats that cannot be in shards.
+    """
 
     def __init__(self, build, layout, gpus, device=None, whole_4bit=False):
+        check_shards(layout)
         super().__init__(build, layout, device)
         self.gpus, self.whole_4bit = gpus, whole_4bit
 
@@ -418,7 +410,7 @@ class ShardedRuns(DryRuns):
         """(a list of entries for each process, notes) of a training step. Arguments: as for
         `training_step`. weights: entries of the whole model's.
 
-        Raises FinetuningError for optimizers and formats that FSDP does not take.
+        Raises FinetuningError for optimizers that FSDP does not take.
         """
         if how.optim != TORCH:
             raise FinetuningError(

@@ -20,6 +20,7 @@ from vlmkit.errors import (
     AnatomyError,
     FinetuningError,
     ImageError,
+    PlanError,
     SizeError,
     did_you_mean,
     public,
@@ -470,7 +471,7 @@ class _Model:
     def saving(self, what, change, arguments, needed):
         try:
             saved = needed - self.need(arguments | change)
-        except (SizeError, ImageError, FinetuningError):  # such as int8, which FSDP cannot shard
+        except (SizeError, ImageError, FinetuningError, PlanError):  # such as int8 under FSDP
             return None
         return Saving(what, change, saved, needed - saved <= self.room) if saved > 0 else None
 
