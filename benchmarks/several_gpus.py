@@ -12,6 +12,9 @@ GPU in the load and in the training, and the peak of the host's memory in the lo
 process of a way is killed after half of the steps, and the way is launched again. The adapters that
 it saved are loaded on one GPU. accelerate launches the processes with the configs of docs/launch.
 
+What shares a model has PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: without it, bf16 does not
+fit into 16 GB (docs/cluster.md).
+
 With --one-gpu, the processes of a way are on the same GPU, each with its own memory, and NCCL moves
 what they gather over the loopback network. Bytes and losses are those of two GPUs; seconds are not.
 """
@@ -109,22 +112,26 @@ def launch(name, scratch, steps):
     """What the processes of a way found, one dictionary for each; where they shared a model, also
     what one GPU makes of the adapters; or the end of what they said."""
     way, output = WAYS[name], scratch / name.replace(" ", "-")
+    shares, environment = way.config.endswith("fsdp"), dict(os.environ)
+    if shares:
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    said = {"capture_output": True, "text": True, "env": environment}
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(LAUNCH / f"{way.config}.yaml"), "--main_process_port", "0"]
     command += [__file__, "--train", str(scratch / "model"), name]
     command += ["--steps", str(steps), "--output", str(output)]
     if way.killed:
-        done = subprocess.run([*command, "--kill"], capture_output=True, text=True)
+        done = subprocess.run([*command, "--kill"], **said)
         if f"-{signal.SIGKILL}" not in done.stderr:
             return {"failed": _end_of(done.stderr)}
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, **said)
     if done.returncode:
         return {"failed": _end_of(done.stderr)}
     ranks = [*range(PROCESSES[way.config])]
-    if way.config.endswith("fsdp"):
+    if shares:
         ranks.append("check")
         check = [sys.executable, *command[command.index(__file__) :], "--check"]
-        done = subprocess.run(check, capture_output=True, text=True)
+        done = subprocess.run(check, **said)
         if done.returncode:
             return {"failed": _end_of(done.stderr)}
     return [json.loads(Path(f"{output}.{r}").read_text(encoding="utf-8")) for r in ranks]

@@ -62,9 +62,13 @@ def test_the_script_of_slurm():
     assert int(re.search(r"OMP_NUM_THREADS=(\d+)", text)[1]) == cpus // gpus
 
 
+def ways_of(name):
+    assert f"benchmarks/results/{name}.json" in PAGE
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["ways"]
+
+
 def test_the_table_is_the_record():
-    (name,) = re.findall(r"benchmarks/results/([\w.-]+)", PAGE)
-    ways = json.loads((ROOT / "benchmarks" / "results" / name).read_text())["ways"]
+    ways = ways_of("two-nvidia-h200-2026-11-29")
     rows = {"one GPU": "one GPU, {}", "two GPUs, a copy each": "two GPUs, {}",
             "two GPUs share one model": "two GPUs, {}, parted"}  # fmt: skip
     for label, way in rows.items():
@@ -81,3 +85,35 @@ def test_the_table_is_the_record():
         assert all(max(step) / min(step) < 1.005 for step in zip(*same, strict=True))
     kept = max(one["kept"] for one in ways["two GPUs, bf16, parted"]) / 1e9
     assert f"{kept:.1f} GB stayed" in PAGE
+
+
+def test_the_table_of_two_processes_is_the_record():
+    ways, losses = ways_of("two-processes-on-nvidia-h200-2026-11-30"), {}
+    rows = {"one process without a limit, bf16": "one GPU, bf16",
+            "two processes of 16 GB, bf16": "two GPUs of 16 GB share, bf16",
+            "one process without a limit, NF4": "one GPU, nf4",
+            "two processes of 16 GB, NF4, **before a fix**":
+                "two GPUs of 16 GB share, nf4, before the fix"}  # fmt: skip
+    for label, way in rows.items():
+        found = [process for process in ways[way] if "losses" in process]
+        most = {k: max(p.get(k, 0) for p in found) for k in ("loaded", "peak", "reserved")}
+        most = {name: f"{size / 1e9:.1f} GB" if size else "" for name, size in most.items()}
+        most["loaded"] += " each" * (len(found) > 1)
+        losses[way], *others = (process["losses"] for process in found)
+        assert all(other == losses[way] for other in others)
+        cells = [label, *most.values(), " ".join(f"{loss:.3f}" for loss in losses[way])]
+        assert " | ".join(cells).replace("  ", " ") in PAGE, cells
+    bf16, shared, nf4, before = losses.values()
+    assert shared == pytest.approx(bf16, rel=0.0005)
+    assert f"{before[0] / nf4[0] - 1:.1%} too high already at the first step" in PAGE
+    *both, saved = ways["two GPUs of 16 GB share, bf16"]
+    assert {process["continued_from"] for process in both} == {2}
+    told = f"was {saved['loss_of_saved']:.3f}, and {both[0]['loss_after']:.3f} in shards"
+    assert told in PAGE
+    host = " and ".join(f"{process['host']:.0f}" for process in both)
+    assert f"took {host} MB" in PAGE
+    assert "docs/cluster.md" in ways["one GPU of 16 GB, bf16"][0]["refused"]
+    failed = [way for name, way in ways.items() if "without" in name]
+    assert len(failed) == 2 and all("out of memory" in way["failed"] for way in failed)
+    gaps = [p["reserved"] - p["peak"] for w in rows.values() for p in ways[w] if "reserved" in p]
+    assert min(gaps[:2] + gaps[3:]) > 0.9e9 and max(gaps) < 2.1e9  # of those that share

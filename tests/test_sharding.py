@@ -150,6 +150,18 @@ def test_too_little_memory_names_the_way_out(monkeypatch, llava):
     assert "Launch more processes" in said
 
 
+def test_codes_that_are_stored_as_floats_are_refused():
+    """As a user's own load with bnb_4bit_quant_storage=torch.bfloat16 makes them."""
+    model, _ = vk.load("pebble", "recommended", processor=False)
+    model = vk.finetuning.add_adapters(model, language_model=vk.LoRA(r=2))
+    sharding.require_codes(model)
+    for parameter in model.parameters():
+        if hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.reshape(-1).view(torch.bfloat16)[:, None]
+    with pytest.raises(FinetuningError, match="stored as bfloat16"):
+        sharding.require_codes(model)
+
+
 def test_the_layers_of_a_model():
     model, _ = vk.load("pebble", "bf16", processor=False)
     assert sharding.layers_of(model) == ["LlamaDecoderLayer", "SiglipEncoderLayer"]
@@ -185,4 +197,12 @@ def test_a_step_with_too_little_memory_names_the_ways_out(monkeypatch, tmp_path)
     monkeypatch.setattr(trainer.Trainer, "training_step", full)
     rows = vk.tasks.dataset("vqa", 2, split="train")
     with pytest.raises(FinetuningError, match="gradient_checkpointing=True.*docs/cluster.md"):
+        vk.finetuning.train(model, processor, rows, tmp_path, max_steps=1)
+
+    def full_in_shards(*args, **kwargs):
+        monkeypatch.setattr(sharding, "is_sharded", lambda model: True)
+        full()
+
+    monkeypatch.setattr(trainer.Trainer, "training_step", full_in_shards)
+    with pytest.raises(FinetuningError, match="PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"):
         vk.finetuning.train(model, processor, rows, tmp_path, max_steps=1)

@@ -29,6 +29,7 @@ from vlmkit.backend import processes
 from vlmkit.backend.quiet import environment
 from vlmkit.errors import CheckpointError, FinetuningError, PlanError, brief
 
+
 def is_asked():
     """Whether this is one of several processes that accelerate launched with FSDP2."""
     return (

@@ -167,11 +167,19 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
                     else "The dataset gave no rows, so there is nothing to learn from."
                 ) from error
             except torch.OutOfMemoryError as error:
+                more = (
+                    "Several GPUs can share one model: accelerate launch --config_file fsdp.yaml, "
+                    "with a config as in docs/cluster.md."
+                )
+                if sharding.is_sharded(model):  # FSDP's buffers leave gaps, which this closes
+                    more = (
+                        "Set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True before you launch, "
+                        "or launch more processes, on more GPUs: see docs/cluster.md."
+                    )
                 raise FinetuningError(
                     f"{model.device} has too little memory for a step of this training. Try, in "
                     "this order, gradient_checkpointing=True, smaller pictures, and a smaller "
-                    "per_device_train_batch_size. Several GPUs can share one model: accelerate "
-                    "launch --config_file fsdp.yaml, with a config as in docs/cluster.md."
+                    f"per_device_train_batch_size. {more}"
                 ) from error
             finally:
                 # accelerate leaves autocast around the model's forward, and the answers would not
