@@ -154,7 +154,8 @@ CASES = {  # family, plan, what is trained, checkpointing, bf16
 @pytest.mark.slow
 @pytest.mark.parametrize("gpus", [2, 3])
 def test_what_processes_hold_that_share_a_model(gpus, tmp_path):
-    """Weights, gradients and optimizer states to the byte, and the peak of a step within 1% in bf16, and 6% in fp32."""
+    """Weights, gradients and optimizer states to the byte, and the peak of a step within 1% in bf16
+    and 6% in fp32."""
     cases, predictions = {}, {}
     for name, (family, plan, training, checkpointing, bf16) in CASES.items():
         if not (tmp_path / family).exists():
@@ -179,9 +180,8 @@ def test_what_processes_hold_that_share_a_model(gpus, tmp_path):
             assert kinds["optimizer state"] == measured["states of the optimizer"], name
             # gloo copies what it gathers, which NCCL does not: so the activations are many here.
             peak = kinds.get("activation", 0) + kinds["gradient"] + kinds[GATHERED]
-            assert peak == pytest.approx(measured["peak"], rel=0.01 if CASES[name][-1] else 0.06), (
-                name
-            )
+            within = 0.01 if CASES[name][-1] else 0.06
+            assert peak == pytest.approx(measured["peak"], rel=within), name
 
 
 def shared(cases, gpus, folder):
