@@ -150,16 +150,25 @@ def test_too_little_memory_names_the_way_out(monkeypatch, llava):
     assert "Launch more processes" in said
 
 
-def test_codes_that_are_stored_as_floats_are_refused():
+def test_codes_that_are_stored_as_floats_are_refused(monkeypatch, tmp_path):
     """As a user's own load with bnb_4bit_quant_storage=torch.bfloat16 makes them."""
-    model, _ = vk.load("pebble", "recommended", processor=False)
+    model, processor = vk.load("pebble", "recommended")
     model = vk.finetuning.add_adapters(model, language_model=vk.LoRA(r=2))
     sharding.require_codes(model)
     for parameter in model.parameters():
         if hasattr(parameter, "quant_state"):
             parameter.data = parameter.data.reshape(-1).view(torch.bfloat16)[:, None]
+    make = trainer.Trainer.create_accelerator_and_postprocess
+
+    def under_fsdp2(self):
+        make(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(trainer.Trainer, "create_accelerator_and_postprocess", under_fsdp2)
+    monkeypatch.setattr("accelerate.Accelerator.is_fsdp2", True)
+    rows = vk.tasks.dataset("vqa", 2, split="train")
     with pytest.raises(FinetuningError, match="stored as bfloat16"):
-        sharding.require_codes(model)
+        vk.finetuning.train(model, processor, rows, tmp_path, max_steps=1)
 
 
 def test_the_layers_of_a_model():
