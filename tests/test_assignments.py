@@ -1,5 +1,6 @@
 """scripts/assignments.py: the exercises for nbgrader, and nbgrader itself where it is installed."""
 
+import ast
 import csv
 import json
 import os
@@ -150,6 +151,14 @@ def solved(path):
     return {assignments.grade_id(stub): stub.metadata["solution"]["code"] for stub in stubs(path)}
 
 
+def nonsense(stub):
+    """A wrong answer to an exercise: a function that returns 0, or the number 0."""
+    (statement,) = ast.parse(solutions.split(stub)[0]).body
+    if isinstance(statement, ast.FunctionDef):
+        return f"def {statement.name}(*arguments):\n    return 0"
+    return f"{statement.targets[0].id} = 0"
+
+
 nbgrader = pytest.mark.skipif(
     not NBGRADER, reason="nbgrader is not installed (NBGRADER names its command)"
 )
@@ -157,19 +166,21 @@ nbgrader = pytest.mark.skipif(
 
 @pytest.mark.slow
 @nbgrader
-@pytest.mark.parametrize("number", [0, 1, 4])
+@pytest.mark.parametrize("number", [0, 1, 3, 4])
 def test_nbgrader_grades_a_right_a_half_right_and_an_empty_submission(number, tmp_path):
     path = CHAPTERS[number]
     course, right = Course(path, tmp_path), solved(path)
+    wrong = {assignments.grade_id(stub): nonsense(stub) for stub in stubs(path)}
     released = (course.folder / "release" / path.stem / path.name).read_text(encoding="utf-8")
     for code in right.values():
         assert json.dumps(code)[1:-1] not in released
-    half = dict(list(right.items())[:1])
-    submissions = {"right": right, "half": half, "empty": {}}
-    expected = {"right": list(right), "half": list(half), "empty": []}
+    first = list(right)[: len(right) // 2]
+    half = {name: code if name in first else wrong[name] for name, code in right.items()}
+    submissions = {"right": right, "half": half, "wrong": wrong, "empty": {}}
+    expected = {"right": list(right), "half": first, "wrong": [], "empty": []}
     if set(OTHERWISE) <= set(right):
-        submissions |= {"otherwise": right | OTHERWISE, "wrong": right | WRONG}
-        expected |= {"otherwise": list(right), "wrong": [n for n in right if n not in WRONG]}
+        submissions |= {"otherwise": right | OTHERWISE, "one wrong": right | WRONG}
+        expected |= {"otherwise": list(right), "one wrong": [n for n in right if n not in WRONG]}
     for student, answers in submissions.items():
         course.submit(student, answers)
     course("autograde", path.stem)

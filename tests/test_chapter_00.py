@@ -1,17 +1,21 @@
 """Chapter 00. nbval runs it on pebble; here it runs on another family, and its numbers are true."""
 
 import csv
+import math
+import random
 import re
 import time
 
 import chapters
 import pytest
+import torch
 from chapters import FOLDER, cell, text
 
 import vlmkit as vk
 from vlmkit.catalog.bundled import BUNDLED
 from vlmkit.course import pictures
 from vlmkit.evaluation import mcnemar, wilson
+from vlmkit.models.cobble import instructions
 from vlmkit.tasks.real import THINGS
 
 needs_cobble = pytest.mark.skipif(
@@ -45,6 +49,19 @@ def test_numbers_of_the_text(states):
     llava = vk.anatomy("llava-hf/llava-1.5-7b-hf")
     share = llava["language_model"].parameters / llava.total
     states(f"{100 * share:.0f}", f"{vk.memory.predict('pebble', 'recommended').total / 1e6:.2f}")
+
+
+def test_bf16_keeps_between_two_and_three_digits():
+    assert 2 < math.log10(2 / torch.finfo(torch.bfloat16).eps) < 3
+
+
+def test_guessing_yes_or_no_is_right_half_of_the_time(states):
+    rng = random.Random(0)
+    asked = [
+        instructions.about_photograph(n % 10, rng, instructions.YES_NO)[1] for n in range(2000)
+    ]
+    assert sum(answer.startswith("Yes") for answer in asked) == pytest.approx(1000, abs=60)
+    states(50)
 
 
 def test_the_message_counts_tensors(notebook):

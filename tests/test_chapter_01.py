@@ -103,6 +103,20 @@ def test_what_the_reader_writes_is_what_pebble_computes(notebook, one_thread, ca
     assert names["mine"] == names["library"] and len(names["mine"]) > 5
 
 
+def test_sizes_that_the_text_states(notebook, states):
+    """Of pebble, of a model of 7 billion parameters, and of the patch in the middle."""
+    pebble, llava = (config(name) for name in ("pebble", "llava-hf/llava-1.5-7b-hf"))
+    vision, text = pebble.vision_config, pebble.text_config
+    states(vision.num_hidden_layers, vision.hidden_size // vision.num_attention_heads)
+    states(vision.num_attention_heads, text.num_hidden_layers, text.num_attention_heads)
+    states(text.num_hidden_layers * text.num_attention_heads, text.num_hidden_layers - 1)
+    large = llava.get_text_config()
+    assert large.num_hidden_layers * large.num_attention_heads == pytest.approx(1000, rel=0.05)
+    middle = FIRST.draw()["images"][0].crop((36, 36, 48, 48))
+    counts = sorted(count for count, _ in middle.getcolors())
+    assert counts == [1, 143]  # all pixels but one
+
+
 def test_the_darkest_patches_are_the_centers_of_the_objects():
     model, processor = vk.load("pebble", "fp32")
     row = FIRST.draw()
@@ -125,8 +139,9 @@ def test_claims_about_attention(notebook):
 # --- Llama ----------------------------------------------------------------------------------------
 
 
-def test_what_is_left_of_llama_without_cross_attention_is_llama_3_1_8b(notebook):
+def test_what_is_left_of_llama_without_cross_attention_is_llama_3_1_8b(notebook, states):
     layers = [str(n) for n in config(LLAMA).text_config.cross_attention_layers]
+    states(len(layers))
     left = vk.anatomy(LLAMA)["language_model"].parameters - parameters(LLAMA, *layers)
     assert f"{left:,}" in cell(notebook, "left_over = None").metadata["solution"]["text"]
     llama_3_1_8b = LlamaConfig(

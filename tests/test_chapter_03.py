@@ -59,7 +59,11 @@ def test_tables_of_skip_lists(notebook, states):
     recorded = pd.read_csv(chapters.FOLDER.parent / "benchmarks" / "results" / "skip_lists.csv")
     shown = recorded[recorded["method"] != "nvfp4"]["list"].nunique()
     assert shown == recorded["list"].nunique() - 1
-    states(shown)
+    states(shown, recorded["model"].nunique())
+    old = recorded[recorded["method"].isin(["bitsandbytes", "awq"])]
+    kept = old[old["vision_encoder_kept"] > 0]
+    assert set(kept["vision_encoder_kept"]) == {1}  # one layer of so many
+    states(*set(kept["vision_encoder"]))
     row = chapters.shown(cell(notebook, "parts, rows = "))["short names"]
     wrong = [int(row[place]) for place in (0, 1, 3)]
     message = cell(notebook, 'try:\n    vk.audit(loaded["short names"]').outputs[0].text
@@ -110,6 +114,9 @@ def test_one_column_sets_the_error_of_the_others(notebook):
     exec(cell(notebook, "def error_of_others").source, scope)
     larger = scope["larger"]
     assert larger[10] > 3 and larger[60] > 5 * larger[10]  # in step with the column
+    ordinary = torch.randn(2000, 256, generator=torch.manual_seed(0))
+    largest = ordinary.abs().amax(1).mean()
+    assert largest == pytest.approx(3, abs=0.1) and 60 / largest == pytest.approx(20, abs=0.5)
 
 
 def test_one_outlier_column_makes_most_of_the_error(notebook, states):
@@ -120,6 +127,19 @@ def test_one_outlier_column_makes_most_of_the_error(notebook, states):
     (count, columns) = re.findall(r"outlier columns: (\d+) of (\d+)", shown)[0]
     states(columns)
     assert count == "1"
+
+
+def test_sizes_of_both_models(states):
+    """The outlier column is cobble's: no input of pebble's attention reaches the threshold."""
+    states(f"{vk.anatomy('cobble').total / 1e6:.0f}")
+    model, processor = vk.load("pebble", "bf16")
+    row, largest = vk.course.pictures.FIRST.draw(), []
+    for layer in model.model.language_model.layers:
+        layer.self_attn.q_proj.register_forward_pre_hook(
+            lambda _, given: largest.append(given[0].abs().max().item())
+        )
+    vk.ask(model, processor, row["images"][0], row["question"])
+    assert len(largest) >= 6 and max(largest) < 6
 
 
 def test_table_of_errors_and_formats(notebook):

@@ -5,7 +5,9 @@ import shutil
 import chapters
 import pandas as pd
 import pytest
+import test_memory_activations
 from transformers import AutoConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import vlmkit as vk
 
@@ -85,7 +87,7 @@ def test_without_checkpointing_activations_are_more_than_the_weights(states):
 def test_claims_about_what_fits_a_card(states):
     """Qwen in NF4 just misses 8 GB, and int8 fits a T4; Llama fits a T4 in NF4, not in bf16."""
     card = vk.catalog.gpus.GPUS["RTX 4060"]
-    states(card.mebibytes, f"{card.bytes / 1e9:.2f}")
+    states(card.mebibytes, f"{card.bytes / 1e9:.2f}", f"{100 * (2**30 / 10**9 - 1):.0f}")
     table = vk.fit([QWEN, LLAMA], gpus=["RTX 4060", "T4"], image_size=SIZE)
     fits = table.groupby(["model", "plan"])["fits"].sum()
     assert fits[QWEN, "language model nf4"] == fits[LLAMA, "language model nf4"] == 1
@@ -102,6 +104,7 @@ def test_numbers_about_pictures(states):
         with_picture = vk.memory.predict(name, tokens=16, images=1, image_size=SIZE)
         states(f"{(with_picture.by_kind['kv cache'] - without.by_kind['kv cache']) / 1e6:.0f}")
     states(vk.memory.visual_tokens(LLAMA, SIZE).attended)
+    states(len(config(LLAMA).text_config.cross_attention_layers))
     of_llava = config(LLAVA).get_text_config()
     heads, layers = of_llava.num_attention_heads, of_llava.num_hidden_layers
     states(layers, heads, of_llava.head_dim)
@@ -111,6 +114,8 @@ def test_numbers_about_pictures(states):
 
 def test_numbers_about_tools(states):
     record = pd.read_csv(chapters.FOLDER.parent / "benchmarks" / "results" / "quantizers.csv")
+    formats = record["checkpoint"].str.split().str[0].replace(["NF4", "LLM.int8"], "bitsandbytes")
+    states(len(record), formats[~formats.isin(["fp16,", "bf16"])].nunique())
     rule = 100 * (record["rule"] / record["files"] - 1)
     accelerate = 100 * (1 - record["accelerate"] / record["held"])
     for errors in (rule[rule > 0], accelerate):
@@ -139,3 +144,31 @@ def test_numbers_about_a_photograph(states, tmp_path):
     shutil.copy(vk.catalog.folder_of(QWEN) / "config.json", tmp_path)
     for which in (QWEN, tmp_path):
         states(vk.memory.visual_tokens(which, (4032, 3024)).tokens)
+    states(Qwen2VLImageProcessorPil().size["longest_edge"])  # in pixels, whatever its name
+
+
+def test_how_many_passes_are_measured(states):
+    """`test_memory_activations.py` compares each of them with its prediction, within 10%."""
+    states(len(test_memory_activations.CASES), 10)
+
+
+def test_numbers_in_the_solutions(notebook):
+    def said(start):
+        return chapters.cell(notebook, start).metadata["solution"]["text"]
+
+    small = vk.Plan.parse("nf4-dq")
+    ledgers = [vk.memory.predict(LLAMA, p) for p in (small, small.override("lm_head", "nf4-dq"))]
+    before, after = (f"{ledger.total / 1e9:.2f}" for ledger in ledgers)
+    wide = sum(ledgers[0].by_kind[kind] for kind in ("head", "embedding"))
+    chapters.states(said("my_plan = "), before, after, f"{wide / 1e9:.1f}")
+    text = config(LLAVA).get_text_config()
+    each = 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim
+    chapters.states(said("def cache_bytes"), each, f"{576 * each / 1e6:.0f}")
+    weights, one, many = (
+        vk.memory.predict(QWEN, training=rank and {"language_model": vk.LoRA(r=rank)}).total
+        for rank in (None, 16, 118)
+    )
+    a_rank = (one - weights) / 16
+    chapters.states(said("my_rank = "), f"{(one - weights) / 1e6:.0f}", f"{a_rank / 1e6:.1f}", 118)
+    chapters.states(said("my_rank = "), f"{weights / 1e6:.0f}", f"{(12e9 - weights) / a_rank:.1f}")
+    assert many < 12e9 < many + a_rank

@@ -5,7 +5,7 @@ import re
 import chapters
 import pytest
 from chapters import cell, shown
-from transformers import LlavaNextConfig
+from transformers import AutoConfig, LlavaNextConfig
 
 import vlmkit as vk
 
@@ -40,6 +40,24 @@ def test_the_counts_by_hand_are_the_packages(notebook, states):
         assert by_hand == counted
     still = printed(cell(notebook, "from transformers.models.qwen2_5_vl")).splitlines()
     assert 2 * whole(still[0])[0] == whole(still[1])[0]  # a film costs half
+
+
+def test_sizes_that_the_text_states(notebook, states):
+    """A4 and a letter of 10 points at 150 dots an inch; contexts; how many pictures pebble saw."""
+    states(*(round(side / 25.4 * 150) for side in (210, 297)), round(10 / 72 * 150))
+    names = {"__builtins__": {}}
+    exec(cell(notebook, "# layers, width").source, names)
+    names["shapes"].pop("LLaVA-NeXT-7B")  # no configuration of it is in the catalog
+    smol = "HuggingFaceTB/SmolVLM2-2.2B-Instruct"
+    for shape, which in zip(names["shapes"].values(), (LLAVA, smol, QWEN), strict=True):
+        text = AutoConfig.from_pretrained(vk.catalog.folder_of(which)).get_text_config()
+        size = text.hidden_size // text.num_attention_heads
+        layers, heads = text.num_hidden_layers, text.num_key_value_heads
+        assert shape[:2] == (layers, text.num_attention_heads * size)
+        assert shape[2:] == (4 * layers * heads * size, text.max_position_embeddings)
+    rows = (row for task in vk.tasks.TASKS for row in vk.tasks.dataset(task, n=8, seed=8))
+    assert {len(row["images"]) for row in rows} == {1, 2, 4}
+    states("1", "2", "4")
 
 
 def test_a_page_is_cropped_by_llavas_processor(notebook, states):
@@ -129,3 +147,13 @@ def test_claims_about_questions_without_an_answer(notebook):
     signs = [n for name, n in made_up.items() if "ocr q" in name]
     assert charts == [pytest.approx(77, abs=5)] * len(charts) and charts  # three in four
     assert signs == [pytest.approx(93, abs=5)] * len(signs) and signs  # nine in ten
+
+
+def test_claims_about_empty_pictures(notebook):
+    """One after its own costs nearly half of the answers, and three cost two thirds."""
+    table = shown(cell(notebook, "found = []"))
+    first, last = zip(*([int(n) for n in table[str(49 * n)]] for n in (1, 2, 4, 8)), strict=True)
+    assert first[0] == last[0] > 90
+    assert 1 - first[1] / first[0] == pytest.approx(0.45, abs=0.05)
+    assert 1 - first[2] / first[0] == pytest.approx(2 / 3, abs=0.05)
+    assert all(after < before for after, before in zip(first[1:], last[1:], strict=True))

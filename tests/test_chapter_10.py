@@ -13,7 +13,7 @@ from chapters import cell
 
 import vlmkit as vk
 from vlmkit.models import cobble, pebble
-from vlmkit.models.pebble import connecting
+from vlmkit.models.pebble import connecting, train
 
 BENCHMARK = "stages.py"
 STEPS = 500
@@ -82,7 +82,9 @@ def test_the_benchmark_records_a_run_and_does_not_repeat_it(
 
 
 def test_claims_about_the_two_runs(logs, states):
-    _, second = logs
+    first, second = logs
+    states(len(train.STAGES))
+    assert first["stage"].nunique() == second["stage"].nunique() == len(train.STAGES)
     reached = [int((run["spatial"] >= 0.8).idxmax() + 1) * 100 for run in logs]
     states(*reached)
     last = pd.DataFrame([run.loc[:, "caption":"moving"].iloc[-1].astype(float) for run in logs])
@@ -147,6 +149,10 @@ def test_numbers_about_cobble(states):
     states(f"{100 * log['projector-nf4', 1200]:.0f}")
     asked = pd.read_csv(chapters.FOLDER.parent / "benchmarks" / "results" / "cobble.csv")
     share = (100 * asked["right"] / asked["n"]).set_axis([asked["state"], asked["task"]])
+    tasks = ("photographs", "easy-VQA", "drawings: color", "drawings: count")
+    asked_of = asked[asked["state"].eq("cobble-chat") & asked["task"].str.startswith(tasks)]["n"]
+    states(asked_of.min(), asked_of.max())
+    states(*re.findall(r"6 hours for\s+the teacher, (\d+) for the vision encoder", card))
     assert share["cobble", "photographs: facts"] == 0
     for task in ("photographs: facts", "easy-VQA"):
         states(f"{share['cobble-chat', task]:.1f}")
@@ -158,3 +164,9 @@ def test_numbers_about_the_lessons(recorded, logs, states):
         rows = (run[(run["stage"] == stage) & (run["step"] == 300)] for run in logs)
         reached = [alone[f"{kind}, asked alone"], *(row[kind].item() for row in rows)]
         states(*(f"{100 * accuracy:.0f}" for accuracy in reached))
+
+
+def test_the_earlier_trial_is_the_model_cards(states):
+    card = (pebble.path().parent / "MODEL_CARD.md").read_text("utf-8")
+    ((share, steps),) = re.findall(r'"where" alone stayed at (\d+)% for (\d+) steps', card)
+    states(share, steps)

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import tiny
 from chapters import cell, shown
+from transformers import AutoConfig, MistralConfig
 
 import vlmkit as vk
 
@@ -81,7 +82,11 @@ def test_claims_about_prompts(record, states):
 
 def test_the_window_explains_the_token_after_a_prompt(record, states):
     """All layers hold the whole prompt until the next token; then 29 of 34 only their window."""
-    each = 4 * 256 * 2 * 2
+    gemma = AutoConfig.from_pretrained(vk.catalog.folder_of(GEMMA)).get_text_config()
+    whole, layers = gemma.layer_types.count("full_attention"), len(gemma.layer_types)
+    each = gemma.num_key_value_heads * gemma.head_dim * 2 * 2
+    assert (whole, layers, each, gemma.sliding_window) == (5, 34, 4 * 256 * 2 * 2, 1024)
+    states(whole, layers, each, gemma.sliding_window)
     for row in (row for row in record["passes"] if row["model"] == GEMMA and row["images"] == 8):
         n = row["positions"]
         states(n)
@@ -131,9 +136,14 @@ def test_claims_about_training(record, states):
     speeds = trainings.groupby(["checkpointing", "way"])["steps_a_second"].apply(sorted)
     states(*(f"{rate:.2f}" for rates in speeds for rate in rates))
     assert speeds[False, "ours"][0] > speeds[False, "usual"][1]
-    for way in ("ours", "usual"):  # two runs of one way differ by a quarter
-        low, high = speeds[False, way]
-        assert high / low == pytest.approx(1.25, abs=0.04)
+    medians = trainings["seconds"].map(lambda seconds: pd.Series(seconds).median())
+    medians = medians.groupby([trainings["checkpointing"], trainings["way"]]).apply(sorted)
+    for way in ("ours", "usual"):  # two runs of one way differ by a quarter, and their medians
+        for low, high in (speeds[False, way], medians[False, way]):
+            assert high / low == pytest.approx(1.25, abs=0.04)
+    ours = trainings[trainings["way"] == "ours"].groupby("checkpointing")
+    too_much = 100 * (ours["predicted_peak"].max() / ours["peak"].max() - 1)
+    states(*(f"{percent:.0f}" for percent in too_much))  # the ledger of that day
     assert speeds[True, "ours"][0] > 2.5 * speeds[True, "usual"][0]
     states(len(trainings["seconds"][0]))
 
@@ -153,6 +163,36 @@ def test_claims_about_cards():
     assert -1e9 < fits.loc[("q", "nf4"), "headroom"] < 0
     assert fits.loc[("q", "dq"), "fits"]
     assert all(fits.loc[(name, "nf4"), "fits"] for name in "lgm")
+
+
+def test_claims_about_larger_cards(notebook):
+    """From the chapter's own tables, in GB that are left; a dash does not fit."""
+    table, model = {}, None
+    (data,) = (o["data"] for o in cell(notebook, "models = {label").outputs if "data" in o)
+    for line in data["text/plain"].splitlines()[2:]:
+        *names, _, middle, large = line.replace("all nf4-dq", "nf4-dq").split()
+        model = names[0] if len(names) > 2 else model
+        table[model, names[-1]] = middle != "–", large != "–"
+    for name in ("LLaVA-1.5-7B", "LLaVA-1.6-7B", "Qwen2.5-VL-7B"):
+        assert table[name, "int8"][0] and table[name, "bf16"][1]
+    assert table["Llama-3.2-11B-Vision", "nf4"] == (True, True)
+    learning = shown(cell(notebook, "learning = "))
+    needed = {name: tuple(map(float, row)) for name, row in learning.items() if "-" in name}
+    assert [name for name, peaks in needed.items() if peaks[0] > 23] == ["Qwen3.5-9B"]
+    assert len(needed) == 7 and all(peaks[1] < 23 for peaks in needed.values())
+
+
+def test_the_card_is_an_h200(states):
+    card = vk.catalog.gpus.GPUS["H200"]
+    states(card.mebibytes, f"{card.bytes / 1e9:.1f}")
+
+
+def test_the_old_rule_for_windows_was_far_too_low(states):
+    """LLaVA-1.6 with Mistral's default window, and four pictures of 560 pixels a side."""
+    name = "llava-hf/llava-v1.6-mistral-7b-hf"
+    window = MistralConfig().sliding_window
+    tokens = 4 * vk.memory.visual_tokens(name, (1024, 768)).tokens + 128
+    states(window, f"{100 * (1 - window / tokens):.0f}")
 
 
 def test_claims_about_two_gpus():
@@ -183,11 +223,11 @@ def test_without_a_record_it_says_how_to_make_one(notebook, tmp_path, monkeypatc
 
 
 def test_the_peak_of_a_training_is_predicted(notebook):
-    """Within 1% of what the H200 counted, in the chapter's own table."""
+    """Within half a percent of what the H200 counted, in the chapter's own table."""
     rows = shown(cell(notebook, "trained = "))
     for switched in ("False", "True"):
         measured, _, predicted = map(float, rows[switched])
-        assert predicted == pytest.approx(measured, rel=0.01)
+        assert predicted == pytest.approx(measured, rel=0.005)
 
 
 def test_what_checkpointing_saves_each_model(notebook):

@@ -22,15 +22,19 @@ from vlmkit.evaluation.statistics import CHANCE, mcnemar
 
 @exercise("beyond noise", whole, "a number of answers", least=0)
 def beyond_noise(lost, won, asked):
-    """How few answers must be lost, where `won` are won, so that the p of the exact paired test is
-    below 0.05; asked: the number of questions, which does not matter."""
+    """How few answers must be lost, where `won` are won, so that more are lost and the p of the
+    exact paired test is below 0.05; asked: the number of questions, which does not matter."""
     right = next(n for n in range(won, 10**6) if mcnemar(n, won) < CHANCE)
     of_all = 2 * math.sqrt(asked)
     require(
-        lost not in (round(of_all), math.ceil(of_all)),
+        lost == right or lost not in (round(of_all), math.ceil(of_all)),
         "this counts every question. Only the answers that changed matter.",
     )
     p = mcnemar(lost, won)
+    require(
+        lost > won or p >= CHANCE,
+        f"with {lost} lost and {won} won, the plan is better than bf16, and not worse.",
+    )
     require(
         lost >= right,
         f"with {lost} lost and {won} won, p = {p:.3g}: chance alone splits the changed answers at "

@@ -125,7 +125,7 @@ def largest_rank(rank, name, budget):
     )
     require(rank != int(budget // a_rank), "the weights themselves have to fit as well.")
     needed = (weights + rank * a_rank) / 1e9
-    require(rank <= right, f"rank {rank} needs {needed:.2f} GB, the budget is {budget / 1e9:.0f}.")
+    require(rank <= right, f"rank {rank} needs {needed:.2f} GB, the budget is {budget / 1e9:g}.")
     require(rank == right, f"rank {rank} needs {needed:.2f} GB, so a higher one fits as well.")
     return f"{needed:.2f} GB, and one rank more costs {a_rank / 1e6:.1f} MB."
 
