@@ -105,12 +105,12 @@ def test_what_the_reader_writes_is_what_pebble_computes(notebook, one_thread, ca
 
 def test_sizes_that_the_text_states(notebook, states):
     """Of pebble, of a model of 7 billion parameters, and of the patch in the middle."""
-    pebble, llava = (config(name) for name in ("pebble", "llava-hf/llava-1.5-7b-hf"))
+    pebble = AutoConfig.from_pretrained(vk.models.pebble.path())
     vision, text = pebble.vision_config, pebble.text_config
     states(vision.num_hidden_layers, vision.hidden_size // vision.num_attention_heads)
     states(vision.num_attention_heads, text.num_hidden_layers, text.num_attention_heads)
     states(text.num_hidden_layers * text.num_attention_heads, text.num_hidden_layers - 1)
-    large = llava.get_text_config()
+    large = config("llava-hf/llava-1.5-7b-hf").get_text_config()
     assert large.num_hidden_layers * large.num_attention_heads == pytest.approx(1000, rel=0.05)
     middle = FIRST.draw()["images"][0].crop((36, 36, 48, 48))
     counts = sorted(count for count, _ in middle.getcolors())

@@ -114,8 +114,9 @@ def test_numbers_about_pictures(states):
 
 def test_numbers_about_tools(states):
     record = pd.read_csv(chapters.FOLDER.parent / "benchmarks" / "results" / "quantizers.csv")
-    formats = record["checkpoint"].str.split().str[0].replace(["NF4", "LLM.int8"], "bitsandbytes")
-    states(len(record), formats[~formats.isin(["fp16,", "bf16"])].nunique())
+    formats = record["checkpoint"].str.split("[ ,]", regex=True).str[0]
+    quantizers = formats.replace(["NF4", "LLM.int8"], "bitsandbytes")
+    states(len(record), quantizers[~formats.isin(["fp16", "bf16"])].nunique())
     rule = 100 * (record["rule"] / record["files"] - 1)
     accelerate = 100 * (1 - record["accelerate"] / record["held"])
     for errors in (rule[rule > 0], accelerate):
@@ -159,7 +160,7 @@ def test_numbers_in_the_solutions(notebook):
     small = vk.Plan.parse("nf4-dq")
     ledgers = [vk.memory.predict(LLAMA, p) for p in (small, small.override("lm_head", "nf4-dq"))]
     before, after = (f"{ledger.total / 1e9:.2f}" for ledger in ledgers)
-    wide = sum(ledgers[0].by_kind[kind] for kind in ("head", "embedding"))
+    wide = ledgers[0].table().loc["language_model"][["head", "embedding"]].sum()
     chapters.states(said("my_plan = "), before, after, f"{wide / 1e9:.1f}")
     text = config(LLAVA).get_text_config()
     each = 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim
