@@ -1,5 +1,7 @@
 """Exercises on bytes: plans, skip lists, ranks that fit, what an allocator gives out."""
 
+import functools
+
 from vlmkit.course.exercises.answers import (
     below,
     exercise,
@@ -107,19 +109,25 @@ def promised(found, name, budget):
     )
 
 
+@functools.lru_cache  # a student may ask many times
+def _of_one_rank(name):
+    """Bytes of the weights, of adapters of rank 1, and of these with their gradients and AdamW."""
+    from vlmkit.adapters import LoRA
+    from vlmkit.memory import predict
+
+    ledger = predict(name, training={"language_model": LoRA(r=1)})
+    a_rank = sum(ledger.by_kind[kind] for kind in ("adapter", "gradient", "optimizer state"))
+    return ledger.total - a_rank, ledger.by_kind["adapter"], a_rank
+
+
 @exercise("largest rank", whole, "a rank")
 def largest_rank(rank, name, budget):
     """The largest rank of adapters on the language model for which weights, adapters, gradients and
     AdamW stay within `budget` bytes."""
-    from vlmkit.adapters import LoRA
-    from vlmkit.memory import predict
-
-    one = predict(name, training={"language_model": LoRA(r=1)})
-    a_rank = sum(one.by_kind[kind] for kind in ("adapter", "gradient", "optimizer state"))
-    weights = one.total - a_rank  # all three grow with the rank
+    weights, adapter, a_rank = _of_one_rank(name)
     right = int((budget - weights) // a_rank)
     require(
-        rank != int((budget - weights) // one.by_kind["adapter"]),
+        rank != int((budget - weights) // adapter),
         "an adapter costs more than its own bytes: each of its parameters has a gradient and two "
         "moments.",
     )
