@@ -12,7 +12,8 @@ import re
 from docutils import nodes
 from sphinx import addnodes
 
-AMBIGUOUS = {"block", "group", "head", "keys and values", "moment", "parameter", "scale", "stage"}
+AMBIGUOUS = {"block", "group", "head", "keys and values", "loss", "moment", "parameter", "rank"}
+AMBIGUOUS |= {"scale", "stage"}
 """Terms that are also ordinary words or mean something else besides: looked up, never linked."""
 
 NOT_IN = (

@@ -1,4 +1,5 @@
-// Buttons that copy code, and figures that open at their full size. Pages work without this file.
+// Buttons that copy code, columns of text that begin at the left, and figures that open at their
+// full size. Pages work without this file.
 (() => {
   // The commands of a session in a terminal, without what they printed; all other code as it is.
   const copied = (text) => {
@@ -16,7 +17,44 @@
     area.remove();
   };
 
+  // Begins with a number, and has at most a unit besides: "6.46 MB", "10 of 97", "(1, 49, 128)".
+  const isNumber = (text) =>
+    /^[^a-z]*\d/i.test(text) && text.replace(/[^a-z]/gi, "").length <= 6;
+
+  // A column of text begins at the left, as do the names of rows. Columns are counted from the
+  // right, because a name that several rows share is missing in all rows but the first.
+  const align = (table) => {
+    const columns = [];
+    for (const row of table.rows) {
+      let place = 0;
+      for (const cell of [...row.cells].reverse()) {
+        (columns[place] ??= []).push(cell);
+        place += cell.colSpan;
+      }
+    }
+    for (const column of columns.filter(Boolean)) {
+      const body = column.filter((cell) => cell.closest("tbody"));
+      const texts = body.map((cell) => cell.textContent.trim()).filter(Boolean);
+      const numbers = texts.filter(isNumber).length;
+      const names = body.some((cell) => cell.tagName === "TH");
+      const length = texts.some((text) => text.length > 24) ? "long" : "short";
+      for (const cell of column) {
+        cell.classList.add(length);
+        if (names || 2 * numbers < texts.length) cell.classList.add("text");
+      }
+    }
+  };
+
+  // On a narrow screen: figures whose text can still be read when they are made to fit.
+  const fit = () => {
+    for (const figure of document.querySelectorAll(".cell_output img")) {
+      const room = figure.closest(".cell_output").clientWidth;
+      figure.classList.toggle("fits", figure.naturalWidth < 1.6 * room);
+    }
+  };
+
   const start = () => {
+    document.querySelectorAll(".cell_output table").forEach(align);
     for (const code of document.querySelectorAll("article div.highlight")) {
       const pre = code.querySelector("pre");
       if (!pre || code.closest(".cell_output")) continue;
@@ -38,4 +76,6 @@
     }
   };
   document.addEventListener("DOMContentLoaded", start);
+  window.addEventListener("load", fit);
+  window.addEventListener("resize", fit);
 })();
