@@ -266,7 +266,7 @@ def test_wide_cells_scroll_and_the_page_does_not(tab, served, width):
     tab.set_viewport_size({"width": width, "height": 900})
     scrolled = []
     pages = ["notebooks/03_loading", "notebooks/04_memory", "notebooks/05_sensitivity"]
-    for page in [*pages, "README", "docs/measured", "docs/api/memory", "docs/glossary"]:
+    for page in [*pages, "README", "docs/measured", "docs/api/memory", "docs/glossary", "genindex"]:
         tab.goto(f"{served}/{page}.html")
         scrolled += tab.evaluate(WIDER, "article pre, .cell_output, .table-wrapper")
         for whole in ("document.documentElement", "document.querySelector('.content')"):
@@ -274,6 +274,44 @@ def test_wide_cells_scroll_and_the_page_does_not(tab, served, width):
                 page
             )
     assert all(scrolled) and (scrolled or width > 1024)
+
+
+ALIGNED = """
+selector => [...document.querySelectorAll(selector)]
+  .map(cell => [cell.textContent.trim(), getComputedStyle(cell).textAlign])
+  .filter(([text]) => text)
+"""
+"""The texts of these cells of a table, and where each begins."""
+
+
+def test_text_in_tables_is_on_the_left_and_numbers_are_on_the_right(tab, served):
+    tab.goto(f"{served}/notebooks/00_start_here.html")
+    answers = "table:has(th:text-is('model's answer'))"
+    assert tab.locator(answers).count() == 1
+    tab.locator(answers).evaluate("table => (table.id = 'answers')")
+    assert {side for _, side in tab.evaluate(ALIGNED, "#answers th, #answers td")} == {"left"}
+    tab.goto(f"{served}/notebooks/04_memory.html")
+    tab.locator("table:has(th:text-is('measured'))").evaluate("table => (table.id = 'compared')")
+    names = tab.evaluate(ALIGNED, "#compared tbody th, #compared thead tr:last-child th")
+    assert {"component", "kind", "vision_encoder", "linear", "norm"} <= {text for text, _ in names}
+    assert {side for _, side in names} == {"left"}
+    numbers = tab.evaluate(ALIGNED, "#compared td, #compared thead tr:first-child th")
+    assert len(numbers) > 10
+    assert {side for text, side in numbers if text != "because"} == {"right"}
+
+
+def test_a_figure_fits_a_narrow_screen_if_its_text_can_still_be_read(tab, served):
+    tab.set_viewport_size({"width": 390, "height": 900})
+    tab.goto(f"{served}/notebooks/00_start_here.html")
+    tab.wait_for_load_state("load")
+    widths = "image => [image.naturalWidth, image.getBoundingClientRect().width]"
+    figures = [f.evaluate(widths) for f in tab.locator("div.cell_output img:not(table img)").all()]
+    fitting = [shown for drawn, shown in figures if 390 < drawn < 560]
+    assert fitting and max(fitting) < 390
+    assert [shown for drawn, shown in figures if drawn > 640 and shown < 600] == []
+    tab.goto(f"{served}/notebooks/04_memory.html")  # the explorer's picture has a style of its own
+    explorer = tab.locator("div.cell_output .text_html img")
+    assert explorer.evaluate("image => image.getBoundingClientRect().width") > 600
 
 
 def test_a_button_copies_the_code_of_a_cell(tab, served):

@@ -54,7 +54,9 @@
   };
 
   const start = () => {
-    document.querySelectorAll(".cell_output table").forEach(align);
+    for (const table of document.querySelectorAll(".cell_output table, .table-wrapper table")) {
+      align(table);
+    }
     for (const code of document.querySelectorAll("article div.highlight")) {
       const pre = code.querySelector("pre");
       if (!pre || code.closest(".cell_output")) continue;

