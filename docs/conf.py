@@ -61,6 +61,7 @@ suppress_warnings = [
 nitpicky = True
 
 autodoc_typehints = "none"
+autodoc_preserve_defaults = True  # `models=NAMES`, and not all the names
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 

@@ -206,6 +206,10 @@ def test_docstrings_become_what_they_mean():
         a hub id.
     plan, revision: what `Plan.parse` takes.
 
+    - a path; of an
+      animation, the first frame
+    - rows: a list
+
     left      right
     more      less""".replace("\n    ", "\n")
     assert restructured(docstring.splitlines()) == [
@@ -214,6 +218,7 @@ def test_docstrings_become_what_they_mean():
         *["::", "", "    vk.load(*names)", "", '    vk.load("pebble")', ""],
         *["- ``name``: a folder, or", "  a hub id."],
         *["- ``plan, revision``: what ``Plan.parse`` takes.", ""],
+        *["- a path; of an", "  animation, the first frame", "- rows: a list", ""],
         *["::", "", "    left      right", "    more      less", ""],
     ]
 

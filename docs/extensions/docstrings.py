@@ -55,6 +55,8 @@ def split(lines):
 def kind_of(line, earlier, in_columns):
     if earlier == "parameters":
         return earlier  # whose further lines are indented or not
+    if line.startswith("- "):
+        return "parameters"
     if in_columns or line.startswith("  "):
         return "kept"
     return "parameters" if earlier != "text" and PARAMETER.fullmatch(line) else "text"
@@ -70,11 +72,16 @@ def kept(lines):
 
 
 def parameters(lines):
-    """A list, an item for each `name: what it is`."""
+    """A list, an item for each `name: what it is` and for each line that begins with a dash."""
     items = []
     for line in lines:
         begins = PARAMETER.fullmatch(line)
-        items.append(f"- ``{begins[1]}``: {inline(begins[2])}" if begins else "  " + inline(line))
+        if begins:
+            items.append(f"- ``{begins[1]}``: {inline(begins[2])}")
+        elif line.startswith("- "):
+            items.append(inline(line))
+        else:
+            items.append("  " + inline(line))
     return [re.sub(r"^ {3,}", "  ", item) for item in items]
 
 

@@ -34,13 +34,14 @@
     }
     for (const column of columns.filter(Boolean)) {
       const body = column.filter((cell) => cell.closest("tbody"));
-      const texts = body.map((cell) => cell.textContent.trim()).filter(Boolean);
-      const numbers = texts.filter(isNumber).length;
-      const names = body.some((cell) => cell.tagName === "TH");
-      const length = texts.some((text) => text.length > 24) ? "long" : "short";
+      const texts = body.map((cell) => cell.textContent.trim()).filter((text) => /\w/.test(text));
+      const isText = 2 * texts.filter(isNumber).length < texts.length;
+      const isName = body.some((cell) => cell.tagName === "TH");
+      const longest = Math.max(...texts.map((text) => text.length));
       for (const cell of column) {
-        cell.classList.add(length);
-        if (names || 2 * numbers < texts.length) cell.classList.add("text");
+        cell.classList.toggle("text", isText || isName);
+        cell.classList.toggle("long", longest > 24);
+        cell.classList.toggle("short", longest <= (isText ? 16 : 24));
       }
     }
   };

@@ -47,6 +47,7 @@ class Findings(Table):
 
     `verdicts` is a tuple with a row for each parameter: the format that it will be held in, and its
     bytes.
+
     given: the config, a `vlmkit.linting.verdicts.Given`; `given.method.how` says how vlmkit knows
         the method's rule.
     repaired: all remedies together: the skip list to paste, or None if nothing has to change in it.
