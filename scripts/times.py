@@ -124,8 +124,8 @@ def table(rows):
         lines.append(f"| {link} | {minutes(row['seconds'])} | {said} | {row['date']} |")
     total = minutes(sum(int(row["seconds"]) for row in rows))
     conditions = [
-        f"{row['cores']} cores of {row['processor']}; Python {row['python']}, PyTorch "
-        f"{row['torch']}, transformers {row['transformers']}"
+        f"{row['cores']} cores of {row['processor'].removesuffix(' Processor')}; "
+        f"Python {row['python']}, PyTorch {row['torch']}, transformers {row['transformers']}"
         for row in rows
     ]
     lines += [f"| all, one after another | {total} | | |", "", "Measured on:", ""]
