@@ -215,8 +215,8 @@ class MemoryExplorer(Explorer):
         )
         ranks = [(str(rank) if rank else "no training", rank) for rank in RANKS]
         self.rank = self._control("Dropdown", 0, options=ranks, description="rank of LoRA", **WIDE)
-        cards = [("none", None), *((card, card) for card in GPUS)]
-        self.card = self._control("Dropdown", None, options=cards, description="card", **WIDE)
+        cards = [("none", ""), *((card, card) for card in GPUS)]  # None would show an empty control
+        self.card = self._control("Dropdown", "", options=cards, description="card", **WIDE)
         self._fits = self._control("HTML", "")
         use = [self.images, self.tokens, self.rank, self.card]
         self._show([[*self.plan.values()], use], self._fits)
@@ -273,7 +273,7 @@ class MemoryExplorer(Explorer):
 
     def _judged(self, plan):
         card = self.card.value
-        if card is None:
+        if not card:
             return ""
         left = (room_on(card) - self.predicted(plan, "cuda").total) / GIGABYTE
         fits = f"fits on {card}: {left:.1f} GB are left"
