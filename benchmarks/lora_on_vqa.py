@@ -55,6 +55,7 @@ def main(argv=None):
     parser.add_argument("--device", help="as for vk.load; by default a GPU where there is one")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of training ({STEPS})")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"rows of a step ({BATCH})")
+    parser.add_argument("--workers", type=int, default=0, help="processes that prepare rows (0)")
     parser.add_argument("--n", type=int, default=QUESTIONS, help="test questions (all)")
     parser.add_argument("--only", type=int, help="the place of one run in RUNS, from 0")
     parser.add_argument("--rate", type=float, help="one learning rate, in place of both")
@@ -142,6 +143,7 @@ class Bench:
             vk.finetuning.train(
                 model, processor, rows_of(batch * steps, old), folder, max_steps=steps,
                 learning_rate=rate, per_device_train_batch_size=batch, save_steps=steps,
+                dataloader_num_workers=self.args.workers,
             )  # fmt: skip
             what["seconds"] = round(time.perf_counter() - started)
         model = model.eval()

@@ -1,6 +1,7 @@
 """Training: what is asked is trained, a killed run ends where it would have, what is saved comes
 back, and errors say what to do."""
 
+import copy
 import itertools
 import json
 import os
@@ -90,6 +91,19 @@ def test_the_loss_is_that_of_a_bare_loop(rows, tmp_path):
     model, processor = adapted("fp32", **ways)
     wanted = model(**Collator(processor)(list(rows))).loss.item()
     assert run.curve["loss"][0] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_model_that_is_trained_again_computes_in_the_same_formats(rows, tmp_path):
+    """accelerate left autocast out of the second training of a model, and of a copy of it."""
+    model, processor = adapted("fp32", **WITHOUT_DROPOUT)
+    for place, bf16 in enumerate((True, True, False, True)):
+        model, seen = copy.deepcopy(model) if place == 3 else model, []
+        layer = next(m for name, m in model.named_modules() if name.endswith("lora_A.default"))
+        hook = layer.register_forward_hook(lambda *given, seen=seen: seen.append(given[2].dtype))
+        settings = {"max_steps": 1, "per_device_train_batch_size": 2, "bf16": bf16}
+        vk.finetuning.train(model, processor, rows, tmp_path / str(place), **settings)
+        hook.remove()
+        assert seen == [torch.bfloat16 if bf16 else torch.float32]
 
 
 def test_each_component_has_its_learning_rate(rows, tmp_path):

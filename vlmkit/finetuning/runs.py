@@ -185,6 +185,9 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
                 # accelerate leaves autocast around the model's forward, and the answers would not
                 # be those of the plan
                 trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+                # It also marks the model as prepared, and would leave autocast out of its next
+                # training (accelerate 1.15).
+                vars(model).pop("_is_accelerate_prepared", None)
         curve, evaluations = _tables(trainer.state.log_history)
         if eval_dataset is not None and trainer.state.global_step not in set(evaluations["step"]):
             trainer.evaluate()
