@@ -71,8 +71,6 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("several_gpus.json"))
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--model", default=MODEL, help="a model of the catalog")
-    parser.add_argument("--folder", type=Path, help="keep the checkpoint and the trainings here")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS], metavar="WAY")
     parser.add_argument("--one-gpu", action="store_true", help="all processes on the first GPU")
     parser.add_argument("--train", nargs=2, help=argparse.SUPPRESS)  # a process of a launch
@@ -91,17 +89,13 @@ def main(argv=None):
     if args.one_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = "0"
     found = {"machine": setups.machine("cuda"), "gpus": 1 if args.one_gpu else 2}
-    found |= {"model": args.model, "steps": args.steps, "ways": {}}
-    if args.output.exists():  # of a call with other ways
-        found["ways"] = json.loads(args.output.read_text(encoding="utf-8"))["ways"]
+    found |= {"model": MODEL, "steps": args.steps, "ways": {}}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.folder or Path(scratch)
-        if not (folder / "model").exists():
-            with quiet():
-                setups.make(setups.published(args.model), folder / "model", "cuda")
-            torch.cuda.empty_cache()
+        with quiet():
+            setups.make(setups.published(MODEL), Path(scratch, "model"), "cuda")
+        torch.cuda.empty_cache()
         for name in args.ways:
-            done = launch(name, folder, args.steps)
+            done = launch(name, Path(scratch), args.steps)
             found["ways"][name] = done
             print(name, json.dumps(done), flush=True)
             args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
