@@ -46,7 +46,7 @@ def test_the_record_is_complete(benchmark, recorded):
     }
     usual = recorded[(recorded["steps"] == benchmark["STEPS"]) & (recorded["batch"] == 32)]
     assert {tuple(row) for row in usual[["trained", "old", "rate"]].to_numpy()} == runs
-    assert len(recorded) == len(usual) + 1 and set(recorded["n"]) == {9673}
+    assert len(recorded) == len(usual) + 2 and set(recorded["n"]) == {9673}
     assert set(recorded["weights"]) == {benchmark["digest"]()}
     for _, row in recorded.iterrows():
         assert right(row).sum() == row["right"] <= row["n"]
@@ -128,16 +128,18 @@ def test_claims_about_components(components):
 
 
 def test_the_trainings_on_a_cpu(recorded):
-    """The same call comes to less than on a GPU; more steps with fewer questions cost less."""
-    same, smaller = (
-        recorded[recorded["device"] == "cpu"].sort_values("batch")[::-1].to_dict("records")
-    )
+    """The same call comes to less than on a GPU. More steps with fewer questions cost less and come
+    to more with one learning rate, and to far less with a higher one and fewer steps."""
+    same, smaller, higher = recorded[recorded["device"] == "cpu"].to_dict("records")
     on_gpu = recorded[(recorded["device"] == "cuda") & (recorded["old"] == 0)]
     on_gpu = on_gpu[(on_gpu["trained"] == same["trained"]) & (on_gpu["rate"] == same["rate"])]
     assert same["n"] == smaller["n"] == 9673 and same["right"] < on_gpu["right"].item()
     assert same["batch"] == 2 * smaller["batch"] and smaller["steps"] == 1000
     assert smaller["seconds"] < 300 and smaller["seconds"] < same["seconds"]
     assert smaller["right"] > same["right"]
+    assert higher["batch"] == smaller["batch"] and higher["steps"] < smaller["steps"]
+    assert higher["rate"] > smaller["rate"]
+    assert higher["right"] < same["right"] - 0.05 * 9673
 
 
 def test_claims_about_forgetting(recorded):
