@@ -121,14 +121,18 @@ def launch(name, scratch, steps):
     done = subprocess.run(command, **said)
     if done.returncode:
         return {"failed": _end_of(done.stderr)}
-    ranks = [*range(PROCESSES[way.config])]
-    if shares:
-        ranks.append("check")
+    found = [_read(output, rank) for rank in range(PROCESSES[way.config])]
+    if shares and not any("refused" in one for one in found):
         check = [sys.executable, *command[command.index(__file__) :], "--check"]
         done = subprocess.run(check, **said)
         if done.returncode:
             return {"failed": _end_of(done.stderr)}
-    return [json.loads(Path(f"{output}.{r}").read_text(encoding="utf-8")) for r in ranks]
+        found.append(_read(output, "check"))
+    return found
+
+
+def _read(output, which):
+    return json.loads(Path(f"{output}.{which}").read_text(encoding="utf-8"))
 
 
 def _end_of(stderr):

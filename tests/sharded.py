@@ -21,11 +21,11 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 
 import vlmkit as vk
-from vlmkit.anatomy import plain_name, shape_of
+from vlmkit.anatomy import plain_name, shape_of, vision_dtype
 from vlmkit.backend import sharding
 from vlmkit.backend.storages import state_tensors
 from vlmkit.errors import FinetuningError
-from vlmkit.finetuning import runs, trainer
+from vlmkit.finetuning import Collator, runs, trainer
 
 RANK, PROCESSES = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
 WAYS = {"projector": "full", "language_model": vk.LoRA(r=4)}
@@ -128,6 +128,33 @@ def train(out, model, plan, *, die_after=None):
     }
 
 
+def in_bf16(out, *plans):
+    """For each plan: what a training in bf16 finds, and what its model answers after it."""
+    if PROCESSES > 1:
+        on_cpus()
+    rows, found = vk.tasks.dataset("vqa", 24, split="train"), {}
+    rows = [row | {"answer": "a surprise"} for row in rows]  # which gives a loss far from 0
+    settings = {"max_steps": 3, "per_device_train_batch_size": 4 // PROCESSES}
+    for number, plan in enumerate(plans):
+        model, processor = vk.load("pebble", plan)
+        model = vk.finetuning.add_adapters(model, **WAYS)
+        dtypes = {name: p.dtype for name, p in model.named_parameters()}
+        run = vk.finetuning.train(model, processor, rows, Path(out, f"run-{number}"), **settings)
+        vk.finetuning.save(model, Path(out, f"adapters-{number}"))
+        kept = {name: p.dtype for name, p in model.named_parameters()} == dtypes
+        found[plan] = {"losses": run.curve["loss"].tolist(), "kept": kept}
+        found[plan]["logits"] = logits(model, processor)
+    return found
+
+
+@torch.no_grad()
+def logits(model, processor):
+    inputs = Collator(processor)(list(vk.tasks.dataset("vqa", 4)))
+    del inputs["labels"]
+    inputs["pixel_values"] = inputs["pixel_values"].to(vision_dtype(model))
+    return model.eval()(**inputs).logits.float()
+
+
 def memory(folder, plan):
     """Bytes that no file backs (RssAnon) beyond the start: the most during a load, and after it,
     of every process."""
@@ -164,6 +191,8 @@ def main(what, out, *words):
         found = {f"{Path(folder).name} {plan}": facts(folder, plan) for folder, plan in cases}
     elif what == "train":
         found = train(out, words[0], words[1], **json.loads(words[2]))
+    elif what == "in_bf16":
+        found = in_bf16(out, *words)
     else:
         found = memory(*words)
     if RANK == 0:

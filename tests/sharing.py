@@ -17,6 +17,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
 import vlmkit as vk
 from vlmkit.anatomy import plain_name, unwrapped
+from vlmkit.backend.boundaries import computing_in
 from vlmkit.backend.checkpointing import enable
 from vlmkit.backend.losses import IGNORED, loss_of_answers
 from vlmkit.backend.passes import attending
@@ -48,6 +49,7 @@ def measured(folder, plan, training, bf16, checkpointing=False, batch=None):
     states = sum(size(tensor) for layer in layers for tensor in state_tensors(*layer))
     keep_codes_in_shards(model)
     model = sharded(model, bf16)
+    computing_in(model, torch.bfloat16 if bf16 else None)
     parameters = {plain_name(name): p for name, p in model.named_parameters()}
     found = {"weights": {name: size(p) for name, p in parameters.items()}}
     found["states"] = states

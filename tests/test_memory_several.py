@@ -147,15 +147,20 @@ CASES = {  # family, plan, what is trained, checkpointing, bf16
     "LoRA, checkpoints": ("qwen2_vl", "bf16", "{'language_model': LoRA(r=3)}", True, True),
     "LoRA on nf4": ("mllama", "recommended", "{'language_model': LoRA(r=3)}", False, True),
     "full": ("llava", "bf16", "{'projector': 'full', 'language_model': 'full'}", False, True),
+    "mixed": (
+        "llava", "vision_encoder=fp32,projector=fp32,language_model=nf4",
+        "{'projector': 'full', 'language_model': LoRA(r=3)}", False, True,
+    ),
     "LoRA, no bf16": ("qwen2_5_vl", "fp32", "{'language_model': LoRA(r=3)}", False, False),
-}
+}  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpus", [2, 3])
 def test_what_processes_hold_that_share_a_model(gpus, tmp_path):
-    """Weights, gradients and optimizer states to the byte, and the peak of a step within 1% in bf16
-    and 6% in fp32."""
+    """Weights, gradients and optimizer states to the byte, and the peak of a step within 2% in bf16
+    and 6% in fp32. From run to run a thread of gloo frees a buffer of 512 kB (1.8% of the peak of
+    "full") earlier or later."""
     cases, predictions = {}, {}
     for name, (family, plan, training, checkpointing, bf16) in CASES.items():
         if not (tmp_path / family).exists():
@@ -180,7 +185,7 @@ def test_what_processes_hold_that_share_a_model(gpus, tmp_path):
             assert kinds["optimizer state"] == measured["states of the optimizer"], name
             # gloo copies what it gathers, which NCCL does not: so the activations are many here.
             peak = kinds.get("activation", 0) + kinds["gradient"] + kinds[GATHERED]
-            within = 0.01 if CASES[name][-1] else 0.06
+            within = 0.02 if CASES[name][-1] else 0.06
             assert peak == pytest.approx(measured["peak"], rel=within), name
 
 

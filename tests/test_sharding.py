@@ -94,6 +94,23 @@ def test_a_killed_training_in_shards_goes_on(plan, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_training_in_bf16_leaves_the_formats_of_the_plan(tmp_path):
+    """FSDP2 gathers everything in bf16 in such a training, also what the plan has in fp32, and the
+    trained projector is held in fp32. Afterwards the model answers in the formats of its plan, as
+    in one process."""
+    plans = ["bf16", "fp32", "vision_encoder=fp32,projector=fp32,language_model=nf4"]
+    shared, alone = launched(tmp_path / "out", "in_bf16", *plans), sharded.in_bf16(tmp_path, *plans)
+    for number, plan in enumerate(plans):
+        found, expected = shared[plan], alone[plan]
+        assert found["losses"] == pytest.approx(expected["losses"], rel=0.02), plan
+        assert found["kept"] and expected["kept"], plan
+        model, processor = vk.load("pebble", plan)
+        model = vk.finetuning.load(model, tmp_path / "out" / f"adapters-{number}")
+        logits = sharded.logits(model, processor)
+        assert torch.allclose(found["logits"], logits, atol=1e-5), plan
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("plan", "scales"), [("bf16", 0), ("recommended", 1 / 16)])
 def test_no_process_holds_the_model(plan, scales, tmp_path):
     """Host memory of a load, of 272 MB in bf16 and 80 MB in NF4: at most the shard, the largest

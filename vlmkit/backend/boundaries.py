@@ -13,8 +13,6 @@ the front.
 Since transformers 5.21, for as long as it loads a model in one dtype.
 """
 
-from functools import partial
-
 from vlmkit.anatomy import component_finder
 from vlmkit.formats import FORMATS, torch_dtype
 
@@ -99,16 +97,37 @@ def _above(name):
 
 
 def _cast_at(module, inside, around):
-    module.register_forward_pre_hook(partial(_cast_in, dtype=inside), with_kwargs=True)
-    module.register_forward_hook(partial(_cast_out, dtype=around))
+    module.register_forward_pre_hook(_CastIn(inside), with_kwargs=True)
+    module.register_forward_hook(_CastOut(around))
 
 
-def _cast_in(module, args, kwargs, dtype):
-    return _cast(args, dtype), _cast(kwargs, dtype)
+class _Hook:
+    """dtype: what it casts to. instead: as `computing_in` says, or None."""
+
+    def __init__(self, dtype):
+        self.dtype, self.instead = dtype, None
+
+    def cast(self, x):
+        return _cast(x, self.instead or self.dtype)
 
 
-def _cast_out(module, args, output, dtype):
-    return _cast(output, dtype)
+class _CastIn(_Hook):
+    def __call__(self, module, args, kwargs):
+        return self.cast(args), self.cast(kwargs)
+
+
+class _CastOut(_Hook):
+    def __call__(self, module, args, output):
+        return self.cast(output)
+
+
+def computing_in(model, dtype):
+    """Let all components of `model` compute in one dtype, in which something else gives them their
+    weights (FSDP2's mixed precision); or, with None, in the formats of the plan again."""
+    for module in model.modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if isinstance(hook, _Hook):
+                hook.instead = dtype
 
 
 def _cast(x, dtype):

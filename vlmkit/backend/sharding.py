@@ -187,7 +187,8 @@ def shard(model, accelerator=None):
     """Put FSDP2 on `model`, which holds shards, by accelerate's config. It also takes in what was
     added since: adapters are cut, and each process keeps its part. Nothing is copied.
 
-    accelerator: accelerate's, with its precision. None is for answers: in the formats of the model.
+    accelerator: accelerate's, with its precision: with bf16, FSDP2 gathers all floats in bf16, and
+    what is trained is held in float32. None is for answers: in the formats of the model.
 
     FSDP2 cannot take in a parameter later. So it is taken off first, and every shard is put into
     the place that FSDP2 makes for it in a model without data.
@@ -198,7 +199,7 @@ def shard(model, accelerator=None):
     import torch
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-    from vlmkit.backend import passes
+    from vlmkit.backend import boundaries, passes
 
     accelerator = accelerator or _for_answers()
     plugin = accelerator.state.fsdp_plugin
@@ -246,8 +247,27 @@ def shard(model, accelerator=None):
     # It also tells FSDP2 of the new tensors.
     state = {name: put[parameter] for name, parameter in held.items()}
     model.load_state_dict(state, strict=False, assign=True)
+    policy = plugin.mixed_precision_policy
+    boundaries.computing_in(model, policy.param_dtype if policy else None)
     passes.answering(model)
     return model
+
+
+def formats(model):
+    """{name: dtype} of the parameters of `model` that are trained."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: parameter.dtype for name, parameter in named if parameter.requires_grad}
+
+
+def for_answers(model, before):
+    """Put FSDP2 on a model that was trained so that it computes in its own formats, in which it
+    answers as in one process. before: its `formats` before the training."""
+    reshard(model)
+    for name, dtype in before.items():
+        parameter = model.get_parameter(name)
+        if parameter.dtype != dtype:
+            set_dtype(model, parameter, dtype)
+    shard(model)
 
 
 def layers_of(model):

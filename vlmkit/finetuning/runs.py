@@ -91,6 +91,7 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
             "cannot mix it. Give bf16=False, or load the model with bf16 in place of fp16."
         )
     sharding.reshard(model)
+    formats = sharding.formats(model)
     dataset = _checked(dataset, processor, settings)
     _check_to_evaluate(eval_dataset, processor, settings)
     rows = len(dataset) if hasattr(dataset, "__len__") else None
@@ -192,6 +193,8 @@ def train(model, processor, dataset, output_dir, *, eval_dataset=None, **setting
         if eval_dataset is not None and trainer.state.global_step not in set(evaluations["step"]):
             trainer.evaluate()
             curve, evaluations = _tables(trainer.state.log_history)
+    if sharding.is_sharded(model):
+        sharding.for_answers(model, formats)
     _warn_about(gradients.no_gradient)
     skipped = sum(gather_object([collator.skipped]), start=Counter())  # on all processes
     return Run(model, curve, evaluations, gradients.no_gradient, dict(skipped), done)

@@ -65,10 +65,19 @@ class Trainer(transformers.Trainer):
         self.add_callback(Progress())
 
     def train(self, *args, **kwargs):
-        """As transformers', with the attention that trains fastest on this device."""
+        """As transformers', with the attention that trains fastest on this device, and without
+        casts that autocast takes back."""
         kind = passes.training_attention(self.model, self.args.bf16, self.args.device.type)
-        with passes.attending(self.model, kind):
+        with (
+            passes.attending(self.model, kind),
+            passes.casting(self.model, not self.args.bf16),
+        ):
             return super().train(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        # transformers (5.24) says it in the config of the whole model. A language model asks its
+        # own, and would keep keys and values of every layer until the end of a step.
+        return super().compute_loss(model, inputs | {"use_cache": False}, *args, **kwargs)
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -167,7 +176,11 @@ class Trainer(transformers.Trainer):
             eval_dataset or self.eval_dataset,
         )
         passes.answering(model)
-        with passes.attending(model, self.attention), passes.without_autocast(model):
+        with (
+            passes.attending(model, self.attention),
+            passes.casting(model, True),
+            passes.without_autocast(model),
+        ):
             scores = evaluate(model, self.processor, dataset)
             loss = self.loss_on(model, dataset)
         if not math.isfinite(loss):

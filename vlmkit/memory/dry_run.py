@@ -15,7 +15,7 @@ from vlmkit.anatomy import component_finder, unwrapped, vision_dtype
 from vlmkit.architectures import LANGUAGE
 from vlmkit.backend.caching import cache_of, with_cache
 from vlmkit.backend.losses import IGNORED, loss_of_answers
-from vlmkit.backend.passes import attending, training_attention
+from vlmkit.backend.passes import attending, casting, training_attention
 from vlmkit.errors import AnatomyError, SizeError, brief
 from vlmkit.families import family_of, image_id, writes_apart
 from vlmkit.memory.cache import places_of
@@ -192,7 +192,7 @@ class DryRun:
         self.model.train()
         self._restart()
         attention = training_attention(self.model, bf16, self.device or "cpu")
-        with attending(self.model, attention), self.tracker:
+        with attending(self.model, attention), casting(self.model, not bf16), self.tracker:
             loss = self._loss(inputs, bf16)
             self.tracker.component = LANGUAGE
             loss.backward()
