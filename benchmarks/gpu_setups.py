@@ -21,7 +21,7 @@ import vlmkit as vk
 from vlmkit.anatomy import unwrapped
 from vlmkit.backend.checkpointing import enable
 from vlmkit.backend.losses import IGNORED, loss_of_answers
-from vlmkit.backend.passes import attending, attention_of
+from vlmkit.backend.passes import attending, attention_of, casting
 from vlmkit.catalog import folder_of
 from vlmkit.checkpoints import read_config
 from vlmkit.families import family_of, image_id
@@ -123,7 +123,8 @@ def _backward(model, tensors):
     ids = tensors["input_ids"]
     labels = ids.masked_fill(ids == image_id(unwrapped(model).config), IGNORED)
     kind = ids.device.type
-    with attending(model, "eager" if kind == "cpu" else attention_of(model)):
+    attention = "eager" if kind == "cpu" else attention_of(model)
+    with attending(model, attention), casting(model, False):
         with torch.autocast(kind, torch.bfloat16):
             outputs = convert_to_fp32(model(**tensors, use_cache=False))
         loss = loss_of_answers(outputs, labels)

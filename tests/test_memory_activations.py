@@ -16,7 +16,7 @@ import vlmkit as vk
 from vlmkit.anatomy import unwrapped
 from vlmkit.backend.checkpointing import enable
 from vlmkit.backend.losses import IGNORED, loss_of_answers
-from vlmkit.backend.passes import attending, attention_of
+from vlmkit.backend.passes import attending, attention_of, casting
 from vlmkit.families import image_id, writes_apart
 from vlmkit.finetuning import add_adapters
 from vlmkit.memory import predict
@@ -117,7 +117,8 @@ def a_pass(folder, plan, training, checkpointing, bf16, **batch):
         return loss_of_answers(convert_to_fp32(outputs) if bf16 else outputs, labels)
 
     def step():
-        with attending(model, "eager" if bf16 else attention_of(model)):
+        attention = "eager" if bf16 else attention_of(model)
+        with attending(model, attention), casting(model, not bf16):
             loss().backward()
         optimizer.step()
         optimizer.zero_grad()

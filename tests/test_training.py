@@ -15,11 +15,14 @@ import pytest
 import tiny
 import torch
 import transformers
+from measuring import peak_of
 
 import vlmkit as vk
 from vlmkit.errors import CheckpointError, FinetuningError, ImageError, VlmkitError
 from vlmkit.finetuning import Collator, Settings, gradient_report, runs, saved, trainer
 from vlmkit.finetuning.continuing import last_checkpoint
+from vlmkit.memory.batch import batch_of
+from vlmkit.models import pebble
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -104,6 +107,34 @@ def test_a_model_that_is_trained_again_computes_in_the_same_formats(rows, tmp_pa
         vk.finetuning.train(model, processor, rows, tmp_path / str(place), **settings)
         hook.remove()
         assert seen == [torch.bfloat16 if bf16 else torch.float32]
+
+
+@pytest.mark.parametrize(("checkpointing", "within"), [(False, 0.002), (True, 0.06)])
+@pytest.mark.parametrize("plan", ["bf16", "recommended"])
+def test_a_step_holds_what_is_predicted(plan, checkpointing, within, rows, tmp_path, monkeypatch):
+    """No cache of keys and values, which transformers leaves to the language model's own config,
+    and no inputs of adapters in fp32, which autocast casts to bf16 again."""
+    ways, size, peaks = {"language_model": vk.LoRA(r=8)}, 4, []
+    model, processor = vk.load("pebble", plan)
+    model = vk.finetuning.add_adapters(model, **ways)
+    training_step, rows = trainer.Trainer.training_step, [rows[0]] * 2 * size
+
+    def measured(self, *args, **kwargs):
+        losses = []
+        peaks.append(peak_of(lambda: losses.append(training_step(self, *args, **kwargs))))
+        return losses[0]
+
+    monkeypatch.setattr(trainer.Trainer, "training_step", measured)
+    how = {"gradient_checkpointing": checkpointing}
+    settings = {"max_steps": 2, "per_device_train_batch_size": size, **how}
+    vk.finetuning.train(model, processor, rows, tmp_path, **settings)
+    length = Collator(processor)(rows[:1])["input_ids"].shape[1]
+    around = batch_of(model.config, pebble.path(), tokens=1, images=1).length - 1
+    batch = {"tokens": length - around, "images": 1, "batch_size": size}
+    kinds = vk.memory.predict("pebble", plan, training=ways, **batch, **how).by_kind
+    assert peaks[1] == pytest.approx(kinds["activation"] + kinds["gradient"], rel=within)
+    layers = [m for m in model.modules() if hasattr(m, "cast_input_dtype_enabled")]
+    assert layers and all(layer.cast_input_dtype_enabled for layer in layers)
 
 
 def test_each_component_has_its_learning_rate(rows, tmp_path):

@@ -22,7 +22,7 @@ The rules are those of torch 2.13 (`torch.distributed.fsdp.fully_shard`) as acce
 accelerate does not put the model under autocast here, and the logits are bf16.
 
 PyTorch's allocator keeps a pool for each CUDA stream, and FSDP gathers on one of its own. This is
-not counted: two processes on an H200 reserved 1 to 2 GB beyond their peaks (benchmarks/results).
+not counted: two processes on an H200 reserved 0.6 to 2 GB beyond their peaks (benchmarks/results).
 """
 
 from dataclasses import dataclass, field, replace
