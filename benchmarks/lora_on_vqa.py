@@ -3,13 +3,14 @@
     python benchmarks/lora_on_vqa.py                                       # the recorded runs
     python benchmarks/lora_on_vqa.py --steps 4 --n 24 --output trial.csv   # a trial
     python benchmarks/lora_on_vqa.py --only 10 --device cpu                # one of `RUNS`
-    python benchmarks/lora_on_vqa.py --only 10 --batch 16 --steps 1000     # another recipe
+    python benchmarks/lora_on_vqa.py --only 10 --batch 16 --steps 900 \
+        --rate 1.5e-3 --projector-rate 1e-3 --schedule linear              # another recipe
 
 In all runs the language model is in NF4, and the pictures and questions are those of easy-VQA's
 training half. Each run trains one component, or several (`RUNS`), for the same number of steps, at
-each of two learning rates. Then it asks all of easy-VQA's test questions, and questions of pebble's
-own tasks. In the last run one row in four of the training is such an old question, about other
-pictures.
+each of two learning rates, which fall as a cosine does. Then it asks all of easy-VQA's test
+questions, and questions of pebble's own tasks. In the last run one row in four of the training is
+such an old question, about other pictures.
 
 The result is notebooks/data/08_lora_on_vqa.csv: a row per run, with how many answers were right,
 and with the bits of the answers in hexadecimal: a 1 for each right one in the order of the
@@ -45,7 +46,7 @@ RUNS = (
     {PROJECTOR: "full", LANGUAGE: 128},
     {PROJECTOR: "full", LANGUAGE: 128, OLD: 0.25},
 )
-STEPS, BATCH, RATES = 600, 32, (1e-3, 2e-3)
+STEPS, BATCH, RATES, SCHEDULE = 600, 32, (1e-3, 2e-3), "cosine"
 QUESTIONS, OLD_QUESTIONS = 9_673, 500
 
 
@@ -59,6 +60,8 @@ def main(argv=None):
     parser.add_argument("--n", type=int, default=QUESTIONS, help="test questions (all)")
     parser.add_argument("--only", type=int, help="the place of one run in RUNS, from 0")
     parser.add_argument("--rate", type=float, help="one learning rate, in place of both")
+    parser.add_argument("--projector-rate", type=float, help="if it is another than --rate")
+    parser.add_argument("--schedule", default=SCHEDULE, help=f"how the rates fall ({SCHEDULE})")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args(argv)
     if args.threads:
@@ -115,8 +118,9 @@ def load(device="cpu"):
 
 def key(row):
     """What identifies a run, in a row that was read or is to be written."""
-    numbers = ("old", "rate", "steps", "batch")
-    return (row["device"], row["trained"], *(float(row[name]) for name in numbers))
+    numbers = ("old", "rate", "projector_rate", "steps", "batch")
+    texts = ("device", "trained", "schedule")
+    return (*(row[name] for name in texts), *(float(row[name]) for name in numbers))
 
 
 class Bench:
@@ -130,20 +134,24 @@ class Bench:
         from vlmkit.loading.placing import resolve_device
 
         n, steps, batch, old = self.args.n, self.args.steps, self.args.batch, ranks.get(OLD, 0)
+        schedule, of_projector = self.args.schedule, self.args.projector_rate or rate
         device = resolve_device(self.args.device)
         what = {"weights": self.weights, "device": device.type, "trained": label(ranks)}
-        what |= {"old": old, "rate": rate, "steps": steps, "batch": batch}
+        what |= {"old": old, "rate": rate, "projector_rate": of_projector, "schedule": schedule}
+        what |= {"steps": steps, "batch": batch}
         if key(what) in map(key, self.results):
             return
         model, processor = load(device)
-        model = vk.finetuning.add_adapters(model, seed=SEED, **training(ranks))
+        ways = training(ranks)
+        model = vk.finetuning.add_adapters(model, seed=SEED, **ways)
+        rates = {name: of_projector if name == PROJECTOR else rate for name in ways}
         what["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             vk.finetuning.train(
                 model, processor, rows_of(batch * steps, old), folder, max_steps=steps,
-                learning_rate=rate, per_device_train_batch_size=batch, save_steps=steps,
-                dataloader_num_workers=self.args.workers,
+                learning_rate=rates, lr_scheduler_type=schedule, save_steps=steps,
+                per_device_train_batch_size=batch, dataloader_num_workers=self.args.workers,
             )  # fmt: skip
             what["seconds"] = round(time.perf_counter() - started)
         model = model.eval()
