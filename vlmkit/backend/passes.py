@@ -63,9 +63,9 @@ def casting(model, cast):
     """Let the adapters of peft give their input the dtype of their weights (fp32) for a while, or
     not.
 
-    Under autocast it is for nothing: a layer casts the input to bf16 again, and keeps that copy for
-    its backward pass, beside the one that the layer without adapters keeps. Results are the same.
-    On a GPU peft leaves it out by itself for weights in 4 bits (0.21). DoRA reads the dtype of the
+    Under autocast it is for nothing: each adapter casts the input to bf16 again, and keeps a copy
+    of its own for the backward pass, where several could share the input. Results are the same. On
+    a GPU peft leaves it out by itself for weights in 4 bits (0.21). DoRA reads the dtype of the
     input, and is left as it is.
     """
     layers = [m for m in model.modules() if hasattr(m, "cast_input_dtype_enabled")]

@@ -97,6 +97,6 @@ def note_on(shard, gpus):
         )
     return (
         f"{gpus} cards that share the model by FSDP, batch_size samples on each. NCCL's own memory "
-        "is not counted. Peaks measured in two processes are predicted 3 to 4% too low, and "
+        "is not counted. Peaks measured in two processes are predicted 1 to 3.5% too low, and "
         "PyTorch reserved 0.6 to 2 GB beyond them."
     )
