@@ -199,7 +199,7 @@ def _trained(model, output, steps, processes, checkpointing):
     return {
         "losses": [round(loss, 4) for loss in run.curve["loss"]],
         "continued_from": run.continued_from,
-        "seconds_a_step": clock.seconds and round(median(clock.seconds), 3),
+        "seconds_a_step": round(median(clock.seconds), 3) if clock.seconds else None,
         "kept": _of_gpu("memory_allocated"),
         "peak": peak,
         "reserved": reserved,
